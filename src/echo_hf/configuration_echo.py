@@ -1,0 +1,486 @@
+"""The configuration of Echo.
+
+One flat config serves encoder and decoder. Every pitch mechanism is one field, so that a study switches one thing at a
+time, and `EchoConfig.from_preset` names the settings such a study needs. The values of a field that cannot work raise a
+`ValueError` that names the field; nothing is corrected in silence.
+"""
+
+import math
+import os
+import shutil
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+# The channel groups that `input_features` may hold, in the order in which they lie: the log-mel spectrogram first, F0
+# in Hz last. The order is fixed here, so that a dictionary of widths is enough to know where each channel is.
+FEATURE_GROUPS = ("spectrogram", "waveform", "phase", "envelope", "aperiodicity", "pitch")
+
+# Files that travel with a checkpoint, so that it loads where echo_hf is not installed (`trust_remote_code=True`).
+CODE_FILES = (
+    "configuration_echo.py",
+    "pitch_echo.py",
+    "feature_extraction_echo.py",
+    "tokenization_echo.py",
+    "processing_echo.py",
+    "modeling_echo.py",
+    "pipeline_echo.py",
+)
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_echo.EchoConfig",
+    "AutoFeatureExtractor": "feature_extraction_echo.EchoFeatureExtractor",
+    "AutoTokenizer": ["tokenization_echo.EchoTokenizer", "tokenization_echo.EchoTokenizer"],
+    "AutoProcessor": "processing_echo.EchoProcessor",
+    "AutoModel": "modeling_echo.EchoModel",
+    "AutoModelForSpeechSeq2Seq": "modeling_echo.EchoForConditionalGeneration",
+    "AutoModelForCTC": "modeling_echo.EchoForCTC",
+}
+
+# The two kinds of models take the same pipeline; the library looks up the classes named under "pt" by their names.
+CUSTOM_PIPELINES = {
+    "automatic-speech-recognition": {
+        "impl": "pipeline_echo.EchoAutomaticSpeechRecognitionPipeline",
+        "pt": ["AutoModelForSpeechSeq2Seq", "AutoModelForCTC"],
+        "type": "multimodal",
+    }
+}
+
+# All pitch mechanisms off: a plain rotary transformer. Every preset starts from here.
+BASELINE = {
+    "theta_mode": "none",
+    "radius_mode": "unit",
+    "pitch_bias": "none",
+    "silence_scaling": False,
+    "pitch_gate": False,
+    "pitch_stem": False,
+    "token_pitch": "none",
+}
+
+PRESETS = {
+    "baseline": {},
+    "theta": {"theta_mode": "phase"},
+    "radius": {"radius_mode": "bounded"},
+    "bias": {"pitch_bias": "gaussian"},
+    "silence": {"silence_scaling": True},
+    "gate": {"pitch_gate": True},
+    "pitch_input": {"pitch_stem": True},
+    "token_pitch": {"token_pitch": "mean"},
+    "all": {
+        "theta_mode": "phase",
+        "radius_mode": "bounded",
+        "pitch_bias": "gaussian",
+        "silence_scaling": True,
+        "pitch_gate": True,
+        "pitch_stem": True,
+        "token_pitch": "mean",
+    },
+    # The two settings of the published prototype, with its first mel frequencies and a learned theta.
+    "published_mean_sigmoid": {
+        "theta_mode": "mean",
+        "radius_mode": "sigmoid",
+        "rotary_frequencies": "mel",
+        "rotary_theta": 10000.0,
+        "mel_corner_frequency": 700.0,
+        "mel_max_frequency": 8000.0,
+        "learn_theta": True,
+    },
+    "published_frame_raw": {
+        "theta_mode": "frame",
+        "radius_mode": "raw",
+        "rotary_frequencies": "mel",
+        "rotary_theta": 10000.0,
+        "mel_corner_frequency": 700.0,
+        "mel_max_frequency": 8000.0,
+        "learn_theta": True,
+    },
+}
+
+# Sizes by the number of parameters they give with the byte vocabulary, a deep encoder and a shallow decoder.
+SIZES = {
+    "2m": {"hidden": 144, "encoder": 6, "decoder": 1, "heads": 4, "intermediate": 384},
+    "5m": {"hidden": 208, "encoder": 7, "decoder": 2, "heads": 4, "intermediate": 560},
+    "10m": {"hidden": 256, "encoder": 9, "decoder": 2, "heads": 4, "intermediate": 688},
+    "27m": {"hidden": 384, "encoder": 11, "decoder": 3, "heads": 6, "intermediate": 1024},
+    "80m": {"hidden": 576, "encoder": 16, "decoder": 3, "heads": 9, "intermediate": 1536},
+}
+
+
+def validate_feature_groups(feature_groups: dict[str, int]) -> dict[str, int]:
+    """Channel groups in their fixed order, checked.
+
+    Args:
+        feature_groups (`dict[str, int]`):
+            Name of each group in `input_features` and its number of channels.
+
+    Returns:
+        `dict[str, int]`: the same groups in the order of `FEATURE_GROUPS`.
+
+    Raises:
+        `ValueError`: a name is not known, the spectrogram is missing, or a width is not a positive whole number.
+    """
+    for name, width in feature_groups.items():
+        if name not in FEATURE_GROUPS:
+            raise ValueError(f"feature_groups: unknown group {name!r}; known are {', '.join(FEATURE_GROUPS)}.")
+        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+            raise ValueError(f"feature_groups: the width of {name!r} must be a whole number above 0, got {width!r}.")
+        if name in ("pitch", "phase") and width != 1:
+            raise ValueError(f"feature_groups: {name!r} is a single channel, got a width of {width}.")
+    if "spectrogram" not in feature_groups:
+        raise ValueError("feature_groups: the 'spectrogram' is always needed, e.g. {'spectrogram': 80, 'pitch': 1}.")
+    return {name: feature_groups[name] for name in FEATURE_GROUPS if name in feature_groups}
+
+
+@strict
+class EchoConfig(PreTrainedConfig):
+    r"""
+    Configuration of an [`EchoModel`]. The defaults give a model of about 10M parameters (with the byte vocabulary) with
+    the well-behaved form of the three pitch mechanisms switched on; `EchoConfig.from_preset("baseline")` has all off.
+
+    Args:
+        vocab_size (`int`, defaults to 259):
+            Number of tokens. 259 is the byte vocabulary of `EchoTokenizer()`: 3 special tokens and 256 bytes.
+        feature_groups (`dict[str, int]`, defaults to `{"spectrogram": 80, "pitch": 1}`):
+            Channel groups of `input_features` and their widths; see `FEATURE_GROUPS`. Must equal the extractor's.
+        sampling_rate (`int`, defaults to 16000):
+            Samples of audio a second (Hz). With `hop_length` it says how long a frame is.
+        hop_length (`int`, defaults to 160):
+            Samples from one input frame to the next (160 at 16 kHz is 10 ms).
+        stem_strides (`list[int]`, defaults to `[2, 2]`):
+            Stride of each convolution of the stem. Their product is how many input frames make one encoder frame.
+        encoder_hidden_size (`int`, defaults to 256):
+            Width of the encoder.
+        decoder_hidden_size (`int`, *optional*):
+            Width of the decoder; the encoder's when not given.
+        encoder_num_hidden_layers (`int`, defaults to 9):
+            Number of encoder layers.
+        decoder_num_hidden_layers (`int`, defaults to 2):
+            Number of decoder layers. Few: the decoder runs once a token, the encoder once an utterance.
+        encoder_num_attention_heads (`int`, defaults to 4):
+            Attention heads in each encoder layer.
+        decoder_num_attention_heads (`int`, defaults to 4):
+            Attention heads in each decoder layer.
+        encoder_num_key_value_heads (`int`, *optional*):
+            Key and value heads in the encoder (grouped-query attention, https://huggingface.co/papers/2305.13245); as
+            many as attention heads when not given.
+        decoder_num_key_value_heads (`int`, *optional*):
+            Key and value heads in the decoder; as many as attention heads when not given.
+        encoder_intermediate_size (`int`, defaults to 688):
+            Width inside the encoder's gated feed-forward.
+        decoder_intermediate_size (`int`, *optional*):
+            Width inside the decoder's gated feed-forward; the encoder's when not given.
+        hidden_act (`str`, defaults to `"silu"`):
+            Activation of the gates.
+        max_target_positions (`int`, defaults to 448):
+            Longest transcript in tokens: the default `max_length` of `generate()` and the limit for labels in training.
+        initializer_range (`float`, defaults to 0.02):
+            Standard deviation of the normal distribution that weights start from.
+        rms_norm_eps (`float`, defaults to 1e-6):
+            Added to the mean square in each RMSNorm.
+        dropout (`float`, defaults to 0.0):
+            Probability of dropping a value of the embeddings and of each sub-layer's output, in training.
+        attention_dropout (`float`, defaults to 0.0):
+            Probability of dropping an attention weight, in training.
+        rotary_frequencies (`str`, defaults to `"standard"`):
+            How the rotary frequencies (rad a frame) lie: `"standard"`, `theta ** (-2c / d)`, or `"mel"`, evenly spaced
+            on a mel scale and proportional to theta.
+        rotary_theta (`float`, defaults to 10000.0):
+            Where theta starts.
+        learn_theta (`bool`, defaults to `False`):
+            Whether theta is learned (as a factor that starts at 1) or stays at `rotary_theta`.
+        mel_corner_frequency (`float`, defaults to 80.0):
+            K of the mel scale (Hz): linear below, logarithmic above. Read when `rotary_frequencies="mel"`.
+        mel_max_frequency (`float`, defaults to 2000.0):
+            M, the top of the mel scale (Hz). The largest step is `theta / 220 * M / 1000` rad a frame. Read when
+            `rotary_frequencies="mel"`.
+        theta_mode (`str`, defaults to `"phase"`):
+            How F0 moves theta in the encoder: `"none"`; `"mean"`, by the utterance's mean F0; `"frame"`, by each
+            frame's F0 (published; not relative); `"phase"`, by each frame's F0 with the angle summed up (relative).
+        radius_mode (`str`, defaults to `"bounded"`):
+            How F0 sets the rotary radius in the encoder: `"unit"`, 1; `"sigmoid"` of F0 in Hz (published); `"raw"`, F0
+            in Hz (published; saturates); `"bounded"`, within [0.5, 1.5] by normalised log-F0 and a learned gain.
+        pitch_bias (`str`, defaults to `"gaussian"`):
+            What is added to the encoder's attention scores for frames of similar pitch: `"none"`; `"gaussian"`,
+            learned, one strength a head, with no matrix of frames by frames; `"laplacian"`, published, with one.
+        silence_scaling (`bool`, defaults to `True`):
+            Whether the scores of silent frames and of pad tokens, as keys, are scaled to near zero by a learned factor.
+        silence_threshold (`float`, defaults to 0.5):
+            A frame is silent when none of its log-mel channels is above this (units of the extractor: 0 is its floor,
+            80 dB under the peak; 0.05 is 2 dB). 0.5 is 60 dB under the peak of a loud recording.
+        silence_scale_range (`list[float]`, defaults to `[0.001, 0.1]`):
+            Lower and upper bound of the learned factor for silent keys.
+        pitch_gate (`bool`, defaults to `False`):
+            Whether the gates of the encoder's feed-forward see the pitch.
+        pitch_stem (`bool`, defaults to `False`):
+            Whether pitch is an input of its own, through a convolution stem like the other channel groups.
+        token_pitch (`str`, defaults to `"none"`):
+            Pitch given to the decoder with each token: `"none"`, or the `"mean"`, `"median"` or `"last"` F0 of the
+            token's span of time.
+        tokens_per_second (`float`, defaults to 10.0):
+            Fixed token rate that says which span of time belongs to a token. Read when `token_pitch` is not `"none"`.
+        ctc_loss_weight (`float`, defaults to 0.3):
+            Weight of the CTC loss on the encoder in the hybrid loss, in [0, 1]; cross-entropy has the rest. 0: no CTC
+            head. (Watanabe et al., https://ieeexplore.ieee.org/document/8068205)
+        label_smoothing (`float`, defaults to 0.0):
+            Probability mass that the cross-entropy's target spreads evenly over the vocabulary, in [0, 1).
+        apply_spec_augment (`bool`, defaults to `False`):
+            Whether to mask spans of time and of mel channels in training (https://huggingface.co/papers/1904.08779).
+        mask_time_prob (`float`, defaults to 0.05):
+            Share of frames that start a masked span of time.
+        mask_time_length (`int`, defaults to 10):
+            Length of a span of time in input frames.
+        mask_time_min_masks (`int`, defaults to 2):
+            Fewest spans of time an utterance gets.
+        mask_feature_prob (`float`, defaults to 0.05):
+            Share of mel channels that start a masked span.
+        mask_feature_length (`int`, defaults to 10):
+            Length of a span in mel channels.
+        mask_feature_min_masks (`int`, defaults to 1):
+            Fewest spans of channels an utterance gets.
+        use_cache (`bool`, defaults to `True`):
+            Whether `generate()` keeps keys and values of past tokens.
+        pad_token_id (`int`, defaults to 0):
+            Padding; also the blank of the CTC head. The loss ignores it.
+        bos_token_id (`int`, defaults to 1):
+            Begin of sequence.
+        eos_token_id (`int`, defaults to 2):
+            End of sequence.
+        decoder_start_token_id (`int`, defaults to 1):
+            First token the decoder is given.
+        tie_word_embeddings (`bool`, defaults to `True`):
+            Whether the decoder's embeddings are also its output projection.
+
+    Raises:
+        `ValueError` or `StrictDataclassFieldValidationError`: a field has a value that cannot work; the message names it.
+
+    Example:
+
+    ```python
+    >>> from echo_hf import EchoConfig, EchoForConditionalGeneration
+
+    >>> configuration = EchoConfig.from_preset("baseline", size="2m")
+    >>> model = EchoForConditionalGeneration(configuration)
+    >>> model.config.theta_mode
+    'none'
+
+    ```"""
+
+    model_type = "echo"
+    _auto_class = "AutoConfig"
+    keys_to_ignore_at_inference = ["past_key_values", "ce_loss", "ctc_loss", "ctc_logits"]
+    attribute_map = {
+        "hidden_size": "decoder_hidden_size",
+        "intermediate_size": "decoder_intermediate_size",
+        "num_hidden_layers": "decoder_num_hidden_layers",
+        "num_attention_heads": "decoder_num_attention_heads",
+        "num_key_value_heads": "decoder_num_key_value_heads",
+        "max_position_embeddings": "max_target_positions",
+    }
+
+    vocab_size: int = 259
+    feature_groups: dict[str, int] = field(default_factory=lambda: {"spectrogram": 80, "pitch": 1})
+    sampling_rate: int = 16000
+    hop_length: int = 160
+    stem_strides: list[int] | tuple[int, ...] = (2, 2)
+    encoder_hidden_size: int = 256
+    decoder_hidden_size: int | None = None
+    encoder_num_hidden_layers: int = 9
+    decoder_num_hidden_layers: int = 2
+    encoder_num_attention_heads: int = 4
+    decoder_num_attention_heads: int = 4
+    encoder_num_key_value_heads: int | None = None
+    decoder_num_key_value_heads: int | None = None
+    encoder_intermediate_size: int = 688
+    decoder_intermediate_size: int | None = None
+    hidden_act: str = "silu"
+    max_target_positions: int = 448
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    rotary_frequencies: Literal["standard", "mel"] = "standard"
+    rotary_theta: float | int = 10000.0
+    learn_theta: bool = False
+    mel_corner_frequency: float | int = 80.0
+    mel_max_frequency: float | int = 2000.0
+    theta_mode: Literal["none", "mean", "frame", "phase"] = "phase"
+    radius_mode: Literal["unit", "sigmoid", "raw", "bounded"] = "bounded"
+    pitch_bias: Literal["none", "gaussian", "laplacian"] = "gaussian"
+    silence_scaling: bool = True
+    silence_threshold: float | int = 0.5
+    silence_scale_range: list[float] | tuple[float, ...] = (0.001, 0.1)
+    pitch_gate: bool = False
+    pitch_stem: bool = False
+    token_pitch: Literal["none", "mean", "median", "last"] = "none"
+    tokens_per_second: float | int = 10.0
+    ctc_loss_weight: float | int = 0.3
+    label_smoothing: float | int = 0.0
+    apply_spec_augment: bool = False
+    mask_time_prob: float | int = 0.05
+    mask_time_length: int = 10
+    mask_time_min_masks: int = 2
+    mask_feature_prob: float | int = 0.05
+    mask_feature_length: int = 10
+    mask_feature_min_masks: int = 1
+    use_cache: bool = True
+    is_encoder_decoder: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    decoder_start_token_id: int | None = 1
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        if self.decoder_hidden_size is None:
+            self.decoder_hidden_size = self.encoder_hidden_size
+        if self.decoder_intermediate_size is None:
+            self.decoder_intermediate_size = self.encoder_intermediate_size
+        if self.encoder_num_key_value_heads is None:
+            self.encoder_num_key_value_heads = self.encoder_num_attention_heads
+        if self.decoder_num_key_value_heads is None:
+            self.decoder_num_key_value_heads = self.decoder_num_attention_heads
+        self.stem_strides = list(self.stem_strides)
+        self.silence_scale_range = list(self.silence_scale_range)
+        self.feature_groups = validate_feature_groups(self.feature_groups)
+        # A saved config names the pipeline class that lies beside it. The library runs that class only with
+        # `trust_remote_code`, so where this package itself reads the config, which brings the class, it drops the name.
+        if not __name__.startswith("transformers_modules."):
+            kwargs.pop("custom_pipelines", None)
+        kwargs["auto_map"] = dict(AUTO_MAP)
+        super().__post_init__(**kwargs)
+        self._check_sizes()
+        self._check_pitch()
+        self._check_training()
+
+    def _check_sizes(self):
+        for name in (
+            "vocab_size",
+            "sampling_rate",
+            "hop_length",
+            "encoder_hidden_size",
+            "decoder_hidden_size",
+            "encoder_num_hidden_layers",
+            "decoder_num_hidden_layers",
+            "encoder_num_attention_heads",
+            "decoder_num_attention_heads",
+            "encoder_num_key_value_heads",
+            "decoder_num_key_value_heads",
+            "encoder_intermediate_size",
+            "decoder_intermediate_size",
+            "max_target_positions",
+            "mask_time_length",
+            "mask_feature_length",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not self.stem_strides or any(stride < 1 for stride in self.stem_strides):
+            raise ValueError(f"stem_strides must be whole numbers above 0, got {self.stem_strides}.")
+        for side in ("encoder", "decoder"):
+            width, heads = getattr(self, f"{side}_hidden_size"), getattr(self, f"{side}_num_attention_heads")
+            key_value_heads = getattr(self, f"{side}_num_key_value_heads")
+            if width % heads or (width // heads) % 2 or width // heads < 4:
+                raise ValueError(
+                    f"{side}_hidden_size ({width}) must be an even multiple, at least 4, of {side}_num_attention_heads"
+                    f" ({heads}): rotary embeddings turn pairs of channels."
+                )
+            if heads % key_value_heads:
+                raise ValueError(
+                    f"{side}_num_key_value_heads ({key_value_heads}) must divide {side}_num_attention_heads ({heads})."
+                )
+
+    def _check_pitch(self):
+        for name in ("rotary_theta", "mel_corner_frequency", "mel_max_frequency", "tokens_per_second"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
+        if self.silence_threshold < 0:
+            raise ValueError(f"silence_threshold must not be negative, got {self.silence_threshold}.")
+        if len(self.silence_scale_range) != 2 or not 0 < self.silence_scale_range[0] < self.silence_scale_range[1] <= 1:
+            raise ValueError(
+                f"silence_scale_range must be two numbers, 0 < low < high <= 1, got {self.silence_scale_range}."
+            )
+        if "pitch" not in self.feature_groups and (used := self.pitch_mechanisms):
+            raise ValueError(
+                f"feature_groups has no 'pitch', which {', '.join(used)} need; add 'pitch': 1 or switch them off."
+            )
+
+    def _check_training(self):
+        for name in ("dropout", "attention_dropout", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
+        for name in ("ctc_loss_weight", "mask_time_prob", "mask_feature_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
+        for name in ("mask_time_min_masks", "mask_feature_min_masks"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+
+    @property
+    def pitch_mechanisms(self) -> list[str]:
+        """Names of the fields whose mechanism reads F0 and is switched on."""
+        names = ("theta_mode", "radius_mode", "pitch_bias", "pitch_gate", "pitch_stem", "token_pitch")
+        return [name for name in names if getattr(self, name) != BASELINE[name]]
+
+    @property
+    def num_feature_channels(self) -> int:
+        """Channels of `input_features`: the sum of the groups' widths."""
+        return sum(self.feature_groups.values())
+
+    @property
+    def frame_seconds(self) -> float:
+        """Time from one input frame to the next, in seconds."""
+        return self.hop_length / self.sampling_rate
+
+    @property
+    def inputs_to_logits_ratio(self) -> int:
+        """Samples of audio an encoder frame spans."""
+        return self.hop_length * math.prod(self.stem_strides)
+
+    @classmethod
+    def from_preset(cls, preset: str = "baseline", size: str | None = None, **overrides) -> "EchoConfig":
+        """A named setting of the pitch mechanisms, at a named size.
+
+        Args:
+            preset (`str`): one of `PRESETS`: `"baseline"` (all pitch mechanisms off), one mechanism alone (`"theta"`,
+                `"radius"`, `"bias"`, `"silence"`, `"gate"`, `"pitch_input"`, `"token_pitch"`), `"all"`, or a published
+                setting (`"published_mean_sigmoid"`, `"published_frame_raw"`).
+            size (`str`, *optional*): one of `SIZES`, named by the parameters it gives: `"2m"` to `"80m"`.
+            overrides: any field of the config; wins over preset and size.
+
+        Raises:
+            `ValueError`: the preset or the size is not known.
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"preset {preset!r} is not known; choose one of {', '.join(PRESETS)}.")
+        settings: dict[str, Any] = {**BASELINE, **PRESETS[preset]}
+        if size is not None:
+            if size not in SIZES:
+                raise ValueError(f"size {size!r} is not known; choose one of {', '.join(SIZES)}.")
+            shape = SIZES[size]
+            for side in ("encoder", "decoder"):
+                settings[f"{side}_hidden_size"] = shape["hidden"]
+                settings[f"{side}_intermediate_size"] = shape["intermediate"]
+                settings[f"{side}_num_attention_heads"] = shape["heads"]
+                settings[f"{side}_num_hidden_layers"] = shape[side]
+        return cls(**{**settings, **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        output["custom_pipelines"] = CUSTOM_PIPELINES
+        return output
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """Saves the config and, beside it, the code that the checkpoint needs where echo_hf is not installed."""
+        folder, here = Path(save_directory), Path(__file__).parent
+        if not folder.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in CODE_FILES:
+                if (here / name).is_file() and here.resolve() != folder.resolve():
+                    shutil.copyfile(here / name, folder / name)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+__all__ = ["EchoConfig"]
