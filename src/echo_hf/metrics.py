@@ -1,0 +1,245 @@
+"""Word and character error rates, counted over a whole corpus.
+
+Rates are sums of errors over sums of reference words (or characters), never means of the rates of utterances. The
+alignment is jiwer's, which works offline. Text is normalised before it is compared; Transformers' Whisper
+`BasicTextNormalizer` is not used for that, because it deletes whatever stands in brackets, turns apostrophes into
+spaces ("don't" becomes two words) and takes out combining marks, without which Hindi or Thai is another text.
+"""
+
+import math
+import unicodedata
+from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jiwer
+import numpy as np
+
+# Signs that are typed for an apostrophe: typewriter, typographic, modifier letter, full width (NFKC makes it the first).
+APOSTROPHES = "'\u2019\u02bc"
+# Tone letters (U+02E5 to U+02E9) are symbols to Unicode, but belong to the word in which they stand.
+TONE_LETTERS = "\u02e5\u02e6\u02e7\u02e8\u02e9"
+
+
+def normalize_text(text: str) -> str:
+    """
+    Text as it is scored: Unicode NFKC, lower case, punctuation and symbols replaced by a space, whitespace collapsed.
+
+    An apostrophe beside a letter or digit stays, in one spelling (`'`); letters, digits, combining marks and tone
+    letters of every script stay. Numbers are not spelled out.
+
+    Args:
+        text (`str`): what was said, or what was recognised.
+
+    Returns:
+        `str`: the normalised text, without whitespace at its ends; may be empty.
+
+    Example:
+
+    ```python
+    >>> from echo_hf.metrics import normalize_text
+
+    >>> normalize_text("  Don\u2019t PANIC -- it's 9\u2009o'clock!")
+    "don't panic it's 9 o'clock"
+
+    ```
+    """
+    # Lower case may undo composition (a capital I with a dot becomes two code points), hence NFKC after it.
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower())
+    kept = []
+    for position, character in enumerate(text):
+        if character in APOSTROPHES:
+            neighbours = text[max(0, position - 1) : position] + text[position + 1 : position + 2]
+            kept.append("'" if any(neighbour.isalnum() for neighbour in neighbours) else " ")
+        elif unicodedata.category(character)[0] in "PS" and character not in TONE_LETTERS:
+            kept.append(" ")
+        else:
+            kept.append(character)
+    return " ".join("".join(kept).split())
+
+
+@dataclass(frozen=True)
+class ErrorCounts:
+    """
+    Errors of one kind (words or characters), summed over a corpus.
+
+    Args:
+        substitutions (`int`): units recognised as another one.
+        deletions (`int`): units of the references that were not recognised.
+        insertions (`int`): units recognised that no reference has.
+        total (`int`): units in the references.
+    """
+
+    substitutions: int
+    deletions: int
+    insertions: int
+    total: int
+
+    @property
+    def errors(self) -> int:
+        """Substitutions, deletions and insertions together."""
+        return self.substitutions + self.deletions + self.insertions
+
+    @property
+    def rate(self) -> float:
+        """Errors as a share of the reference units (may exceed 1); NaN when the references hold none."""
+        return self.errors / self.total if self.total else math.nan
+
+
+@dataclass(frozen=True)
+class Score:
+    """
+    Error counts of a corpus.
+
+    Args:
+        words ([`ErrorCounts`]): counts of words; words are what whitespace separates.
+        characters ([`ErrorCounts`]): counts of characters, the space between words being one.
+        utterances (`int`): number of pairs compared.
+        empty_references (`list[int]`):
+            Positions of the pairs whose reference is empty once normalised. What was recognised there counts as
+            insertions.
+        exact (`int`): number of utterances recognised without an error.
+    """
+
+    words: ErrorCounts
+    characters: ErrorCounts
+    utterances: int
+    empty_references: list[int]
+    exact: int
+
+    @property
+    def wer(self) -> float:
+        """Word error rate as a share (0.25 is 25%); NaN when no reference has a word."""
+        return self.words.rate
+
+    @property
+    def cer(self) -> float:
+        """Character error rate as a share; NaN when no reference has a character."""
+        return self.characters.rate
+
+    def to_dict(self) -> dict[str, float | int]:
+        """Rates and counts under flat names, as a metrics dictionary."""
+        return {
+            "wer": self.wer,
+            "cer": self.cer,
+            "word_errors": self.words.errors,
+            "word_substitutions": self.words.substitutions,
+            "word_deletions": self.words.deletions,
+            "word_insertions": self.words.insertions,
+            "reference_words": self.words.total,
+            "character_errors": self.characters.errors,
+            "reference_characters": self.characters.total,
+            "utterances": self.utterances,
+            "exact_utterances": self.exact,
+            "empty_references": len(self.empty_references),
+        }
+
+
+def score(
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    normalize: Callable[[str], str] | None = normalize_text,
+) -> Score:
+    """
+    Compares recognised with spoken texts.
+
+    Args:
+        references (`Sequence[str]`): what was said, one text an utterance; may be empty (silence).
+        hypotheses (`Sequence[str]`): what was recognised, in the same order.
+        normalize (`Callable[[str], str]`, *optional*, defaults to [`normalize_text`]):
+            Applied to every text first; `None` compares the texts as they are.
+
+    Returns:
+        [`Score`]: counts and rates over the corpus.
+
+    Raises:
+        `ValueError`: the two differ in length, or there is nothing to compare.
+
+    Example:
+
+    ```python
+    >>> from echo_hf.metrics import score
+
+    >>> result = score(["One, two, three.", ""], ["one too three", "uh"])
+    >>> result.wer, result.words.errors, result.words.total
+    (0.6666666666666666, 2, 3)
+
+    ```
+    """
+    if len(references) != len(hypotheses):
+        raise ValueError(f"{len(references)} references cannot be compared with {len(hypotheses)} hypotheses.")
+    if not len(references):
+        raise ValueError("There is nothing to score: no utterances were given.")
+    if normalize is not None:
+        references = [normalize(text) for text in references]
+        hypotheses = [normalize(text) for text in hypotheses]
+    references, hypotheses = list(references), list(hypotheses)
+    return Score(
+        words=_count(jiwer.process_words(references, hypotheses)),
+        characters=_count(jiwer.process_characters(references, hypotheses)),
+        utterances=len(references),
+        empty_references=[position for position, text in enumerate(references) if not text.split()],
+        exact=sum(reference == hypothesis for reference, hypothesis in zip(references, hypotheses)),
+    )
+
+
+def _count(output) -> ErrorCounts:
+    # Only jiwer's counts are used: its own rate of a corpus without any reference word is 1 for any number of errors.
+    return ErrorCounts(
+        substitutions=output.substitutions,
+        deletions=output.deletions,
+        insertions=output.insertions,
+        total=output.hits + output.substitutions + output.deletions,
+    )
+
+
+def decode_ids(tokenizer, token_ids: np.ndarray) -> list[str]:
+    """
+    Token ids of a batch as texts, without special tokens.
+
+    Args:
+        tokenizer: anything with `batch_decode` and `pad_token_id`, e.g. an `EchoTokenizer`.
+        token_ids (`np.ndarray`): ids, shape `(batch, tokens)`; -100 stands for padding.
+
+    Returns:
+        `list[str]`: one text a row.
+    """
+    token_ids = np.asarray(token_ids)
+    token_ids = np.where(token_ids == -100, tokenizer.pad_token_id, token_ids)
+    return tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+
+
+def make_compute_metrics(
+    tokenizer, normalize: Callable[[str], str] | None = normalize_text
+) -> Callable[..., dict[str, float | int]]:
+    """
+    A `compute_metrics` for `Seq2SeqTrainer` with `predict_with_generate=True`.
+
+    Args:
+        tokenizer: the tokenizer of the labels; an `EchoProcessor` is not taken, its `tokenizer` is.
+        normalize (`Callable[[str], str]`, *optional*, defaults to [`normalize_text`]):
+            Applied to references and hypotheses; `None` compares them as they are.
+
+    Returns:
+        A function of an `EvalPrediction` (ids, shape `(utterances, tokens)`) that returns the flat dictionary of
+        [`Score.to_dict`].
+
+    Raises:
+        `ValueError`: by the returned function, if predictions are logits and not ids, which the Trainer gives without
+        `predict_with_generate`: teacher-forced, they would look far better than recognition is.
+    """
+
+    def compute_metrics(prediction) -> dict[str, float | int]:
+        predicted = prediction.predictions
+        if isinstance(predicted, tuple) or np.asarray(predicted).ndim != 2:
+            raise ValueError(
+                "Error rates need generated token ids of shape (utterances, tokens), got logits: set"
+                " `predict_with_generate=True` in the Seq2SeqTrainingArguments."
+            )
+        references = decode_ids(tokenizer, prediction.label_ids)
+        return score(references, decode_ids(tokenizer, predicted), normalize).to_dict()
+
+    return compute_metrics
+
+
+__all__ = ["ErrorCounts", "Score", "make_compute_metrics", "normalize_text", "score"]
