@@ -255,7 +255,8 @@ class EchoConfig(PreTrainedConfig):
             Whether the decoder's embeddings are also its output projection.
 
     Raises:
-        `ValueError` or `StrictDataclassFieldValidationError`: a field has a value that cannot work; the message names it.
+        `ValueError`: a field has a value that cannot work; the message names it.
+        `StrictDataclassFieldValidationError`: a field has a value of the wrong type or none of the choices.
 
     Example:
 
@@ -398,10 +399,7 @@ class EchoConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
         if self.silence_threshold < 0:
             raise ValueError(f"silence_threshold must not be negative, got {self.silence_threshold}.")
-        if (
-            len(self.silence_scale_range) != 2
-            or not 0 < self.silence_scale_range[0] < self.silence_scale_range[1] <= 1
-        ):
+        if len(self.silence_scale_range) != 2 or not 0 < self.silence_scale_range[0] < self.silence_scale_range[1] <= 1:
             raise ValueError(
                 f"silence_scale_range must be two numbers, 0 < low < high <= 1, got {self.silence_scale_range}."
             )

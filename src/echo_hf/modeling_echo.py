@@ -684,8 +684,8 @@ class EchoEncoder(EchoPreTrainedModel):
             )
         if attention_mask is not None and attention_mask.shape != input_features.shape[:2]:
             raise ValueError(
-                f"attention_mask must have the shape (batch, frames) of input_features, {tuple(input_features.shape[:2])},"
-                f" got {tuple(attention_mask.shape)}."
+                "attention_mask must have the shape (batch, frames) of input_features,"
+                f" {tuple(input_features.shape[:2])}, got {tuple(attention_mask.shape)}."
             )
 
     def _spec_augment(self, spectrogram: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -753,9 +753,7 @@ class EchoEncoder(EchoPreTrainedModel):
 
         # F0 stays in float32 whatever the model's dtype: bfloat16 keeps only 8 bits of it.
         frame_f0 = (
-            groups["pitch"][..., 0].float()
-            if "pitch" in groups
-            else input_features.new_zeros(input_features.shape[:2])
+            groups["pitch"][..., 0].float() if "pitch" in groups else input_features.new_zeros(input_features.shape[:2])
         )
         frame_f0 = frame_f0 * attention_mask
         f0 = align_f0(frame_f0, lengths, encoder_lengths, encoder_frames)  # (B, S)
@@ -1025,7 +1023,7 @@ def ctc_loss(
 
     Args:
         logits (`torch.Tensor` of shape `(B, S, vocab_size)`)
-        labels (`torch.LongTensor` of shape `(B, L)`): -100 ignored; begin and end of sequence are no sounds and are too.
+        labels (`torch.LongTensor` of shape `(B, L)`): -100 is ignored, and so are begin and end of sequence, no sounds.
         encoder_mask (`torch.Tensor` of shape `(B, S)`): 1 for real frames.
         num_items_in_batch (*optional*): number of label tokens to divide the sum by, with gradient accumulation.
 
@@ -1064,9 +1062,7 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = EchoModel(config)
         self.proj_out = nn.Linear(config.decoder_hidden_size, config.vocab_size, bias=False)
-        self.ctc_head = (
-            nn.Linear(config.encoder_hidden_size, config.vocab_size) if config.ctc_loss_weight > 0 else None
-        )
+        self.ctc_head = nn.Linear(config.encoder_hidden_size, config.vocab_size) if config.ctc_loss_weight > 0 else None
         # Left alone, generate() would stop at 20 tokens.
         self.generation_config.max_length = config.max_target_positions
         self.post_init()
