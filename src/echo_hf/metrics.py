@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import jiwer
 import numpy as np
 
-# Signs that are typed for an apostrophe: typewriter, typographic, modifier letter, full width (NFKC makes it the first).
+# Typed for an apostrophe: typewriter, typographic and modifier letter (NFKC turns the full-width sign into the first).
 APOSTROPHES = "'\u2019\u02bc"
 # Tone letters (U+02E5 to U+02E9) are symbols to Unicode, but belong to the word in which they stand.
 TONE_LETTERS = "\u02e5\u02e6\u02e7\u02e8\u02e9"

@@ -1,0 +1,473 @@
+"""Speech with transcripts: found, checked, turned into features once, and made into batches.
+
+Whatever the source, a manifest, a folder or a dataset, its rows become one table with the columns `audio` (undecoded,
+as `datasets` keeps it), `text`, `origin` (what an error message calls the row) and all that the source has besides.
+What can be checked without decoding audio is checked before the first feature is computed. Features lie on disk under
+the fingerprint of audio files, extractor settings and extractor code, so F0 is computed once, whichever tokenizer,
+batch size or seed a run uses.
+"""
+
+import hashlib
+import inspect
+import io
+import json
+import os
+from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import soundfile
+import torch
+from datasets import Dataset
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Formats that soundfile reads by itself, in folders; a file that is named is tried whatever it is called.
+AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64")
+NAMED_AT_MOST = 5  # examples in a message that reports many rows
+
+
+# Sources -------------------------------------------------------------------------------------------------------------
+
+
+def find_audio_files(folder: str | os.PathLike) -> list[Path]:
+    """Audio files in a folder and the folders in it, by their extension, in the order of their paths."""
+    return sorted(
+        path for path in Path(folder).rglob("*") if path.suffix.lower() in AUDIO_EXTENSIONS and path.is_file()
+    )
+
+
+def load_sources(
+    sources: str | os.PathLike | Sequence[str | os.PathLike],
+    split: str | None = None,
+    name: str | None = None,
+    audio_column: str | None = None,
+    text_column: str | None = None,
+) -> Dataset:
+    """
+    Reads one or more sources of speech with transcripts and puts them one after the other. No audio is decoded.
+
+    Args:
+        sources (`str`, `os.PathLike` or a sequence of these): each is one of
+            - a manifest: a file of JSON lines, `{"audio": "clips/1.flac", "text": "hello"}`, paths relative to its
+              folder;
+            - a folder with a `metadata.jsonl` manifest (which may say `file_name` for `audio`), or with audio files
+              and beside each a `.txt` of the same name;
+            - a folder written by `Dataset.save_to_disk`, or the name of a dataset on the Hub.
+        split (`str`, *optional*): split of a `datasets` source, e.g. `"train"`.
+        name (`str`, *optional*): configuration of a dataset on the Hub, e.g. a language.
+        audio_column (`str`, *optional*): column with the audio; `"audio"` (or `"file_name"`) when not given.
+        text_column (`str`, *optional*): column with the transcript; `"text"` when not given.
+
+    Returns:
+        `datasets.Dataset`: columns `audio` (undecoded: `{"bytes", "path"}`), `text`, `origin` and the sources' others.
+        A column that has different types in two sources becomes text.
+
+    Raises:
+        `ValueError`: a source does not exist, is empty, lacks a column, or has a line that is not JSON.
+    """
+    if isinstance(sources, (str, os.PathLike)):
+        sources = [sources]
+    if not sources:
+        raise ValueError("No source of speech was given: name a manifest, a folder or a dataset.")
+    tables = [_load_source(str(source), split, name, audio_column, text_column) for source in sources]
+    for column in {column for table in tables for column in table.column_names}:
+        types = {str(table.features[column]) for table in tables if column in table.column_names}
+        if len(types - {str(datasets.Value("null"))}) > 1:
+            tables = [
+                table.cast_column(column, datasets.Value("string")) if column in table.column_names else table
+                for table in tables
+            ]
+    return datasets.concatenate_datasets(tables)
+
+
+def _load_source(
+    source: str, split: str | None, name: str | None, audio_column: str | None, text_column: str | None
+) -> Dataset:
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _read_manifest(path, audio_column, text_column)
+    if path.is_dir() and not (path / "state.json").exists() and not (path / "dataset_dict.json").exists():
+        if (path / "metadata.jsonl").exists():
+            return _read_manifest(path / "metadata.jsonl", audio_column, text_column)
+        return _read_folder(path)
+    if path.is_dir():
+        table = datasets.load_from_disk(str(path))
+    elif path.suffix or path.is_absolute() or len(path.parts) > 2:
+        raise ValueError(f"{source}: no such file or folder.")
+    else:
+        try:
+            table = datasets.load_dataset(source, name, split=split)
+        except (OSError, ValueError) as error:  # what `datasets` raises for an unknown name, split or configuration
+            raise ValueError(
+                f"{source}: no file or folder here, and not loaded from the Hub either: {error}"
+            ) from error
+    if isinstance(table, dict):
+        if split not in table:
+            raise ValueError(f"{source}: choose one of its splits ({', '.join(table)}), got {split!r}.")
+        table = table[split]
+    return _from_dataset(table, source, audio_column or "audio", text_column or "text")
+
+
+def _from_dataset(table: Dataset, source: str, audio_column: str, text_column: str) -> Dataset:
+    if not isinstance(table, Dataset):
+        raise ValueError(
+            f"{source}: a {type(table).__name__} cannot be used; features are computed once, for all rows."
+        )
+    for column in (audio_column, text_column):
+        if column not in table.column_names:
+            raise ValueError(
+                f"{source}: there is no column {column!r} among {', '.join(table.column_names)}; say which columns hold"
+                " the audio and the text."
+            )
+    if not len(table):
+        raise ValueError(f"{source}: the dataset has no rows.")
+    table = table.cast_column(audio_column, datasets.Audio(decode=False))
+    # The columns get the names used here; whatever else had such a name gives way.
+    for old, new in ((audio_column, "audio"), (text_column, "text")):
+        if old != new:
+            table = table.remove_columns([new] if new in table.column_names else []).rename_column(old, new)
+    if "origin" in table.column_names:
+        table = table.remove_columns("origin")
+    return table.add_column("origin", [f"{source} row {row}" for row in range(len(table))])
+
+
+def _read_manifest(path: Path, audio_column: str | None, text_column: str | None) -> Dataset:
+    rows, origins = [], []
+    try:
+        with open(path, encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    row, origin = json.loads(line), f"{path} line {number}"
+                    if not isinstance(row, dict):
+                        raise ValueError(f"{origin}: must be a JSON object such as {{'audio': ..., 'text': ...}}.")
+                    rows.append(row)
+                    origins.append(origin)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} line {number}: not JSON ({error}). A manifest has one JSON object a line.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}); a manifest is a text file of JSON lines.") from error
+    if not rows:
+        raise ValueError(f"{path}: the manifest is empty.")
+    if audio_column is None:
+        audio_column = "audio" if "audio" in rows[0] or "file_name" not in rows[0] else "file_name"
+    text_column = text_column or "text"
+    for row, origin in zip(rows, origins):
+        for column in (audio_column, text_column):
+            if not isinstance(row.get(column), str):
+                found = f"it has {', '.join(row)}" if column not in row else f"got {row[column]!r}"
+                raise ValueError(f"{origin}: {column!r} must be a string; {found}.")
+    folder = path.parent.absolute()
+    columns = dict.fromkeys(column for row in rows for column in row if column not in (audio_column, text_column))
+    return _make_table(
+        paths=[str(folder / row[audio_column]) for row in rows],
+        texts=[row[text_column] for row in rows],
+        origins=[f"{origin} ({row[audio_column]})" for row, origin in zip(rows, origins)],
+        extra={column: [_plain(row.get(column)) for row in rows] for column in columns},
+    )
+
+
+def _plain(value: Any) -> Any:
+    # Lists and objects of an extra column may differ in shape from line to line, which no table can hold.
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
+
+
+def _read_folder(folder: Path) -> Dataset:
+    files = find_audio_files(folder)
+    if not files:
+        manifests = ", ".join(str(path) for path in sorted(folder.glob("*.jsonl")))
+        hint = f" Did you mean one of its manifests: {manifests}?" if manifests else ""
+        raise ValueError(f"{folder}: no audio files ({', '.join(AUDIO_EXTENSIONS)}) in this folder.{hint}")
+    without = [path for path in files if not path.with_suffix(".txt").is_file()]
+    if without:
+        raise ValueError(
+            f"{folder}: {len(without)} of {len(files)} audio files have no text beside them; needed are"
+            f" {_name(path.with_suffix('.txt') for path in without)}, or a metadata.jsonl for the folder."
+        )
+    return _make_table(
+        paths=[str(path.absolute()) for path in files],
+        texts=[path.with_suffix(".txt").read_text(encoding="utf-8-sig").strip() for path in files],
+        origins=[str(path) for path in files],
+        extra={},
+    )
+
+
+def _make_table(paths: list[str], texts: list[str], origins: list[str], extra: dict[str, list]) -> Dataset:
+    columns: dict[str, list] = {"audio": paths, "text": texts, "origin": origins}
+    for column, values in extra.items():
+        kinds = {type(value) for value in values if value is not None}
+        if len(kinds) > 1 and not kinds <= {int, float}:
+            values = [value if value is None else str(value) for value in values]
+        columns.setdefault(column, values)
+    return Dataset.from_dict(columns).cast_column("audio", datasets.Audio(decode=False))
+
+
+def _name(items: Iterable[Any]) -> str:
+    """The first few of many items, for a message."""
+    items = [str(item) for item in items]
+    more = f" and {len(items) - NAMED_AT_MOST} more" if len(items) > NAMED_AT_MOST else ""
+    return "; ".join(items[:NAMED_AT_MOST]) + more
+
+
+# Features ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PreparedData:
+    """
+    What [`prepare_dataset`] gives.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            `input_features` (float32, `(frames, channels)`), `length` (frames), `labels` (token ids as the tokenizer
+            gives them), `audio` (path, or `None` for audio in memory), `text`, `origin` and the source's other columns.
+        skipped (`list[tuple[str, str]]`): origin and reason of each row left out.
+        seconds (`float`): duration of the audio in `dataset`.
+    """
+
+    dataset: Dataset
+    skipped: list[tuple[str, str]]
+    seconds: float
+
+
+def prepare_dataset(
+    table: Dataset,
+    processor,
+    max_label_length: int | None = None,
+    min_seconds: float | None = None,
+    max_seconds: float | None = None,
+    skip_broken: bool = False,
+    allow_empty_text: bool = False,
+    num_proc: int | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> PreparedData:
+    """
+    Checks a table of speech, then computes its features, or takes them from the cache.
+
+    Args:
+        table (`datasets.Dataset`): as [`load_sources`] gives it.
+        processor ([`EchoProcessor`]): its feature extractor and its tokenizer are used. Audio is resampled as needed.
+        max_label_length (`int`, *optional*): longest transcript in tokens, begin and end of sequence counted.
+        min_seconds (`float`, *optional*): shorter audio is left out.
+        max_seconds (`float`, *optional*): longer audio is left out.
+        skip_broken (`bool`, defaults to `False`):
+            Whether a row that cannot be used (audio missing or broken, no text, too long a text) is reported and left
+            out. Otherwise it is an error.
+        allow_empty_text (`bool`, defaults to `False`): whether audio without words, such as silence, can be used.
+        num_proc (`int`, *optional*): number of processes that compute features; this process alone when not given.
+        cache_dir (`str`, *optional*): folder for features; `echo_hf` in the cache of `datasets` when not given.
+
+    Returns:
+        [`PreparedData`].
+
+    Raises:
+        `ValueError`: rows cannot be used, the message names the first of them; or no row is left.
+    """
+    identities, seconds, paths, problems, outside = [], [], [], {}, {}
+    labels = processor.tokenizer(table["text"][:])["input_ids"]
+    rows = zip(table.select_columns(["audio", "text", "origin"]), labels)
+    progress = datasets.utils.tqdm(rows, total=len(table), desc="Checking audio files", leave=False)
+    for index, (row, ids) in enumerate(progress):
+        length, identity, problem = _inspect(row["audio"])
+        identities.append(identity)
+        seconds.append(length)
+        paths.append(row["audio"]["path"])
+        too_short = min_seconds is not None and length < min_seconds
+        too_long = max_seconds is not None and length > max_seconds
+        if problem is None and (too_short or too_long):
+            outside[index] = f"{length:.2f} s is too {'short' if too_short else 'long'}"
+            continue
+        if problem is None and not allow_empty_text and not (row["text"] or "").strip():
+            problem = "the text is empty"
+        if problem is None and max_label_length is not None and len(ids) > max_label_length:
+            problem = f"the text has {len(ids)} tokens, the model takes {max_label_length} (`max_target_positions`)"
+        if problem is not None:
+            problems[index] = problem
+    origins = table["origin"][:]
+    _report(origins, problems, skip_broken)
+
+    keep = [index for index in range(len(table)) if index not in problems and index not in outside]
+    if not keep:
+        raise ValueError(f"None of the {len(table)} utterances can be used: {_describe(origins, problems | outside)}.")
+    features = _compute_features(
+        table.select(keep).select_columns(["audio", "origin"]),
+        processor.feature_extractor,
+        [identities[index] for index in keep],
+        skip_broken,
+        num_proc,
+        Path(cache_dir) if cache_dir is not None else Path(datasets.config.HF_DATASETS_CACHE) / "echo_hf",
+    )
+    undecodable = {keep[row]: message for row, message in enumerate(features["problem"]) if message}
+    _report(origins, undecodable, skip_broken)
+
+    others = table.select(keep).remove_columns(
+        [name for name in ("audio", "labels", "length", "input_features") if name in table.column_names]
+    )
+    others = others.flatten_indices(keep_in_memory=True)
+    others = others.add_column("audio", [paths[index] for index in keep])
+    others = others.add_column("labels", [labels[index] for index in keep])
+    prepared = datasets.concatenate_datasets([others, features.remove_columns("problem")], axis=1)
+    if undecodable:
+        prepared = prepared.select([row for row, index in enumerate(keep) if index not in undecodable])
+        if not len(prepared):
+            raise ValueError(f"None of the {len(table)} utterances can be used: {_describe(origins, undecodable)}.")
+    left_out = dict(sorted((problems | outside | undecodable).items()))
+    if outside:
+        logger.warning(f"{len(outside)} of {len(table)} utterances left out: {_describe(origins, outside)}.")
+    return PreparedData(
+        dataset=prepared.with_format("numpy", columns=["input_features"], output_all_columns=True),
+        skipped=[(origins[index], reason) for index, reason in left_out.items()],
+        seconds=sum(seconds[index] for index in keep if index not in undecodable),
+    )
+
+
+def _inspect(audio: dict[str, Any]) -> tuple[float, str, str | None]:
+    """Duration (s), identity for the fingerprint, and what is wrong with an undecoded audio entry; reads its header."""
+    data, path = audio["bytes"], audio["path"]
+    try:
+        if data is None:
+            status = os.stat(path)
+            identity = f"{path} {status.st_size} {status.st_mtime_ns}"
+        else:
+            identity = hashlib.sha256(data).hexdigest()
+        header = soundfile.info(path if data is None else io.BytesIO(data))
+    except FileNotFoundError:
+        return 0.0, "", f"there is no file {path}"
+    except (OSError, RuntimeError, TypeError) as error:  # TypeError: neither bytes nor path
+        return 0.0, "", f"the audio cannot be read: {error}"
+    return header.frames / header.samplerate, identity, None if header.frames else "the audio is empty"
+
+
+def _report(origins: list[str], problems: dict[int, str], skip_broken: bool) -> None:
+    if not problems:
+        return
+    message = f"{len(problems)} of {len(origins)} utterances cannot be used: {_describe(origins, problems)}."
+    if not skip_broken:
+        raise ValueError(f"{message} Mend or remove them, or leave them out with `skip_broken`.")
+    logger.warning(f"{message} They are skipped.")
+
+
+def _describe(origins: list[str], reasons: dict[int, str]) -> str:
+    return _name(f"{origins[index]}: {reason}" for index, reason in sorted(reasons.items()))
+
+
+def _compute_features(
+    table: Dataset, extractor, identities: list[str], skip_broken: bool, num_proc: int | None, cache_dir: Path
+) -> Dataset:
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    # The fingerprint is made here: the one that `datasets` makes of a function hangs on how Python pickles the
+    # extractor, and it does not see which audio file changed.
+    fingerprint = features_fingerprint(extractor, identities)
+    return table.map(
+        _extract,
+        batched=True,
+        batch_size=16,
+        writer_batch_size=64,
+        remove_columns=table.column_names,
+        features=datasets.Features(
+            {
+                "input_features": datasets.Array2D((None, extractor.feature_size), "float32"),
+                "length": datasets.Value("int32"),
+                "problem": datasets.Value("string"),
+            }
+        ),
+        fn_kwargs={"extractor": extractor, "skip_broken": skip_broken},
+        num_proc=num_proc if num_proc is not None and num_proc > 1 else None,
+        cache_file_name=str(cache_dir / f"features-{fingerprint}.arrow"),
+        new_fingerprint=fingerprint,
+        load_from_cache_file=True,
+        desc="Computing features",
+    )
+
+
+def features_fingerprint(extractor, identities: Iterable[str]) -> str:
+    """
+    A name for the features of some audio: the same in every process, another whenever the features may differ.
+
+    Args:
+        extractor ([`EchoFeatureExtractor`]): its settings count, and so does the code of its module and of F0's.
+        identities (`Iterable[str]`): one string an utterance, in order, that changes with the audio.
+
+    Returns:
+        `str`: 32 hexadecimal digits.
+    """
+    aside = ("auto_map", "processor_class", "resample", "return_attention_mask")  # nothing that changes a value
+    settings = {key: value for key, value in extractor.to_dict().items() if key not in aside}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    code = Path(inspect.getfile(type(extractor)))
+    for path in (code, code.with_name("pitch_echo.py")):
+        digest.update(path.read_bytes())
+    for identity in identities:
+        digest.update(identity.encode() + b"\n")
+    return digest.hexdigest()[:32]
+
+
+def _extract(batch: dict[str, list], extractor, skip_broken: bool) -> dict[str, list]:
+    features, problems = [], []
+    for audio, origin in zip(batch["audio"], batch["origin"]):
+        try:
+            values = np.asarray(extractor(audio, resample=True)["input_features"][0], dtype=np.float32)
+            problem = None
+        except (OSError, RuntimeError, ValueError) as error:
+            if not skip_broken:
+                raise ValueError(f"{origin}: {error} Mend or remove it, or leave it out with `skip_broken`.") from error
+            values, problem = np.zeros((0, extractor.feature_size), dtype=np.float32), str(error)
+        features.append(values)
+        problems.append(problem)
+    return {"input_features": features, "length": [len(values) for values in features], "problem": problems}
+
+
+# Batches -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class EchoDataCollator:
+    """
+    Makes a batch of rows of [`prepare_dataset`], or of any rows with `input_features` and `labels`; other columns are
+    left aside.
+
+    Features are padded by the extractor. Labels are padded with -100, which no loss counts, and lose a begin of
+    sequence at their front: the model puts its `decoder_start_token_id` there itself when it shifts them.
+
+    Args:
+        processor ([`EchoProcessor`]): its feature extractor pads, its tokenizer says what the begin of sequence is.
+        pad_to_multiple_of (`int`, *optional*): frames are padded up to a multiple of this, for fixed shapes.
+
+    Returns (`__call__`):
+        `dict[str, torch.Tensor]`: `input_features` `(batch, frames, channels)`, `attention_mask` `(batch, frames)` and,
+        if the rows have them, `labels` `(batch, tokens)`.
+    """
+
+    processor: Any
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        padded = self.processor.feature_extractor.pad(
+            {"input_features": [np.asarray(row["input_features"], dtype=np.float32) for row in rows]},
+            padding=True,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        batch = dict(padded)
+        if all(row.get("labels") is not None for row in rows):
+            begin = self.processor.tokenizer.bos_token_id
+            labels = [torch.as_tensor(row["labels"], dtype=torch.long) for row in rows]
+            labels = [ids[1:] if len(ids) and ids[0] == begin else ids for ids in labels]
+            batch["labels"] = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+        return batch
+
+
+__all__ = [
+    "EchoDataCollator",
+    "PreparedData",
+    "features_fingerprint",
+    "find_audio_files",
+    "load_sources",
+    "prepare_dataset",
+]
