@@ -207,7 +207,7 @@ class EchoConfig(PreTrainedConfig):
             What is added to the encoder's attention scores for frames of similar pitch: `"none"`; `"gaussian"`,
             learned, one strength a head, with no matrix of frames by frames; `"laplacian"`, published, with one.
         silence_scaling (`bool`, defaults to `True`):
-            Whether the scores of silent frames and of pad tokens, as keys, are scaled to near zero by a learned factor.
+            Whether the scores of silent frames, as keys, are scaled to near zero by a learned factor.
         silence_threshold (`float`, defaults to 0.5):
             A frame is silent when none of its log-mel channels is above this (units of the extractor: 0 is its floor,
             80 dB under the peak; 0.05 is 2 dB). 0.5 is 60 dB under the peak of a loud recording.

@@ -360,8 +360,10 @@ class EchoAttention(nn.Module):
 
         z_j * (R_i q_i) . (R_j k_j) / sqrt(D)  +  bias_ij
 
-    R rotates (not in cross-attention). `z_j` scales silent keys, "leveraging silence": 1, or for a silent frame (in the
-    decoder: a pad token) the learned `clamp(softplus(silence_logit), low, high)`. Padding is no silence: it is masked.
+    R rotates (not in cross-attention). `z_j` scales silent keys, "leveraging silence": 1, or for a silent frame the
+    learned `clamp(softplus(silence_logit), low, high)`. Padding is no silence: it is masked. The published form scales
+    pad tokens in the decoder's self-attention too; there a pad token never stands before a real one, and the causal
+    mask hides it already, so Echo leaves that out.
 
     The pitch bias (encoder only), with f the standardised F0:
 
@@ -396,7 +398,7 @@ class EchoAttention(nn.Module):
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden_size, bias=False)
         if gaussian:
             self.bias_strength = nn.Parameter(torch.zeros(self.num_heads))
-        if config.silence_scaling:
+        if config.silence_scaling and not self.is_causal:
             self.silence_logit = nn.Parameter(torch.zeros(1))
 
     def silence_factor(self) -> torch.Tensor:
@@ -422,7 +424,8 @@ class EchoAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        cos: torch.Tensor | None = None,
+        sin: torch.Tensor | None = None,
         silence: torch.Tensor | None = None,
         standardized_f0: torch.Tensor | None = None,
         position_bias: torch.Tensor | None = None,
@@ -434,7 +437,8 @@ class EchoAttention(nn.Module):
         Args:
             hidden_states (`torch.Tensor` of shape `(B, L, E)`): queries, and keys and values in self-attention.
             attention_mask: as the chosen attention wants it; made by the library's mask functions.
-            position_embeddings: cosines and sines of `EchoRotaryEmbedding`; None in cross-attention.
+            cos, sin (`torch.Tensor` of shape `(B or 1, 1, L, C)`, *optional*): of [`EchoRotaryEmbedding`]; not in
+                cross-attention. Apart, since checkpointing follows gradients (the radius may learn) only into tensors.
             silence (`torch.Tensor` of shape `(B, S)`, *optional*): which keys are silent.
             standardized_f0 (`torch.Tensor` of shape `(B, S)`, *optional*): for the gaussian bias.
             position_bias (`torch.Tensor` of shape `(B, 1, S, S)`, *optional*): the laplacian bias.
@@ -463,8 +467,8 @@ class EchoAttention(nn.Module):
             key = self.project(self.k_proj, states, self.content_dim)
             value = self.project(self.v_proj, states, self.head_dim)
 
-        if position_embeddings is not None:
-            cos, sin = (table[..., : self.content_dim // 2] for table in position_embeddings)
+        if cos is not None:
+            cos, sin = cos[..., : self.content_dim // 2], sin[..., : self.content_dim // 2]
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if silence is not None and not cached:
             factor = torch.where(silence, self.silence_factor(), 1.0)
@@ -493,6 +497,11 @@ class EchoAttention(nn.Module):
         return self.o_proj(output.reshape(*hidden_states.shape[:2], -1)), weights
 
 
+class EchoPitchProjection(nn.Linear):
+    """A linear map of pitch that starts at 0, so that what it is added to starts as if it were not there. A class of
+    its own because initialisation goes by class."""
+
+
 class EchoGatedMLP(nn.Module):
     """Gated feed-forward, `down(act(gate(x) + pitch_gate(pitch)) * up(x))` (https://huggingface.co/papers/2002.05202).
 
@@ -504,7 +513,7 @@ class EchoGatedMLP(nn.Module):
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-        self.pitch_proj = nn.Linear(PITCH_CHANNELS, intermediate_size, bias=False) if sees_pitch else None
+        self.pitch_proj = EchoPitchProjection(PITCH_CHANNELS, intermediate_size, bias=False) if sees_pitch else None
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor, pitch: torch.Tensor | None = None) -> torch.Tensor:
@@ -530,7 +539,8 @@ class EchoEncoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        cos: torch.Tensor | None = None,
+        sin: torch.Tensor | None = None,
         silence: torch.Tensor | None = None,
         standardized_f0: torch.Tensor | None = None,
         position_bias: torch.Tensor | None = None,
@@ -540,7 +550,8 @@ class EchoEncoderLayer(GradientCheckpointingLayer):
         attended, _ = self.self_attn(
             self.self_attn_norm(hidden_states),
             attention_mask,
-            position_embeddings,
+            cos,
+            sin,
             silence,
             standardized_f0,
             position_bias,
@@ -570,8 +581,8 @@ class EchoDecoderLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        silence: torch.Tensor | None = None,
+        cos: torch.Tensor | None = None,
+        sin: torch.Tensor | None = None,
         encoder_silence: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -579,8 +590,8 @@ class EchoDecoderLayer(GradientCheckpointingLayer):
         attended, _ = self.self_attn(
             self.self_attn_norm(hidden_states),
             attention_mask,
-            position_embeddings,
-            silence,
+            cos,
+            sin,
             past_key_values=past_key_values,
             **kwargs,
         )
@@ -618,9 +629,8 @@ class EchoPreTrainedModel(PreTrainedModel):
 
             EchoRotaryEmbedding   log_theta 0 (theta as configured), gain 0 (radius 1)
             EchoAttention         bias_strength 0 (no bias), silence_logit in the middle of its range
-            EchoGatedMLP          pitch_proj 0
+            EchoPitchProjection   weight 0
             EchoEncoder           blend -2: a further channel group starts with an eighth of the say
-            EchoDecoder           pitch_proj 0
         """
         super()._init_weights(module)
         if isinstance(module, EchoRotaryEmbedding):
@@ -633,9 +643,8 @@ class EchoPreTrainedModel(PreTrainedModel):
             if hasattr(module, "silence_logit"):
                 middle = math.sqrt(math.prod(self.config.silence_scale_range))
                 init.constant_(module.silence_logit, math.log(math.expm1(middle)))
-        elif isinstance(module, EchoGatedMLP | EchoDecoder):
-            if module.pitch_proj is not None:
-                init.zeros_(module.pitch_proj.weight)
+        elif isinstance(module, EchoPitchProjection):
+            init.zeros_(module.weight)
         elif isinstance(module, EchoEncoder):
             if hasattr(module, "blend"):
                 init.constant_(module.blend, -2.0)
@@ -777,7 +786,7 @@ class EchoEncoder(EchoPreTrainedModel):
             hidden_states = stemmed if i == 0 else torch.lerp(hidden_states, stemmed, self.blend[i - 1].sigmoid())
         hidden_states = self.dropout(hidden_states)
 
-        position_embeddings = self.rotary_emb(frames, hidden_states.dtype, f0, pitch, encoder_mask)
+        cos, sin = self.rotary_emb(frames, hidden_states.dtype, f0, pitch, encoder_mask)
         standardized_f0 = position_bias = None
         if config.pitch_bias == "gaussian":
             standardized_f0 = standardize_f0(f0, encoder_mask)
@@ -788,7 +797,7 @@ class EchoEncoder(EchoPreTrainedModel):
 
         for layer in self.layers:
             hidden_states = layer(
-                hidden_states, mask, position_embeddings, silence, standardized_f0, position_bias, pitch, **kwargs
+                hidden_states, mask, cos, sin, silence, standardized_f0, position_bias, pitch, **kwargs
             )
         return EchoEncoderOutput(
             last_hidden_state=self.norm(hidden_states),
@@ -813,7 +822,7 @@ class EchoDecoder(EchoPreTrainedModel):
         super().__init__(config)
         size = config.decoder_hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, size, config.pad_token_id)
-        self.pitch_proj = nn.Linear(1, size, bias=False) if config.token_pitch != "none" else None
+        self.pitch_proj = EchoPitchProjection(1, size, bias=False) if config.token_pitch != "none" else None
         self.dropout = nn.Dropout(config.dropout)
         self.rotary_emb = EchoRotaryEmbedding(config, size // config.decoder_num_attention_heads)
         self.layers = nn.ModuleList(EchoDecoderLayer(config, i) for i in range(config.decoder_num_hidden_layers))
@@ -863,9 +872,6 @@ class EchoDecoder(EchoPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("The decoder takes exactly one of decoder_input_ids and decoder_inputs_embeds.")
-        silence = None
-        if self.config.silence_scaling and input_ids is not None:
-            silence = input_ids == self.config.pad_token_id
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
@@ -891,15 +897,15 @@ class EchoDecoder(EchoPreTrainedModel):
         if self.pitch_proj is not None and token_pitch is not None:
             hidden_states = hidden_states + self._pitch_embeds(token_pitch, position_ids)
         hidden_states = self.dropout(hidden_states)
-        position_embeddings = self.rotary_emb(position_ids, hidden_states.dtype)
+        cos, sin = self.rotary_emb(position_ids, hidden_states.dtype)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
                 causal_mask,
                 encoder_hidden_states,
                 encoder_attention_mask,
-                position_embeddings,
-                silence,
+                cos,
+                sin,
                 encoder_silence,
                 past_key_values=past_key_values,
                 **kwargs,

@@ -1,0 +1,143 @@
+"""EchoConfig: defaults, presets, errors, round trips."""
+
+import json
+import logging
+
+import pytest
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+
+from echo_hf.configuration_echo import BASELINE
+from echo_hf.configuration_echo import PRESETS
+from echo_hf.configuration_echo import SIZES
+from echo_hf.configuration_echo import EchoConfig
+
+
+def test_default_config_logs_nothing(caplog):
+    with caplog.at_level(logging.WARNING):
+        EchoConfig()
+    assert not caplog.records
+
+
+def test_every_field_is_documented():
+    own = set(EchoConfig.__annotations__)
+    for name in own - {"is_encoder_decoder"}:
+        assert f"\n        {name} (`" in EchoConfig.__doc__, name
+
+
+def test_round_trip(tmp_path):
+    config = EchoConfig.from_preset(
+        "all", size="2m", stem_strides=[2, 3], dropout=0.25, feature_groups={"pitch": 1, "spectrogram": 40}
+    )
+    config.save_pretrained(tmp_path)
+    loaded = EchoConfig.from_pretrained(tmp_path)
+    ignored = {"transformers_version", "_name_or_path"}
+    assert {k: v for k, v in loaded.to_dict().items() if k not in ignored} == {
+        k: v for k, v in config.to_dict().items() if k not in ignored
+    }
+
+
+def test_saved_config_names_code_that_lies_beside_it(tmp_path):
+    EchoConfig().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    references = [saved["custom_pipelines"]["automatic-speech-recognition"]["impl"]]
+    for value in saved["auto_map"].values():
+        references += value if isinstance(value, list) else [value]
+    for reference in filter(None, references):
+        module, name = reference.split(".")
+        assert f"class {name}(" in (tmp_path / f"{module}.py").read_text()
+    # Natively the pipeline comes from the package: the name would make `pipeline()` ask for trust_remote_code.
+    assert not hasattr(EchoConfig.from_pretrained(tmp_path), "custom_pipelines")
+
+
+def test_feature_groups_take_their_fixed_order():
+    config = EchoConfig(feature_groups={"pitch": 1, "waveform": 160, "spectrogram": 80})
+    assert list(config.feature_groups) == ["spectrogram", "waveform", "pitch"]
+    assert config.num_feature_channels == 241
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("vocab_size", 0),
+        ("feature_groups", {"spectrogram": 80, "loudness": 1}),
+        ("feature_groups", {"pitch": 1}),
+        ("feature_groups", {"spectrogram": 0, "pitch": 1}),
+        ("feature_groups", {"spectrogram": 80, "pitch": 2}),
+        ("feature_groups", {"spectrogram": 80}),
+        ("stem_strides", []),
+        ("stem_strides", [2, 0]),
+        ("encoder_hidden_size", 250),
+        ("decoder_hidden_size", 254),
+        ("encoder_num_key_value_heads", 3),
+        ("decoder_num_hidden_layers", 0),
+        ("rotary_theta", -1.0),
+        ("mel_corner_frequency", 0.0),
+        ("tokens_per_second", 0.0),
+        ("silence_threshold", -0.1),
+        ("silence_scale_range", [0.5, 0.1]),
+        ("dropout", 1.0),
+        ("label_smoothing", -0.1),
+        ("ctc_loss_weight", 1.5),
+        ("mask_time_prob", 2.0),
+        ("mask_time_min_masks", -1),
+        ("mask_feature_length", 0),
+    ],
+)
+def test_impossible_values_raise_and_name_the_field(field, value):
+    with pytest.raises(ValueError, match=field):
+        EchoConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("theta_mode", "median"),
+        ("radius_mode", 1.0),
+        ("pitch_bias", "cauchy"),
+        ("vocab_size", "many"),
+        ("pitch_gate", 3),
+    ],
+)
+def test_wrong_types_and_choices_raise_and_name_the_field(field, value):
+    with pytest.raises(StrictDataclassFieldValidationError, match=field):
+        EchoConfig(**{field: value})
+
+
+def test_presets_switch_one_mechanism_each():
+    assert EchoConfig.from_preset("baseline").pitch_mechanisms == []
+    single = {"theta", "radius", "bias", "silence", "gate", "pitch_input", "token_pitch"}
+    for preset in single:
+        config = EchoConfig.from_preset(preset)
+        changed = [name for name, value in BASELINE.items() if getattr(config, name) != value]
+        assert len(changed) == 1, preset
+    every = EchoConfig.from_preset("all")
+    assert all(getattr(every, name) != value for name, value in BASELINE.items())
+    assert single < set(PRESETS)
+
+
+def test_published_presets_are_as_published():
+    for preset, modes in (("published_mean_sigmoid", ("mean", "sigmoid")), ("published_frame_raw", ("frame", "raw"))):
+        config = EchoConfig.from_preset(preset)
+        assert (config.theta_mode, config.radius_mode) == modes
+        assert (config.rotary_frequencies, config.rotary_theta, config.learn_theta) == ("mel", 10000.0, True)
+        assert (config.mel_corner_frequency, config.mel_max_frequency) == (700.0, 8000.0)
+
+
+def test_unknown_preset_and_size_name_the_choices():
+    with pytest.raises(ValueError, match="baseline"):
+        EchoConfig.from_preset("none")
+    with pytest.raises(ValueError, match="2m"):
+        EchoConfig.from_preset("all", size="3g")
+    assert EchoConfig.from_preset("all", size="5m", theta_mode="frame").theta_mode == "frame"
+    assert list(SIZES) == ["2m", "5m", "10m", "27m", "80m"]
+
+
+def test_spectrogram_alone_is_enough_without_pitch():
+    config = EchoConfig.from_preset("baseline", feature_groups={"spectrogram": 80})
+    assert config.num_feature_channels == 80
+
+
+def test_times():
+    config = EchoConfig(sampling_rate=8000, hop_length=80, stem_strides=[2, 2])
+    assert config.frame_seconds == 0.01
+    assert config.inputs_to_logits_ratio == 320

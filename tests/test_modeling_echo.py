@@ -1,0 +1,864 @@
+"""The model: formulas against independent float64 references, invariances, generation, losses, round trips."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import EncoderDecoderCache
+from transformers import StaticCache
+from transformers.modeling_outputs import BaseModelOutput
+
+from echo_hf.configuration_echo import PRESETS
+from echo_hf.configuration_echo import EchoConfig
+from echo_hf.modeling_echo import EchoEncoderOutput
+from echo_hf.modeling_echo import EchoForConditionalGeneration
+from echo_hf.modeling_echo import EchoForCTC
+from echo_hf.modeling_echo import EchoModel
+from echo_hf.modeling_echo import EchoRotaryEmbedding
+from echo_hf.modeling_echo import align_f0
+from echo_hf.modeling_echo import normalize_f0
+from echo_hf.modeling_echo import pitch_per_token
+from echo_hf.modeling_echo import standardize_f0
+
+TINY = {
+    "vocab_size": 67,
+    "feature_groups": {"spectrogram": 16, "pitch": 1},
+    "encoder_hidden_size": 32,
+    "decoder_hidden_size": 24,
+    "encoder_num_hidden_layers": 3,
+    "decoder_num_hidden_layers": 2,
+    "encoder_num_attention_heads": 4,
+    "decoder_num_attention_heads": 2,
+    "encoder_num_key_value_heads": 2,
+    "encoder_intermediate_size": 40,
+    "max_target_positions": 40,
+    "mask_feature_length": 4,
+}
+SETTINGS = {**{name: {"preset": name} for name in PRESETS}, "laplacian": {"preset": "all", "pitch_bias": "laplacian"}}
+
+
+def tiny_config(preset="all", **overrides):
+    return EchoConfig.from_preset(preset, **{**TINY, **overrides})
+
+
+def randomize(model):
+    """Moves every parameter off its start, so that no mechanism is neutral."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise * (0.01 if "log_theta" in name else 0.2))
+    return model
+
+
+def tiny_model(preset="all", cls=EchoForConditionalGeneration, **overrides):
+    torch.manual_seed(0)
+    return randomize(cls(tiny_config(preset, **overrides))).eval()
+
+
+def make_inputs(lengths=(61, 37, 50), bins=16, seed=0):
+    """Random spectrogram with some silence, a wandering F0 with unvoiced stretches; padded with 0."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, frames = len(lengths), max(lengths)
+    features = torch.rand(batch, frames, bins + 1, generator=generator) * 2
+    walk = torch.randn(batch, frames, generator=generator).cumsum(1) * 3
+    features[..., -1] = (150 + walk).clamp(75, 480) * (torch.rand(batch, frames, generator=generator) > 0.3)
+    features[:, 8:20] = 0.0  # silence
+    mask = torch.zeros(batch, frames, dtype=torch.long)
+    for i, length in enumerate(lengths):
+        mask[i, :length] = 1
+        features[i, length:] = 0.0
+    return {"input_features": features, "attention_mask": mask}
+
+
+def alone(inputs, i):
+    length = int(inputs["attention_mask"][i].sum())
+    return {name: value[i : i + 1, :length] for name, value in inputs.items()}
+
+
+LABELS = torch.tensor([[5, 6, 7, 8, 2], [9, 10, 2, -100, -100], [11, 12, 12, 2, -100]])
+
+
+# Formulas
+
+
+def reference_angles(mode, kind, f0, length, head_dim, theta, corner, top):
+    """Section by section from the formulas, float64, frame by frame."""
+    pairs = head_dim // 2
+
+    def omega(value):
+        if kind == "standard":
+            return np.array([value ** (-2.0 * c / head_dim) for c in range(pairs)])
+        x = np.linspace(0.0, 2595.0 * np.log10(1.0 + top / corner), pairs)
+        return value / 220.0 * (corner * (10.0 ** (x / 2595.0) - 1.0) / 1000.0)
+
+    angles, total = np.zeros((length, pairs)), np.zeros(pairs)
+    for t in range(length):
+        if mode == "none":
+            angles[t] = t * omega(theta)
+        elif mode == "mean":
+            angles[t] = t * omega(theta + f0[:length].mean())
+        elif mode == "frame":
+            angles[t] = t * omega(theta + f0[t])
+        else:
+            total = total + omega(theta + f0[t])
+            angles[t] = total
+    return angles
+
+
+@pytest.mark.parametrize("kind, corner, top", [("standard", 80, 2000), ("mel", 700, 8000), ("mel", 80, 2000)])
+@pytest.mark.parametrize("mode", ["none", "mean", "frame", "phase"])
+def test_rotary_angles_equal_the_formulas_at_frame_1500(mode, kind, corner, top):
+    length, frames, head_dim = 1600, 1700, 64
+    f0 = make_inputs((length,))["input_features"][:, :, -1]
+    f0 = nn.functional.pad(f0, (0, frames - length))
+    mask = (torch.arange(frames) < length).long()[None]
+    config = tiny_config(
+        "theta",
+        rotary_frequencies=kind,
+        theta_mode=mode,
+        mel_corner_frequency=float(corner),
+        mel_max_frequency=float(top),
+        learn_theta=True,
+    )
+    rotary = EchoRotaryEmbedding(config, head_dim, mode)
+    cos, sin = rotary(torch.arange(frames)[None], torch.float32, f0, normalize_f0(f0, mask), mask)
+    expected = reference_angles(mode, kind, f0[0].double().numpy(), length, head_dim, 10000.0, corner, top)
+    np.testing.assert_allclose(cos[0, 0, :length].detach().numpy(), np.cos(expected), atol=1e-6)
+    np.testing.assert_allclose(sin[0, 0, :length].detach().numpy(), np.sin(expected), atol=1e-6)
+
+
+def similarity(mode, contour, start, kind="mel"):
+    """Similarity pattern of one utterance's positions, the contour beginning at frame `start`."""
+    rotary = EchoRotaryEmbedding(tiny_config("theta", theta_mode=mode, rotary_frequencies=kind), 32, mode)
+    f0 = torch.cat((torch.full((start,), 120.0), contour))[None]
+    mask = torch.ones_like(f0).long()
+    cos, sin = rotary(torch.arange(f0.shape[1])[None], torch.float32, f0, normalize_f0(f0, mask), mask)
+    points = torch.complex(cos[0, 0, start:], sin[0, 0, start:])
+    return (points[:, None] * points[None].conj()).real.mean(-1)
+
+
+def test_phase_is_relative_and_frame_is_not():
+    contour = make_inputs((80,))["input_features"][0, :, -1]
+    shift = {
+        mode: (similarity(mode, contour, 0) - similarity(mode, contour, 1000)).abs().max()
+        for mode in ("phase", "frame")
+    }
+    assert shift["phase"] < 1e-5
+    assert shift["frame"] > 0.1
+
+
+def test_mean_theta_ignores_padding():
+    rotary = EchoRotaryEmbedding(tiny_config("published_mean_sigmoid"), 8, "mean", "sigmoid")
+    f0 = torch.tensor([[150.0, 0.0, 170.0]])
+    padded, mask = nn.functional.pad(f0, (0, 5)), torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0]])
+    short = rotary(torch.arange(3)[None], torch.float32, f0, None, mask[:, :3])
+    long = rotary(torch.arange(8)[None], torch.float32, padded, None, mask)
+    for a, b in zip(short, long):
+        assert torch.equal(a, b[:, :, :3])
+
+
+def test_theta_is_learned_as_a_factor():
+    rotary = EchoRotaryEmbedding(tiny_config("published_mean_sigmoid", rotary_frequencies="standard"), 8)
+    with torch.no_grad():
+        rotary.log_theta.fill_(math.log(2.0))
+    angles = rotary.angles(torch.arange(4)[None], None, None)[0]
+    np.testing.assert_allclose(angles[1].detach().numpy(), 20000.0 ** (-2.0 * np.arange(4) / 8), rtol=1e-6)
+
+
+def test_radius_forms():
+    f0 = torch.tensor([[0.0, 100.0, 200.0, 0.0, 150.0]])
+    pitch = normalize_f0(f0, torch.ones(1, 5))
+    logs = np.log([100.0, 200.0, 150.0])
+    z = (logs - logs.mean()) / logs.std()
+    np.testing.assert_allclose(pitch[0, [1, 2, 4], 1].numpy(), z, rtol=1e-5)
+    np.testing.assert_allclose(pitch[0, [1, 2, 4], 2].numpy(), (logs - np.log(150.0)) / 0.5, atol=1e-6)
+    assert pitch[0, [0, 3]].abs().max() == 0
+    radius = {}
+    for mode in ("unit", "sigmoid", "raw", "bounded"):
+        module = EchoRotaryEmbedding(tiny_config("radius", radius_mode=mode), 8, "none", mode)
+        if mode == "bounded":
+            assert torch.equal(module.radius(f0, pitch), torch.ones(1, 5, 1))  # neutral at the start
+            module.gain.data.fill_(0.5)
+        radius[mode] = module.radius(f0, pitch)
+    assert radius["unit"] is None
+    np.testing.assert_allclose(radius["sigmoid"][0, :, 0].numpy(), [0.5, 1, 1, 0.5, 1])
+    np.testing.assert_allclose(radius["raw"][0, :, 0].numpy(), f0[0].numpy())
+    np.testing.assert_allclose(
+        radius["bounded"][0, [1, 2, 4], 0].detach().numpy(), 1 + 0.5 * np.tanh(0.5 * z), rtol=1e-5
+    )
+    assert radius["bounded"][0, [0, 3], 0].tolist() == [1.0, 1.0]
+
+
+def test_align_f0_is_nearest_index_of_each_utterance():
+    f0 = torch.arange(1.0, 23.0).repeat(2, 1)
+    aligned = align_f0(f0, torch.tensor([22, 9]), torch.tensor([6, 3]), 6)
+    assert aligned[0].tolist() == [f0[0, min(math.floor(i * 22 / 6), 21)].item() for i in range(6)]
+    assert aligned[1].tolist() == [f0[1, min(math.floor(i * 9 / 3), 8)].item() for i in range(3)] + [0, 0, 0]
+
+
+@pytest.mark.parametrize("method", ["mean", "median", "last"])
+@pytest.mark.parametrize("rate", [3.0, 10.0, 12.5, 25.0, 100.0, 250.0])
+def test_pitch_per_token_equals_the_formula(method, rate):
+    inputs = make_inputs((61, 37))
+    f0, lengths = inputs["input_features"][..., -1], inputs["attention_mask"].sum(-1)
+    result = pitch_per_token(f0, lengths, 1.0 / (rate * 0.01), method)
+    for row in range(2):
+        frames = f0[row, : lengths[row]].numpy().astype(np.float64)
+        times = np.round(np.arange(len(frames)) * 0.01, 9)
+        for i in range(result.shape[1]):
+            expected = 0.0
+            if round(i / rate, 9) < round(len(frames) * 0.01, 9):
+                start = min(np.searchsorted(times, round(i / rate, 9), "left"), len(frames) - 1)
+                end = max(np.searchsorted(times, round((i + 1) / rate, 9), "right"), start + 1)
+                span = frames[start:end]
+                value = {"mean": np.mean, "median": np.median, "last": lambda x: x[-1]}[method](span)
+                expected = (value - 71.0) / (500.0 - 71.0) if value >= 100.0 else 0.0
+            assert result[row, i].item() == pytest.approx(expected, abs=1e-5), (row, i)
+
+
+def reference_attention(attention, hidden_states, mask, f0, silence, kind):
+    """One encoder attention from the formulas, in float64, with matrices of frames by frames and complex numbers."""
+    config, weights = attention.config, {k: v.double() for k, v in attention.state_dict().items()}
+    rotary = kind["rotary"]
+    heads, groups, width = attention.num_heads, attention.num_key_value_groups, attention.content_dim
+    frames = int(mask.sum())
+    x, f0 = hidden_states[0, :frames].double(), f0[0, :frames].double()
+
+    def split(name, channels):
+        return (x @ weights[f"{name}.weight"].T).view(frames, -1, channels).transpose(0, 1)
+
+    query, key = split("q_proj", width), split("k_proj", width)
+    value = split("v_proj", attention.head_dim).repeat_interleave(groups, 0)
+    angles = torch.from_numpy(
+        reference_angles(
+            config.theta_mode,
+            config.rotary_frequencies,
+            f0.numpy(),
+            frames,
+            attention.head_dim,
+            config.rotary_theta * math.exp(rotary.log_theta.item() if config.learn_theta else 0.0),
+            config.mel_corner_frequency,
+            config.mel_max_frequency,
+        )
+    )[:, : width // 2]
+    voiced = f0 > 0
+    logs = f0.clamp(min=1e-9).log()
+    contour = torch.zeros_like(f0)
+    contour[voiced] = (logs[voiced] - logs[voiced].mean()) / logs[voiced].std(correction=0).clamp(min=0.1)
+    radius = {
+        "unit": torch.ones_like(f0),
+        "sigmoid": f0.sigmoid(),
+        "raw": f0,
+        "bounded": 1 + 0.5 * torch.tanh(getattr(rotary, "gain", torch.zeros(1)).double() * contour),
+    }[config.radius_mode]
+    turn = radius[:, None] * torch.exp(1j * angles)
+    query = torch.view_as_real(torch.view_as_complex(query.reshape(heads, frames, -1, 2).contiguous()) * turn).flatten(
+        -2
+    )
+    key = torch.view_as_real(
+        torch.view_as_complex(key.reshape(-1, *query.shape[1:2], width // 2, 2).contiguous()) * turn
+    )
+    key = key.flatten(-2).repeat_interleave(groups, 0)
+    scores = query @ key.transpose(1, 2) / math.sqrt(attention.head_dim)
+    if config.silence_scaling:
+        low, high = config.silence_scale_range
+        factor = nn.functional.softplus(weights["silence_logit"]).clamp(low, high)
+        scores = scores * torch.where(silence[0, :frames], factor, 1.0)[None, None]
+    f = (f0 - f0.mean()) / (f0.std(correction=0) + 1e-8)
+    distance = f[:, None] - f[None]
+    if config.pitch_bias == "gaussian":
+        scores = scores - weights["bias_strength"][:, None, None] * distance**2
+    elif config.pitch_bias == "laplacian":
+        scores = scores + torch.exp(-distance.abs())
+    output = (scores.softmax(-1) @ value).transpose(0, 1).reshape(frames, -1)
+    return output @ weights["o_proj.weight"].T
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_equals_the_float64_reference(name, implementation):
+    settings = dict(SETTINGS[name])
+    model = tiny_model(cls=EchoModel, **settings)
+    model.set_attn_implementation(implementation)
+    inputs = make_inputs((301, 203))
+    seen = {}
+    layer = model.encoder.layers[0].self_attn
+    layer.register_forward_hook(lambda module, args, output: seen.update(args=args, output=output[0]))
+    with torch.no_grad():
+        outputs = model.encoder(**inputs)
+    for row in range(2):
+        frames = int(outputs.attention_mask[row].sum())
+        expected = reference_attention(
+            layer,
+            seen["args"][0][row : row + 1],
+            outputs.attention_mask[row],
+            outputs.f0[row : row + 1],
+            outputs.silence[row : row + 1] if outputs.silence is not None else None,
+            {"rotary": model.encoder.rotary_emb},
+        )
+        # Raw radii make scores of 1e4 and more: float32 keeps fewer digits behind the point.
+        tolerance = 2e-3 if "raw" in name else 2e-5
+        torch.testing.assert_close(seen["output"][row, :frames].double(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_silent_frames_are_found_and_their_scores_are_near_zero():
+    model = tiny_model("silence", cls=EchoModel)
+    inputs = make_inputs((61,))
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        for layer in model.encoder.layers:
+            layer.self_attn.q_proj.weight.mul_(4)
+        outputs = model.encoder(**inputs, output_attentions=True)
+    # Frames 8 to 19 are at the floor: encoder frames 2, 3 and 4.
+    assert outputs.silence[0].nonzero().flatten().tolist() == [2, 3, 4]
+    weights = outputs.attentions[0][0]  # (H, S, S)
+    silent = (weights[..., 2].log() - weights[..., 3].log()).abs()  # difference of two near-zero scores
+    voiced = (weights[..., 8].log() - weights[..., 9].log()).abs()
+    known = silent.isfinite() & voiced.isfinite()
+    assert silent[known].median() < 0.2 * voiced[known].median()
+
+
+def test_baseline_is_a_plain_rotary_transformer_to_the_bit():
+    """The encoder with every mechanism off, beside plain code that has no word for pitch."""
+    model = tiny_model("baseline", cls=EchoModel, encoder_num_key_value_heads=4)
+    inputs = make_inputs((61,))
+    config, encoder = model.config, model.encoder
+    functional = nn.functional
+    x = inputs["input_features"][..., :16].transpose(1, 2)
+    for convolution in encoder.stems["spectrogram"].convolutions:
+        x = functional.gelu(functional.conv1d(x, convolution.weight, convolution.bias, stride=2, padding=1))
+    x = x.transpose(1, 2)
+    width = config.encoder_hidden_size // 4
+    omega = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angles = (torch.arange(x.shape[1], dtype=torch.float64)[:, None] * omega % (2 * math.pi)).float()
+    cos, sin = angles.cos(), angles.sin()
+
+    def turn(states):
+        even, odd = states[..., 0::2], states[..., 1::2]
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+
+    for layer in encoder.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        h = functional.rms_norm(x, (32,), layer.self_attn_norm.weight, config.rms_norm_eps)
+        q, k, v = (
+            functional.linear(h, p.weight).view(1, -1, 4, width).transpose(1, 2)
+            for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        h = functional.scaled_dot_product_attention(turn(q), turn(k), v, scale=width**-0.5)
+        x = x + functional.linear(h.transpose(1, 2).reshape(1, -1, 32), attention.o_proj.weight)
+        h = functional.rms_norm(x, (32,), layer.mlp_norm.weight, config.rms_norm_eps)
+        gated = functional.silu(functional.linear(h, mlp.gate_proj.weight)) * functional.linear(h, mlp.up_proj.weight)
+        x = x + functional.linear(gated, mlp.down_proj.weight)
+    x = functional.rms_norm(x, (32,), encoder.norm.weight, config.rms_norm_eps)
+    assert torch.equal(encoder(**inputs).last_hidden_state, x)
+
+
+def test_baseline_does_not_hear_f0():
+    model, inputs = tiny_model("baseline"), make_inputs()
+    other = {**inputs, "input_features": inputs["input_features"].clone()}
+    other["input_features"][..., -1] = 333.0
+    assert torch.equal(model(**inputs, labels=LABELS).logits, model(**other, labels=LABELS).logits)
+
+
+@pytest.mark.parametrize("name", ["theta", "radius", "bias", "gate", "pitch_input", "token_pitch", "laplacian"])
+def test_every_pitch_mechanism_hears_f0(name):
+    settings = dict(SETTINGS[name])
+    model, inputs = tiny_model(**settings), make_inputs()
+    other = {**inputs, "input_features": inputs["input_features"].clone()}
+    other["input_features"][..., -1] *= torch.linspace(0.6, 1.4, 61)
+    assert not torch.allclose(model(**inputs, labels=LABELS).logits, model(**other, labels=LABELS).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("preset", ["radius", "gate", "token_pitch"])
+def test_mechanisms_start_neutral(preset):
+    """A fresh model with the mechanism is the baseline with the same weights, to the bit."""
+    torch.manual_seed(0)
+    model = EchoForConditionalGeneration(tiny_config(preset)).eval()
+    baseline = EchoForConditionalGeneration(tiny_config("baseline")).eval()
+    baseline.load_state_dict(model.state_dict(), strict=False)
+    inputs = make_inputs()
+    assert torch.equal(model(**inputs, labels=LABELS).logits, baseline(**inputs, labels=LABELS).logits)
+
+
+def test_gaussian_bias_starts_neutral():
+    model = EchoModel(tiny_config("bias")).eval()
+    attention = model.encoder.layers[0].self_attn
+    f = standardize_f0(torch.tensor([[0.0, 120.0, 240.0]]), torch.ones(1, 3))
+    query, key = torch.randn(1, 4, 3, 6), torch.randn(1, 2, 3, 6)
+    longer_query, longer_key = attention.append_pitch(query, key, f)
+    assert longer_query.shape[-1] == attention.head_dim == longer_key.shape[-1]
+    assert longer_query[..., -2:].abs().max() == 0
+
+
+def test_constant_and_missing_f0_are_harmless():
+    for value in (0.0, 150.3):
+        for name, settings in SETTINGS.items():
+            inputs = make_inputs()
+            inputs["input_features"][..., -1] = value * inputs["attention_mask"]
+            assert tiny_model(**settings)(**inputs, labels=LABELS).logits.isfinite().all(), name
+
+
+# Invariances
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_batch_and_padding_do_not_change_an_utterance(name, implementation):
+    settings = dict(SETTINGS[name])
+    model, inputs = tiny_model(**settings), make_inputs()
+    model.set_attn_implementation(implementation)
+    with torch.no_grad():
+        batched = model(**inputs, labels=LABELS)
+        for i in range(3):
+            single = model(**alone(inputs, i), labels=LABELS[i : i + 1])
+            tolerance = 2e-3 if "raw" in name else 2e-5
+            torch.testing.assert_close(batched.logits[i : i + 1], single.logits, atol=tolerance, rtol=1e-3)
+            frames = single.ctc_logits.shape[1]
+            torch.testing.assert_close(
+                batched.ctc_logits[i : i + 1, :frames], single.ctc_logits, atol=tolerance, rtol=1e-3
+            )
+
+
+def test_values_in_padding_are_never_read():
+    model, inputs = tiny_model(), make_inputs()
+    noisy = inputs["input_features"].clone()
+    noisy[inputs["attention_mask"] == 0] = 1e3
+    with torch.no_grad():
+        clean = model(**inputs, labels=LABELS).logits
+        torch.testing.assert_close(
+            model(input_features=noisy, attention_mask=inputs["attention_mask"], labels=LABELS).logits, clean
+        )
+
+
+@pytest.mark.parametrize("groups", [{"waveform": 20}, {"phase": 1, "envelope": 6, "aperiodicity": 1}])
+def test_further_channel_groups_are_heard_and_do_not_break_padding(groups):
+    widths = {"spectrogram": 16, **groups, "pitch": 1}
+    model = tiny_model("all", feature_groups=widths)
+    inputs = make_inputs(bins=sum(widths.values()) - 1)
+    with torch.no_grad():
+        batched = model(**inputs, labels=LABELS).logits
+        single = model(**alone(inputs, 1), labels=LABELS[1:2]).logits
+        torch.testing.assert_close(batched[1:2], single, atol=2e-5, rtol=1e-3)
+        inputs["input_features"][..., 16:-1] += 1.0
+        assert not torch.allclose(model(**inputs, labels=LABELS).logits, batched, atol=1e-5)
+
+
+@pytest.mark.parametrize("strides", [[2, 2], [1], [2, 2, 2], [3, 2], [1, 1]])
+def test_any_strides_give_the_length_they_promise(strides):
+    model = tiny_model("all", stem_strides=strides, cls=EchoModel)
+    for frames in (1, 2, 5, 23):
+        outputs = model.encoder(torch.rand(1, frames, 17))
+        assert outputs.last_hidden_state.shape[1] == model._get_feat_extract_output_lengths(frames)
+        assert outputs.attention_mask.shape == outputs.f0.shape == outputs.last_hidden_state.shape[:2]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_eager_equals_sdpa(name):
+    settings = dict(SETTINGS[name])
+    model, inputs = tiny_model(**settings), make_inputs()
+    results = []
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            results.append(model(**inputs, labels=LABELS))
+    tolerance = 2e-3 if "raw" in name else 2e-5
+    torch.testing.assert_close(results[0].logits, results[1].logits, atol=tolerance, rtol=1e-3)
+    torch.testing.assert_close(results[0].ctc_logits, results[1].ctc_logits, atol=tolerance, rtol=1e-3)
+
+
+def test_flash_attention_is_refused():
+    with pytest.raises((ValueError, ImportError), match="[Ff]lash"):
+        tiny_model().set_attn_implementation("flash_attention_2")
+
+
+# Losses
+
+
+def test_loss_is_the_cross_entropy_of_labels_shifted_once():
+    model, inputs = tiny_model("all", ctc_loss_weight=0.0), make_inputs()
+    assert model.ctc_head is None
+    labels = LABELS.clone()
+    decoder_inputs = torch.tensor([[1, 5, 6, 7, 8], [1, 9, 10, 2, 0], [1, 11, 12, 12, 2]])
+    with torch.no_grad():
+        outputs = model(**inputs, labels=labels)
+        logits = model(**inputs, decoder_input_ids=decoder_inputs).logits
+    torch.testing.assert_close(outputs.logits, logits)
+    nll = [-logits[b, t].log_softmax(-1)[labels[b, t]] for b in range(3) for t in range(5) if labels[b, t] != -100]
+    torch.testing.assert_close(outputs.loss, torch.stack(nll).mean())
+    torch.testing.assert_close(outputs.loss, outputs.ce_loss)
+    summed = model(**inputs, labels=labels, num_items_in_batch=torch.tensor(50))
+    torch.testing.assert_close(summed.loss, torch.stack(nll).sum() / 50)
+
+
+def test_pad_in_labels_is_ignored_like_minus_100():
+    model, inputs = tiny_model(), make_inputs()
+    padded = LABELS.masked_fill(LABELS == -100, 0)
+    torch.testing.assert_close(model(**inputs, labels=padded).loss, model(**inputs, labels=LABELS).loss)
+
+
+def test_hybrid_loss_and_its_parts():
+    model, inputs = tiny_model("all", ctc_loss_weight=0.25), make_inputs()
+    outputs = model(**inputs, labels=LABELS)
+    torch.testing.assert_close(outputs.loss, 0.75 * outputs.ce_loss + 0.25 * outputs.ctc_loss)
+    expected = 0.0
+    for i, targets in enumerate(([5, 6, 7, 8], [9, 10], [11, 12, 12])):
+        frames = math.ceil(int(inputs["attention_mask"][i].sum()) / 4)
+        log_probs = outputs.ctc_logits[i, :frames].log_softmax(-1)[:, None]
+        expected += nn.functional.ctc_loss(
+            log_probs, torch.tensor([targets]), torch.tensor([frames]), torch.tensor([len(targets)]), reduction="sum"
+        )
+    torch.testing.assert_close(outputs.ctc_loss, expected / 9)
+
+
+def test_ctc_loss_of_an_impossible_utterance_is_zero_not_infinite():
+    model = tiny_model(cls=EchoForCTC)
+    outputs = model(torch.rand(1, 4, 17), labels=torch.tensor([[5, 6, 7, 8, 9, 2]]))
+    assert outputs.loss == 0
+
+
+def test_label_smoothing_acts_in_training_only():
+    model = tiny_model("baseline", ctc_loss_weight=0.0, label_smoothing=0.2)
+    plain = tiny_model("baseline", ctc_loss_weight=0.0)
+    inputs = make_inputs()
+    torch.testing.assert_close(model(**inputs, labels=LABELS).loss, plain(**inputs, labels=LABELS).loss)
+    smoothed = model.train()(**inputs, labels=LABELS)
+    mask = LABELS != -100
+    log_probs = smoothed.logits.log_softmax(-1)[mask]
+    expected = -(0.8 * log_probs.gather(1, LABELS[mask][:, None]).mean() + 0.2 * log_probs.mean())
+    torch.testing.assert_close(smoothed.loss, expected)
+
+
+def test_spec_augment_masks_the_spectrogram_in_training_only():
+    model = tiny_model("all", apply_spec_augment=True, mask_time_length=3, cls=EchoModel)
+    spectrogram, mask = torch.ones(4, 40, 16), torch.ones(4, 40, dtype=torch.long)
+    np.random.seed(0)
+    masked = model.encoder._spec_augment(spectrogram, mask)
+    assert set(masked.unique().tolist()) == {0.0, 1.0}
+    assert (masked == 0).all(-1).any() and (masked == 0).all(1).any()
+    inputs = make_inputs()
+    with torch.no_grad():
+        assert torch.equal(model.encoder(**inputs)[0], model.encoder(**inputs)[0])
+        model.train()
+        np.random.seed(0)
+        first = model.encoder(**inputs)
+        second = model.encoder(**inputs)
+    assert not torch.equal(first[0], second[0])
+    assert torch.equal(first.silence, second.silence) and torch.equal(first.f0, second.f0)
+    model.encoder(torch.rand(1, 1, 17))  # shorter than any mask
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["baseline", "all"])
+def test_overfits_a_batch_and_generates_it(preset):
+    torch.manual_seed(0)
+    model = EchoForConditionalGeneration(tiny_config(preset)).train()
+    inputs = make_inputs()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(220):
+        outputs = model(**inputs, labels=LABELS)
+        outputs.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert outputs.ce_loss < 0.05 and outputs.ctc_loss < 1.0
+    tokens = model.eval().generate(**inputs)
+    for row, labels in zip(tokens.tolist(), LABELS.tolist()):
+        assert [t for t in row if t not in (0, 1, 2)] == [t for t in labels if t not in (-100, 2)]
+
+
+# Generation
+
+
+def greedy_without_cache(model, inputs, steps):
+    tokens = torch.ones(len(inputs["input_features"]), 1, dtype=torch.long)
+    for _ in range(steps):
+        logits = model(**inputs, decoder_input_ids=tokens, use_cache=False).logits[:, -1]
+        tokens = torch.cat((tokens, logits.argmax(-1, keepdim=True)), dim=1)
+    return tokens
+
+
+GENERATE = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_cached_equals_uncached_decoding(name):
+    settings = dict(SETTINGS[name])
+    model, inputs = tiny_model(**settings), make_inputs()
+    model.generation_config.eos_token_id = None
+    with torch.no_grad():
+        expected = greedy_without_cache(model, inputs, 12)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=12, do_sample=False), expected)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=12, do_sample=False, use_cache=False), expected)
+
+
+def test_generating_one_alone_equals_generating_in_a_batch():
+    model, inputs = tiny_model(), make_inputs()
+    batch = model.generate(**inputs, **GENERATE)
+    for i in range(3):
+        assert torch.equal(batch[i : i + 1], model.generate(**alone(inputs, i), **GENERATE))
+
+
+def test_beam_search_expands_all_the_encoder_gives():
+    model, inputs = tiny_model(), make_inputs()
+    batch = model.generate(**inputs, num_beams=3, **GENERATE)
+    for i in range(3):
+        assert torch.equal(batch[i : i + 1], model.generate(**alone(inputs, i), num_beams=3, **GENERATE))
+    returned = model.generate(**inputs, num_beams=3, num_return_sequences=2, **GENERATE)
+    assert returned.shape[0] == 6
+
+
+def test_sampling_and_assisted_decoding():
+    model, inputs = tiny_model(), make_inputs((61,))
+    torch.manual_seed(0)
+    sampled = model.generate(**inputs, max_new_tokens=12, min_new_tokens=12, do_sample=True, num_return_sequences=2)
+    assert sampled.shape == (2, 13)
+    assistant = tiny_model("baseline", decoder_num_hidden_layers=1)
+    plain = model.generate(**inputs, **GENERATE)
+    assert torch.equal(model.generate(**inputs, assistant_model=assistant, **GENERATE), plain)
+    assert torch.equal(model.generate(**inputs, assistant_model=copy.deepcopy(model), **GENERATE), plain)
+
+
+def test_static_cache_equals_dynamic_cache():
+    model, inputs = tiny_model(), make_inputs()
+    expected = model.generate(**inputs, **GENERATE)
+    assert torch.equal(
+        model.generate(**inputs, cache_implementation="static", disable_compile=True, **GENERATE), expected
+    )
+
+
+def test_static_cache_step_by_step():
+    model, inputs = tiny_model(), make_inputs()
+    tokens = torch.tensor([[1, 5, 6, 7]] * 3)
+    with torch.no_grad():
+        encoded = model.model.encoder(**inputs)
+        whole = model(encoder_outputs=encoded, decoder_input_ids=tokens).logits
+        cache = EncoderDecoderCache(StaticCache(model.config, 8), StaticCache(model.config, encoded[0].shape[1]))
+        for t in range(4):
+            step = model(
+                encoder_outputs=encoded, decoder_input_ids=tokens[:, t : t + 1], past_key_values=cache, use_cache=True
+            )
+            torch.testing.assert_close(step.logits[:, 0], whole[:, t], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_forward_equals_eager_forward():
+    model, inputs = tiny_model(), make_inputs()
+    with torch.no_grad():
+        inputs["decoder_input_ids"] = torch.tensor([[1, 5, 6, 7]] * 3)
+        expected = model(**inputs)
+        compiled = torch.compile(model, fullgraph=True)(**inputs)
+    torch.testing.assert_close(compiled.logits, expected.logits, atol=1e-4, rtol=1e-3)
+
+
+def test_generation_config_lets_transcripts_be_long(tmp_path):
+    model = tiny_model()
+    assert model.generation_config.max_length == model.config.max_target_positions
+    model.save_pretrained(tmp_path)
+    loaded = EchoForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.generation_config.max_length == 40
+    assert loaded.generate(**make_inputs(), min_new_tokens=30).shape[1] > 20
+
+
+# Outputs
+
+
+def test_attentions_and_hidden_states():
+    model, inputs = tiny_model(), make_inputs()
+    model.set_attn_implementation("eager")
+    outputs = model(**inputs, labels=LABELS, output_attentions=True, output_hidden_states=True)
+    assert [a.shape for a in outputs.encoder_attentions] == [(3, 4, 16, 16)] * 3
+    assert [a.shape for a in outputs.decoder_attentions] == [(3, 2, 5, 5)] * 2
+    assert [a.shape for a in outputs.cross_attentions] == [(3, 2, 5, 16)] * 2
+    assert [h.shape for h in outputs.encoder_hidden_states] == [(3, 16, 32)] * 4
+    assert [h.shape for h in outputs.decoder_hidden_states] == [(3, 5, 24)] * 3
+    for attention in (*outputs.encoder_attentions, *outputs.cross_attentions):
+        torch.testing.assert_close(attention.sum(-1), torch.ones_like(attention[..., 0]))
+        assert attention[1, :, :, 10:].abs().max() == 0  # 37 frames are 10 encoder frames
+    assert torch.equal(outputs.encoder_hidden_states[-1], outputs.encoder_last_hidden_state)
+    generated = model.generate(**inputs, **GENERATE, output_attentions=True, return_dict_in_generate=True)
+    assert len(generated.cross_attentions) == 12
+
+
+def test_gradients_can_be_retained_and_reach_everything():
+    model, inputs = tiny_model(), make_inputs()
+    model.set_attn_implementation("eager")
+    outputs = model(**inputs, labels=LABELS, output_attentions=True, output_hidden_states=True)
+    kept = [outputs.encoder_hidden_states[0], outputs.encoder_attentions[0], outputs.cross_attentions[0]]
+    for tensor in kept:
+        tensor.retain_grad()
+    outputs.loss.backward()
+    assert all(tensor.grad is not None for tensor in kept)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_tuples_and_dicts_agree():
+    model, inputs = tiny_model(), make_inputs()
+    as_dict, as_tuple = model(**inputs, labels=LABELS), model(**inputs, labels=LABELS, return_dict=False)
+    torch.testing.assert_close(as_dict.to_tuple()[0], as_tuple[0])
+    torch.testing.assert_close(as_dict.to_tuple()[1], as_tuple[1])
+
+
+def test_encoder_outputs_may_be_given():
+    model, inputs = tiny_model(), make_inputs()
+    with torch.no_grad():
+        expected = model(**inputs, labels=LABELS)
+        encoded = model.model.encoder(**inputs)
+        torch.testing.assert_close(model(encoder_outputs=encoded, labels=LABELS).logits, expected.logits)
+        assert torch.equal(model.generate(encoder_outputs=encoded, **GENERATE), model.generate(**inputs, **GENERATE))
+        # Bare hidden states, with the mask of the frames they came from.
+        baseline = tiny_model("baseline")
+        expected = baseline(**inputs, labels=LABELS).logits
+        bare = BaseModelOutput(last_hidden_state=baseline.model.encoder(**inputs).last_hidden_state)
+        given = baseline(encoder_outputs=bare, attention_mask=inputs["attention_mask"], labels=LABELS).logits
+        torch.testing.assert_close(given, expected)
+        assert isinstance(encoded, EchoEncoderOutput)
+
+
+def test_inputs_embeds_equal_input_ids():
+    model, inputs = tiny_model(), make_inputs()
+    tokens = torch.tensor([[1, 5, 6]] * 3)
+    by_ids = model(**inputs, decoder_input_ids=tokens).logits
+    by_embeds = model(**inputs, decoder_inputs_embeds=model.get_input_embeddings()(tokens)).logits
+    torch.testing.assert_close(by_ids, by_embeds)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"input_features": torch.rand(2, 30, 16)}, "input_features"),
+        ({"input_features": torch.rand(30, 17)}, "input_features"),
+        ({"input_features": torch.rand(2, 0, 17)}, "input_features"),
+        ({"input_features": torch.rand(2, 17, 30)}, "feature_groups"),
+        ({"attention_mask": torch.ones(2, 8)}, "attention_mask"),
+        ({"input_features": None}, "encoder_outputs"),
+        ({"labels": None}, "decoder_input_ids"),
+    ],
+)
+def test_wrong_shapes_raise_and_name_the_input(change, message):
+    arguments = {"input_features": torch.rand(2, 30, 17), "labels": LABELS[:2], **change}
+    with pytest.raises(ValueError, match=message):
+        tiny_model()(**arguments)
+
+
+# Weights
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_save_and_load_round_trip(name, tmp_path):
+    settings = dict(SETTINGS[name])
+    model, inputs = tiny_model(**settings), make_inputs()
+    model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.bin"))
+    loaded, info = EchoForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(model(**inputs, labels=LABELS).logits, loaded(**inputs, labels=LABELS).logits)
+    base = EchoModel.from_pretrained(tmp_path)
+    assert torch.equal(base.encoder(**inputs)[0], model.model.encoder(**inputs)[0])
+
+
+def test_missing_weights_start_where_the_table_says(tmp_path):
+    """Loading goes by way of the meta device: what a checkpoint lacks must not stay uninitialised memory."""
+    tiny_model("baseline").save_pretrained(tmp_path)
+    config = tiny_config("all", learn_theta=True, pitch_bias="laplacian")
+    loaded, info = EchoForConditionalGeneration.from_pretrained(tmp_path, config=config, output_loading_info=True)
+    missing = info["missing_keys"]
+    torch.manual_seed(0)
+    fresh = EchoForConditionalGeneration(config).state_dict()
+    assert {"model.encoder.rotary_emb.gain", "model.encoder.blend", "model.decoder.pitch_proj.weight"} <= set(missing)
+    for name in missing:
+        value = loaded.state_dict()[name]
+        assert value.isfinite().all()
+        if "stems.pitch" not in name:
+            assert torch.equal(value, fresh[name]), name
+
+
+def test_initialisation_is_the_same_by_way_of_the_meta_device(tmp_path):
+    config = tiny_config("all", learn_theta=True)
+    torch.manual_seed(0)
+    direct = EchoForConditionalGeneration(config)
+    direct.save_pretrained(tmp_path)
+    loaded = EchoForConditionalGeneration.from_pretrained(tmp_path)
+    for (name, a), (_, b) in zip(direct.named_parameters(), loaded.named_parameters()):
+        assert torch.equal(a, b), name
+    assert not list(direct.buffers())  # nothing that a load could leave behind
+
+
+def test_embeddings_are_tied_and_can_be_resized():
+    model, inputs = tiny_model(), make_inputs()
+    assert model.proj_out.weight is model.model.decoder.embed_tokens.weight
+    before = model(**inputs, labels=LABELS)
+    model.resize_token_embeddings(75)
+    assert model.proj_out.weight is model.model.decoder.embed_tokens.weight
+    assert model.config.vocab_size == model.proj_out.out_features == model.ctc_head.out_features == 75
+    after = model(**inputs, labels=LABELS)
+    torch.testing.assert_close(after.logits[..., :67], before.logits)
+    torch.testing.assert_close(after.ctc_logits[..., :67], before.ctc_logits)
+    untied = tiny_model(tie_word_embeddings=False)
+    assert untied.proj_out.weight is not untied.model.decoder.embed_tokens.weight
+
+
+def test_ctc_model_shares_checkpoints_with_the_hybrid_model(tmp_path):
+    model, inputs = tiny_model(), make_inputs()
+    model.save_pretrained(tmp_path)
+    ctc, info = EchoForCTC.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    hybrid = model(**inputs, labels=LABELS)
+    outputs = ctc(**inputs, labels=LABELS)
+    real = model.model.encoder(**inputs).attention_mask > 0
+    assert torch.equal(outputs.logits[real], hybrid.ctc_logits[real])
+    assert (outputs.logits[~real].argmax(-1) == 0).all()
+    torch.testing.assert_close(outputs.loss, hybrid.ctc_loss)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
+@pytest.mark.parametrize("preset", ["baseline", "all"])
+def test_half_precision_inference(preset, dtype, tolerance):
+    torch.manual_seed(0)
+    model, inputs = EchoForConditionalGeneration(tiny_config(preset)).eval(), make_inputs()
+    with torch.no_grad():
+        expected = model(**inputs, labels=LABELS).logits
+        half = model.to(dtype)(**inputs, labels=LABELS).logits
+    assert half.dtype == dtype
+    assert (half.float() - expected).abs().max() < tolerance * max(expected.abs().max(), 1)
+    cast = {"input_features": inputs["input_features"].to(dtype), "attention_mask": inputs["attention_mask"]}
+    assert model.generate(**cast, max_new_tokens=4).shape[0] == 3
+
+
+def test_angles_are_precise_whatever_the_dtype():
+    config = tiny_config("published_mean_sigmoid", theta_mode="none")
+    rotary = EchoRotaryEmbedding(config, 64)
+    expected = rotary(torch.arange(1501)[None], torch.float32)[0][0, 0, 1500]
+    assert torch.equal(rotary.to(torch.bfloat16)(torch.arange(1501)[None], torch.float32)[0][0, 0, 1500], expected)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model, inputs = tiny_model().train(), make_inputs()
+    model(**inputs, labels=LABELS).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        model(**inputs, labels=LABELS).loss.backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+        model.zero_grad()
+
+
+def test_device_map_and_dtype_loading(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    loaded = EchoForConditionalGeneration.from_pretrained(tmp_path, device_map="auto", dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.generate(**make_inputs(), max_new_tokens=3).shape[0] == 3
+
+
+def test_freezing_the_encoder():
+    model = tiny_model()
+    model.freeze_encoder()
+    model(**make_inputs(), labels=LABELS).loss.backward()
+    assert all(p.grad is None for p in model.model.encoder.parameters())
+    assert model.model.decoder.embed_tokens.weight.grad is not None
