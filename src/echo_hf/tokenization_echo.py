@@ -1,0 +1,118 @@
+"""The tokenizer of Echo: byte-level BPE, so that any text of any language has tokens and comes back exactly.
+
+`EchoTokenizer()` is the plain vocabulary of 3 special tokens and 256 bytes; `train_new_from_iterator` makes one with
+merged tokens besides. There is no unknown token. Text is text: "</s>" in a transcript is four characters, not its end.
+"""
+
+from itertools import groupby
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Regex
+from tokenizers import Tokenizer
+from tokenizers import decoders
+from tokenizers import pre_tokenizers
+from tokenizers.models import BPE
+from transformers.tokenization_utils_tokenizers import TokenizersBackend
+from transformers.utils import to_py_obj
+
+# Merged tokens stay within one of these pieces: a word with the space before it, up to three digits, signs, blanks.
+# Unlike GPT-2's pattern it keeps combining marks (\p{M}) with their letters, which Indic and other scripts need, and
+# has no English contractions.
+PIECES = r" ?[\p{L}\p{M}]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
+
+
+class EchoTokenizer(TokenizersBackend):
+    r"""
+    Byte-level byte pair encoding (https://huggingface.co/papers/1508.07909, bytes as in GPT-2) with `<pad>` 0, `<s>` 1
+    and `</s>` 2, then the 256 bytes, then merged tokens if there are any.
+
+    `decode(encode(text), skip_special_tokens=True) == text` for every `str` that can be written as UTF-8. Tokens that
+    are no valid UTF-8, such as half a character at the end of a cut-off transcript, decode to U+FFFD.
+
+    Args:
+        vocab (`dict[str, int]`, *optional*):
+            Token to id; the special tokens and the 256 bytes when not given.
+        merges (`list[tuple[str, str]]`, *optional*):
+            The merges, best first; none when not given.
+        bos_token (`str`, defaults to `"<s>"`):
+            Begin of sequence; `encode` puts it first.
+        eos_token (`str`, defaults to `"</s>"`):
+            End of sequence; `encode` puts it last.
+        pad_token (`str`, defaults to `"<pad>"`):
+            Padding, and the blank of CTC.
+        split_special_tokens (`bool`, defaults to `True`):
+            Whether special tokens that are spelled out in a text are text. True here, False in most tokenizers: a
+            transcript has no control tokens, so what looks like one was said or written.
+
+    Example:
+
+    ```python
+    >>> from echo_hf import EchoTokenizer
+
+    >>> tokenizer = EchoTokenizer()
+    >>> tokenizer.encode("hi")
+    [1, 74, 75, 2]
+    >>> tokenizer.decode([1, 74, 75, 2], skip_special_tokens=True)
+    'hi'
+
+    ```"""
+
+    vocab_files_names = {"tokenizer_file": "tokenizer.json"}
+    model_input_names = ["input_ids", "attention_mask"]
+    model = BPE
+    _auto_class = "AutoTokenizer"
+
+    def __init__(
+        self,
+        vocab: dict[str, int] | None = None,
+        merges: list[tuple[str, str]] | None = None,
+        bos_token: str | AddedToken = "<s>",
+        eos_token: str | AddedToken = "</s>",
+        pad_token: str | AddedToken = "<pad>",
+        split_special_tokens: bool = True,
+        **kwargs,
+    ):
+        if vocab is None:
+            tokens = [str(pad_token), str(bos_token), str(eos_token), *sorted(pre_tokenizers.ByteLevel.alphabet())]
+            vocab = {token: index for index, token in enumerate(tokens)}
+        self._tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges or []))
+        self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        self._tokenizer.decoder = decoders.ByteLevel()
+        # Whether bos and eos are added is kept in the tokenizer's file, not in its settings. Without a file: both are.
+        if not {"post_processor", "tokenizer_file", "tokenizer_object"} & kwargs.keys():
+            kwargs = {"add_bos_token": True, "add_eos_token": True, **kwargs}
+        super().__init__(
+            bos_token=bos_token,
+            eos_token=eos_token,
+            pad_token=pad_token,
+            split_special_tokens=split_special_tokens,
+            clean_up_tokenization_spaces=kwargs.pop("clean_up_tokenization_spaces", False),
+            **kwargs,
+        )
+        added = self._tokenizer.encode("").ids
+        self._add_bos_token = self.bos_token_id in added
+        self._add_eos_token = self.eos_token_id in added
+
+    def decode_ctc(self, token_ids: Any, **kwargs) -> str:
+        """Text of a best path through CTC: repeated ids are one token, and blanks (`pad_token_id`) are none.
+
+        Args:
+            token_ids (`list[int]`, `np.ndarray` or `torch.Tensor` of shape `(frames,)`):
+                The most likely id of each frame.
+            kwargs: passed on to `decode`.
+        """
+        path = [token for token, _ in groupby(to_py_obj(token_ids)) if token != self.pad_token_id]
+        return self.decode(path, **{"skip_special_tokens": True, **kwargs})
+
+    def batch_decode_ctc(self, sequences: Any, **kwargs) -> list[str]:
+        """`decode_ctc` of each row of `sequences`, shape `(batch, frames)` or a list of rows of unequal length."""
+        return [self.decode_ctc(token_ids, **kwargs) for token_ids in sequences]
+
+
+__all__ = ["EchoTokenizer"]
