@@ -10,11 +10,20 @@ import os
 import shutil
 from dataclasses import field
 from pathlib import Path
+from typing import TYPE_CHECKING
 from typing import Any
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
+
+# Where echo_hf is not installed, the library copies a file of a checkpoint together with what it imports relatively,
+# and looks for that in the text. So with this file come all, and a model saved again takes all the code along.
+if TYPE_CHECKING:
+    from .modeling_echo import EchoModel  # noqa: F401
+    from .pipeline_echo import EchoAutomaticSpeechRecognitionPipeline  # noqa: F401
+    from .processing_echo import EchoProcessor  # noqa: F401
+    from .tokenization_echo import EchoTokenizer  # noqa: F401
 
 # The channel groups that `input_features` may hold, in the order in which they lie: the log-mel spectrogram first, F0
 # in Hz last. The order is fixed here, so that a dictionary of widths is enough to know where each channel is.
@@ -41,14 +50,10 @@ AUTO_MAP = {
     "AutoModelForCTC": "modeling_echo.EchoForCTC",
 }
 
-# The two kinds of models take the same pipeline; the library looks up the classes named under "pt" by their names.
-CUSTOM_PIPELINES = {
-    "automatic-speech-recognition": {
-        "impl": "pipeline_echo.EchoAutomaticSpeechRecognitionPipeline",
-        "pt": ["AutoModelForSpeechSeq2Seq", "AutoModelForCTC"],
-        "type": "multimodal",
-    }
-}
+PIPELINE_CLASS = "pipeline_echo.EchoAutomaticSpeechRecognitionPipeline"
+
+# The head that saved a checkpoint, and the Auto class that loads it.
+PIPELINE_MODELS = {"EchoForConditionalGeneration": "AutoModelForSpeechSeq2Seq", "EchoForCTC": "AutoModelForCTC"}
 
 # All pitch mechanisms off: a plain rotary transformer. Every preset starts from here.
 BASELINE = {
@@ -470,7 +475,16 @@ class EchoConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
-        output["custom_pipelines"] = CUSTOM_PIPELINES
+        # Only the class that saved the checkpoint is named: the library keeps the first that loads, and each of the two
+        # loads what the other saved.
+        models = [PIPELINE_MODELS[name] for name in self.architectures or () if name in PIPELINE_MODELS]
+        output["custom_pipelines"] = {
+            "automatic-speech-recognition": {
+                "impl": PIPELINE_CLASS,
+                "pt": models or list(PIPELINE_MODELS.values()),
+                "type": "multimodal",
+            }
+        }
         return output
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
