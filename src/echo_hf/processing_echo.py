@@ -103,6 +103,8 @@ class EchoProcessor(ProcessorMixin):
         batch = [single] if isinstance(text, str) else single
         labels = [ids[1:] if ids[:1] == [self.tokenizer.bos_token_id] else ids for ids in batch]
         padding = {key: options.get(key) for key in ("padding", "max_length", "pad_to_multiple_of", "return_tensors")}
+        if padding["padding"] != "max_length":
+            padding["max_length"] = None  # it was for truncation
         padded = self.tokenizer.pad({"input_ids": labels}, **padding)["input_ids"]
         return padded[0] if isinstance(text, str) and padding["return_tensors"] is None else padded
 
