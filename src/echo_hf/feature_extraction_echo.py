@@ -1,0 +1,459 @@
+"""Features of Echo: audio in, one array of frames and channels out, with F0 in Hz as its last channel.
+
+F0 travels inside `input_features` because pipelines and trainers pass nothing else on. Features are extracted from
+each utterance by itself before anything is padded, so they do not depend on what else is in the batch: zeros at the
+end would change the last frames of F0. All is numpy, so that worker processes can be forked freely.
+"""
+
+import io
+import os
+from collections.abc import Mapping
+from collections.abc import Sequence
+from functools import lru_cache
+from numbers import Number
+
+import numpy as np
+from transformers.audio_utils import mel_filter_bank
+from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.utils import TensorType
+from transformers.utils import is_torch_tensor
+from transformers.utils import logging
+
+from .configuration_echo import validate_feature_groups
+from .pitch_echo import accumulated_phase
+from .pitch_echo import align_f0
+from .pitch_echo import aperiodicity_code
+from .pitch_echo import check_tracker
+from .pitch_echo import estimate_f0
+from .pitch_echo import num_aperiodicity_bands
+from .pitch_echo import spectral_envelope_code
+
+logger = logging.get_logger(__name__)
+
+# Log-mel values are decades of power (1 decade = 10 dB); a full-scale sine at 1 kHz is 2.4.
+MEL_POWER_FLOOR = 1e-10  # under the noise of 16-bit audio; keeps the logarithm of silence finite
+DYNAMIC_RANGE = 8.0  # decades kept under the utterance's peak
+MIN_PEAK = -2.0  # decades; a fainter peak counts as this one, so that faint noise is not blown up to look like speech
+DECADES_PER_UNIT = 4.0  # brings the features to 0 (silence, and padding) to 2 (the peak)
+
+DECIBELS_PER_DECADE = 20.0  # of amplitude: brings WORLD's aperiodicity to 0 (noise) to -3 (its minimum)
+LARGEST_PHASE = np.nextafter(np.float32(2.0 * np.pi), np.float32(0.0))  # float32 rounds the phases above up to 2 pi
+SMALLEST_DEVIATION = 1e-3  # of the envelope's code (natural logarithm of power)
+
+MAX_CHANNELS = 8  # the short axis of a 2-D array is its channels up to this many
+SPECTROGRAM_FRAMES = 4096  # frames transformed at a time; the spectra of an hour of audio would take 1 GB
+AUDIO_KEYS = ("array", "raw", "bytes", "path")  # of a dict that holds audio, the first that is not None
+F0_GROUPS = ("phase", "envelope", "aperiodicity", "pitch")  # groups that are made from F0
+
+
+def load_audio(source) -> tuple[np.ndarray, int]:
+    """Reads an audio file with soundfile: WAV, FLAC, Ogg Vorbis and Opus, MP3.
+
+    Args:
+        source: a path (`str` or `os.PathLike`), the bytes of a file, or a file opened in binary mode.
+
+    Returns:
+        float32 samples in [-1, 1], shape `(samples,)` or `(samples, channels)`, and the sampling rate in Hz.
+
+    Raises:
+        `FileNotFoundError`: there is no such file.
+        `ValueError`: the source is empty or not audio that can be read; the message names it and the remedy.
+        `ImportError`: soundfile is not installed.
+    """
+    try:
+        import soundfile
+    except (ImportError, OSError) as error:  # OSError: the package is there, its libsndfile is not
+        raise ImportError(f"Reading audio files needs soundfile ({error}): `pip install soundfile`.") from error
+    if isinstance(source, (str, os.PathLike)):
+        name = os.fspath(source)
+        if not os.path.isfile(name):
+            raise FileNotFoundError(f"No audio file at {name!r}. A URL has to be downloaded first.")
+    else:
+        name = str(getattr(source, "name", f"<{type(source).__name__}>"))
+        content = source.read() if hasattr(source, "read") else bytes(source)
+        if not isinstance(content, bytes) or not content:
+            raise ValueError(f"Nothing to read from {name}: open it in binary mode, positioned at its start.")
+        source = io.BytesIO(content)
+    try:
+        return soundfile.read(source, dtype="float32")
+    except soundfile.SoundFileError as error:
+        raise ValueError(
+            f"Cannot read {name} as audio ({error}). Convert it first, e.g. `ffmpeg -i INPUT -ac 1 OUTPUT.wav`."
+        ) from error
+
+
+def to_mono(samples, name: str = "audio") -> np.ndarray:
+    """Samples of any kind as one float32 channel.
+
+    Args:
+        samples: array, tensor or list of numbers. 1-D, or 2-D with up to 8 channels on the shorter axis, which are
+            averaged. Integers are PCM and are scaled by the range of their type (uint8 is centred at 128).
+        name: what an error calls them.
+
+    Returns:
+        float32, shape `(samples,)`.
+
+    Raises:
+        `ValueError`: not numeric, 64-bit integers, more than 2-D, more than 8 channels, empty, or NaN or infinite.
+    """
+    if is_torch_tensor(samples):
+        samples = samples.detach().cpu()
+        samples = (samples.float() if samples.is_floating_point() else samples).numpy()  # numpy has no bfloat16
+    try:
+        samples = np.asarray(samples)
+    except ValueError as error:
+        raise ValueError(f"{name} is not an array of numbers ({error}). A batch must be a flat list.") from error
+    if samples.dtype.kind not in "fiu":
+        raise ValueError(f"{name} must hold numbers, not {samples.dtype}. Give samples, a file's path or its bytes.")
+    if samples.ndim not in (1, 2):
+        raise ValueError(f"{name} must be 1-D, or 2-D with its channels, got shape {samples.shape}.")
+    if samples.size == 0:
+        raise ValueError(f"{name} is empty (shape {samples.shape}). Leave recordings without samples out.")
+    if samples.dtype.kind in "iu":
+        if samples.dtype.itemsize == 8:
+            raise ValueError(
+                f"{name} holds {samples.dtype}, whose full scale is not known. Convert 16-bit PCM with"
+                " `np.asarray(audio, dtype=np.int16)`, or give floats in [-1, 1]."
+            )
+        full_scale = 2.0 ** (8 * samples.dtype.itemsize - 1)
+        samples = (samples - (full_scale if samples.dtype.kind == "u" else 0.0)) / full_scale
+    if samples.ndim == 2:
+        channel_axis = int(np.argmin(samples.shape))
+        if samples.shape[channel_axis] > MAX_CHANNELS:
+            raise ValueError(
+                f"{name} has shape {samples.shape}: more than {MAX_CHANNELS} channels on either axis. Give one."
+            )
+        samples = samples.mean(axis=channel_axis)
+    with np.errstate(over="ignore"):  # what does not fit float32 becomes infinite, which the next line reports
+        samples = samples.astype(np.float32)
+    if not np.isfinite(samples).all():
+        raise ValueError(
+            f"{name} has {np.count_nonzero(~np.isfinite(samples))} NaN or infinite samples. Repair it, e.g. with"
+            " `np.nan_to_num`, or leave it out."
+        )
+    return samples
+
+
+def resample_audio(waveform: np.ndarray, sampling_rate: int, target_rate: int) -> np.ndarray:
+    """One channel at another sampling rate (Hz), by soxr at high quality. float32, shape `(samples,)`."""
+    try:
+        import soxr
+    except ImportError as error:
+        raise ImportError(f"Resampling audio needs soxr ({error}): `pip install soxr`.") from error
+    return soxr.resample(waveform, sampling_rate, target_rate, quality="HQ")
+
+
+@lru_cache(maxsize=8)
+def _mel_filters(sampling_rate: int, n_fft: int, num_mels: int) -> np.ndarray:
+    # Kept outside the extractor: what is not in it need not be saved or pickled, and cannot change its hash.
+    filters = mel_filter_bank(
+        num_frequency_bins=n_fft // 2 + 1,
+        num_mel_filters=num_mels,
+        min_frequency=0.0,
+        max_frequency=sampling_rate / 2,
+        sampling_rate=sampling_rate,
+        norm="slaney",
+        mel_scale="slaney",
+    )
+    filters.flags.writeable = False
+    return filters
+
+
+def log_mel_spectrogram(
+    waveform: np.ndarray, sampling_rate: int, hop_length: int, n_fft: int, num_mels: int
+) -> np.ndarray:
+    """Log-mel spectrogram of one utterance, 80 dB under its peak.
+
+    `log_mel = log10(max(mel_power, 1e-10))`, `floor = max(peak, -2) - 8` with `peak` the maximum over the utterance,
+    `feature = (max(log_mel, floor) - floor) / 4`. Other than Whisper's, whose form this is
+    (https://github.com/openai/whisper/blob/main/whisper/audio.py), the floor is 0 whatever the level: silence equals
+    padding. Frame t is centred at sample `t * hop_length`; beyond the ends of the audio there are zeros.
+
+    Args:
+        waveform: shape `(samples,)`, at least one hop.
+        sampling_rate: Hz.
+        hop_length: samples from one frame to the next.
+        n_fft: samples under the (periodic Hann) window.
+        num_mels: number of mel channels from 0 Hz to half the sampling rate.
+
+    Returns:
+        float32, shape `(samples // hop_length, num_mels)`: in [0, 2].
+    """
+    num_frames = len(waveform) // hop_length
+    window = np.hanning(n_fft + 1)[:-1]
+    padded = np.pad(waveform, n_fft // 2)
+    frames = np.lib.stride_tricks.sliding_window_view(padded, n_fft)[::hop_length][:num_frames]
+    filters = _mel_filters(sampling_rate, n_fft, num_mels)
+    log_mel = np.empty((num_frames, num_mels), dtype=np.float32)
+    for start in range(0, num_frames, SPECTROGRAM_FRAMES):
+        part = slice(start, start + SPECTROGRAM_FRAMES)
+        spectrum = np.fft.rfft(frames[part] * window)  # complex128 (frames, n_fft // 2 + 1)
+        mel_power = (spectrum.real**2 + spectrum.imag**2) @ filters
+        log_mel[part] = np.log10(np.maximum(mel_power, MEL_POWER_FLOOR))
+    floor = max(log_mel.max(), np.float32(MIN_PEAK)) - np.float32(DYNAMIC_RANGE)
+    return (np.maximum(log_mel, floor) - floor) / np.float32(DECADES_PER_UNIT)
+
+
+class EchoFeatureExtractor(SequenceFeatureExtractor):
+    r"""
+    Turns audio into `input_features` of shape `(batch, frames, channels)`: the log-mel spectrogram first, F0 in Hz
+    (0 = unvoiced) last, further groups between them as asked for.
+
+    | group | channels | values |
+    |---|---|---|
+    | `spectrogram` | any | log-mel, 0 (80 dB under the peak, silence) to 2; see [`log_mel_spectrogram`] |
+    | `waveform` | `hop_length` | the frame's samples, -1 to 1 |
+    | `phase` | 1 | accumulated phase of F0, 0 to 2 pi radians |
+    | `envelope` | any (24 does) | WORLD's spectral envelope, coded; each channel standardised over the utterance |
+    | `aperiodicity` | 1 at 16 kHz | WORLD's band aperiodicity, -3 (periodic) to 0 (noise), decades of amplitude |
+    | `pitch` | 1 | F0 in Hz |
+
+    Args:
+        feature_groups (`dict[str, int]`, *optional*, defaults to `{"spectrogram": 80, "pitch": 1}`):
+            Name and number of channels of each group. Without a group that needs F0, none is estimated.
+        sampling_rate (`int`, defaults to 16000):
+            Samples a second (Hz) of the audio that features are made from.
+        hop_length (`int`, defaults to 160):
+            Samples from one frame to the next (160 at 16 kHz is 10 ms).
+        n_fft (`int`, defaults to 400):
+            Samples under the window of the spectrogram (400 at 16 kHz is 25 ms).
+        f0_method (`str`, defaults to `"dio"`):
+            Tracker of F0, a name in `pitch_echo.TRACKERS`.
+        f0_min (`float`, defaults to 71.0):
+            Lowest F0 in Hz.
+        f0_max (`float`, defaults to 500.0):
+            Highest F0 in Hz.
+        padding_value (`float`, defaults to 0.0):
+            Value of padding frames, in all channels.
+        resample (`bool`, defaults to `False`):
+            Whether audio of another sampling rate is resampled. If not, it is an error.
+        return_attention_mask (`bool`, defaults to `True`):
+            Whether `attention_mask` (1 = frame, 0 = padding) is returned.
+
+    Raises:
+        `ValueError`: a setting cannot work; the message names it.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from echo_hf import EchoFeatureExtractor
+
+    >>> feature_extractor = EchoFeatureExtractor()
+    >>> features = feature_extractor(np.zeros(16000, dtype=np.float32), sampling_rate=16000, return_tensors="pt")
+    >>> features.input_features.shape
+    torch.Size([1, 100, 81])
+
+    ```"""
+
+    model_input_names = ["input_features", "attention_mask"]
+    _auto_class = "AutoFeatureExtractor"
+
+    def __init__(
+        self,
+        feature_groups: dict[str, int] | None = None,
+        sampling_rate: int = 16000,
+        hop_length: int = 160,
+        n_fft: int = 400,
+        f0_method: str = "dio",
+        f0_min: float = 71.0,
+        f0_max: float = 500.0,
+        padding_value: float = 0.0,
+        resample: bool = False,
+        return_attention_mask: bool = True,
+        **kwargs,
+    ):
+        groups = validate_feature_groups({"spectrogram": 80, "pitch": 1} if feature_groups is None else feature_groups)
+        kwargs["feature_size"] = sum(groups.values())  # a saved value is the sum of the saved groups, not of these
+        super().__init__(
+            sampling_rate=sampling_rate,
+            padding_value=padding_value,
+            return_attention_mask=return_attention_mask,
+            **kwargs,
+        )
+        self.feature_groups = groups
+        self.hop_length = hop_length
+        self.n_fft = n_fft
+        self.f0_method = f0_method
+        self.f0_min = f0_min
+        self.f0_max = f0_max
+        self.resample = resample
+        self._check()
+
+    def _check(self):
+        for name in ("sampling_rate", "hop_length", "n_fft"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number above 0, got {value!r}.")
+        if self.n_fft < self.hop_length or self.n_fft % 2:
+            raise ValueError(
+                f"n_fft ({self.n_fft}) must be even, and at least hop_length ({self.hop_length}) to hear every sample."
+            )
+        if self.feature_size < 2:
+            raise ValueError("feature_groups: a single channel cannot be padded as a sequence; give at least 2.")
+        widths = {"waveform": self.hop_length, "aperiodicity": num_aperiodicity_bands(self.sampling_rate)}
+        for name, width in widths.items():
+            if self.feature_groups.get(name, width) != width:
+                raise ValueError(
+                    f"feature_groups: the width of {name!r} must be {width} at a hop_length of {self.hop_length} and a"
+                    f" sampling_rate of {self.sampling_rate} Hz, got {self.feature_groups[name]}."
+                )
+        if any(name in self.feature_groups for name in F0_GROUPS):
+            check_tracker(self.f0_method, self.f0_min, self.f0_max, self.sampling_rate)
+
+    def __call__(
+        self,
+        audio,
+        sampling_rate: int | None = None,
+        padding=True,
+        max_length: int | None = None,
+        truncation: bool = False,
+        pad_to_multiple_of: int | None = None,
+        return_tensors: str | TensorType | None = None,
+        return_attention_mask: bool | None = None,
+        resample: bool | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """
+        Features of one recording or of a batch. Lengths are in frames.
+
+        Args:
+            audio:
+                One recording, or a list of recordings of any kind:
+
+                - numpy array, torch tensor or list of numbers: floats in [-1, 1], or integer PCM, which is scaled by
+                  the range of its type. 2-D is one recording whose shorter axis, up to 8, is its channels; they are
+                  averaged. (A 2-D array with more than 8 rows and columns is a batch of rows.)
+                - path, bytes or binary file object of an audio file, which carries its own sampling rate.
+                - dict with `"array"` or `"raw"`, and `"sampling_rate"`; or with `"bytes"` or `"path"`, as `datasets`
+                  gives them.
+            sampling_rate (`int`, *optional*):
+                Of the arrays that do not say their own, in Hz. Taken to be the extractor's, with a warning, if not
+                given.
+            padding (`bool` or `str`, defaults to `True`):
+                `True` or `"longest"`, `"max_length"`, or `False` for features as long as each utterance.
+            max_length (`int`, *optional*):
+                Frames to pad or truncate to.
+            truncation (`bool`, defaults to `False`):
+                Whether to cut features longer than `max_length`.
+            pad_to_multiple_of (`int`, *optional*):
+                Pads to a multiple of this many frames.
+            return_tensors (`str`, *optional*):
+                `"pt"` or `"np"`. numpy arrays if not given.
+            return_attention_mask (`bool`, *optional*):
+                As the extractor's if not given.
+            resample (`bool`, *optional*):
+                As the extractor's if not given.
+            kwargs:
+                Ignored: what callers of any extractor pass, such as `device`.
+
+        Returns:
+            [`BatchFeature`] with `input_features`, float32 `(batch, frames, channels)`, and `attention_mask`, int
+            `(batch, frames)`. A recording of n samples has `n // hop_length` frames; frame t lies at
+            `t * hop_length / sampling_rate` seconds.
+
+        Raises:
+            `ValueError`: a recording is empty, not finite, shorter than a hop, not numeric, cannot be read, or has
+            another sampling rate and is not to be resampled. The message names the recording and the remedy.
+            `FileNotFoundError`: there is no file at a path.
+        """
+        resample = self.resample if resample is None else resample
+        recordings, is_batch = _as_batch(audio)
+        features = []
+        for index, recording in enumerate(recordings):
+            waveform = self._read(recording, f"audio[{index}]" if is_batch else "audio", sampling_rate, resample)
+            features.append(self._extract(waveform))
+        padded = self.pad(
+            BatchFeature({"input_features": features}),
+            padding=padding,
+            max_length=max_length,
+            truncation=truncation,
+            pad_to_multiple_of=pad_to_multiple_of,
+            return_attention_mask=return_attention_mask,
+        )
+        if return_tensors is None and (padding is False or padding == "do_not_pad"):
+            return BatchFeature({key: list(value) for key, value in padded.items()})
+        return padded.convert_to_tensors(return_tensors)
+
+    def _read(self, recording, name: str, sampling_rate: int | None, resample: bool) -> np.ndarray:
+        """One recording of any kind as float32 samples `(samples,)` at the extractor's rate; `name` is for errors."""
+        samples, rate = recording, None
+        if hasattr(recording, "get_all_samples"):  # the decoder of torchcodec, which `datasets.Audio` gives
+            decoded = recording.get_all_samples()
+            samples, rate = decoded.data, decoded.sample_rate
+        elif isinstance(recording, Mapping):
+            samples = next((recording[key] for key in AUDIO_KEYS if recording.get(key) is not None), None)
+            rate = recording.get("sampling_rate")
+            if samples is None:
+                raise ValueError(f"{name} is a dict with {list(recording)}; it needs one of {', '.join(AUDIO_KEYS)}.")
+        if _is_file(samples):
+            try:
+                samples, rate = load_audio(samples)
+            except (ValueError, FileNotFoundError) as error:
+                raise type(error)(f"{name}: {error}") from error
+        if rate is None and sampling_rate is None:
+            logger.warning_once(
+                f"The sampling rate of the audio is not given and taken to be {self.sampling_rate} Hz. Pass"
+                " `sampling_rate`, so that audio of another rate is noticed."
+            )
+        rate = rate or sampling_rate or self.sampling_rate  # what the audio says of itself comes first
+        waveform = to_mono(samples, name)
+        if rate != self.sampling_rate:
+            if not resample:
+                raise ValueError(
+                    f"{name} has a sampling rate of {rate} Hz, and features are made at {self.sampling_rate} Hz. Pass"
+                    " `resample=True`, or resample it before."
+                )
+            waveform = resample_audio(waveform, rate, self.sampling_rate)
+        if len(waveform) < self.hop_length:
+            raise ValueError(
+                f"{name} has {len(waveform)} samples at {self.sampling_rate} Hz, less than one frame of"
+                f" {self.hop_length}. Leave it out, or pad it with zeros."
+            )
+        return waveform
+
+    def _extract(self, waveform: np.ndarray) -> np.ndarray:
+        """Features of one utterance: float32 `(samples,)` in, float32 `(frames, channels)` out."""
+        groups, rate, hop_length = self.feature_groups, self.sampling_rate, self.hop_length
+        num_frames = len(waveform) // hop_length
+        features = {"spectrogram": log_mel_spectrogram(waveform, rate, hop_length, self.n_fft, groups["spectrogram"])}
+        if "waveform" in groups:
+            features["waveform"] = waveform[: num_frames * hop_length].reshape(num_frames, hop_length)
+        if any(name in groups for name in F0_GROUPS):
+            # The tracker's frame after the last hop has no frame of the spectrogram to go with, and is left out.
+            f0 = estimate_f0(waveform, rate, hop_length, self.f0_method, self.f0_min, self.f0_max)
+            f0 = align_f0(f0, num_frames)
+            features["pitch"] = f0[:, None]
+        if "phase" in groups:
+            phase = accumulated_phase(f0, hop_length / rate)[:, None].astype(np.float32)
+            features["phase"] = np.minimum(phase, LARGEST_PHASE)
+        if "envelope" in groups:
+            envelope = spectral_envelope_code(waveform, f0, rate, hop_length, groups["envelope"])
+            # The smallest deviation is for silence, which is constant; speech has 0.05 and more in every channel.
+            deviation = np.maximum(envelope.std(axis=0), SMALLEST_DEVIATION)
+            features["envelope"] = (envelope - envelope.mean(axis=0)) / deviation
+        if "aperiodicity" in groups:
+            features["aperiodicity"] = aperiodicity_code(waveform, f0, rate, hop_length) / DECIBELS_PER_DECADE
+        return np.concatenate([features[name] for name in groups], axis=1, dtype=np.float32)
+
+
+def _is_file(source) -> bool:
+    return isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(source, "read")
+
+
+def _as_batch(audio) -> tuple[list, bool]:
+    """The recordings in `audio`, and whether it was a batch rather than one recording."""
+    if isinstance(audio, Sequence) and not _is_file(audio):
+        if len(audio) == 0:
+            raise ValueError("audio is empty: give at least one recording, of at least one sample.")
+        return (list(audio), True) if not isinstance(audio[0], Number) else ([audio], False)
+    shape = tuple(getattr(audio, "shape", ()))  # of an array or a tensor
+    if len(shape) == 2 and min(shape) > MAX_CHANNELS or getattr(getattr(audio, "dtype", None), "kind", "") == "O":
+        return list(audio), True
+    if len(shape) == 2 and min(shape) > 1:
+        logger.warning_once(
+            f"Audio of shape {shape} is taken for one recording with {min(shape)} channels, which are averaged. Pass a"
+            " list for a batch of recordings."
+        )
+    return [audio], False
