@@ -65,6 +65,10 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
     def preprocess(self, inputs, chunk_length_s=0, stride_length_s=None):
         if self._is_echo:
             inputs = self._read(inputs)
+            if chunk_length_s:
+                # Whole frames only, or the last chunk might be shorter than one.
+                whole = len(inputs["raw"]) // self.feature_extractor.hop_length * self.feature_extractor.hop_length
+                inputs["raw"] = inputs["raw"][:whole]
         yield from super().preprocess(inputs, chunk_length_s=chunk_length_s, stride_length_s=stride_length_s)
 
     def _read(self, inputs) -> dict:
