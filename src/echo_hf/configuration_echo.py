@@ -183,7 +183,8 @@ class EchoConfig(PreTrainedConfig):
         max_target_positions (`int`, defaults to 448):
             Longest transcript in tokens: the default `max_length` of `generate()` and the limit for labels in training.
         initializer_range (`float`, defaults to 0.02):
-            Standard deviation of the normal distribution that weights start from.
+            Standard deviation of the normal distribution that embeddings and output heads start from. Other weights
+            start by their number of inputs.
         rms_norm_eps (`float`, defaults to 1e-6):
             Added to the mean square in each RMSNorm.
         dropout (`float`, defaults to 0.0):

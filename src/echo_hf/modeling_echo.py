@@ -502,6 +502,10 @@ class EchoPitchProjection(nn.Linear):
     its own because initialisation goes by class."""
 
 
+class EchoOutputHead(nn.Linear):
+    """A linear map to scores of tokens. It starts small, so that at first every token is as likely."""
+
+
 class EchoGatedMLP(nn.Module):
     """Gated feed-forward, `down(act(gate(x) + pitch_gate(pitch)) * up(x))` (https://huggingface.co/papers/2002.05202).
 
@@ -624,16 +628,23 @@ class EchoPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        """Where every parameter starts. Linear, convolution, embedding and norm weights start as everywhere in the
-        library; each mechanism starts neutral:
+        """Where every parameter starts:
 
+            Linear, Conv1d        normal with standard deviation 1 / sqrt(inputs), so that small models pass signals on
+                                  as large ones do; biases 0
+            Embedding             normal with standard deviation `initializer_range`; so is the output head
+            RMSNorm               1
             EchoRotaryEmbedding   log_theta 0 (theta as configured), gain 0 (radius 1)
             EchoAttention         bias_strength 0 (no bias), silence_logit in the middle of its range
             EchoPitchProjection   weight 0
             EchoEncoder           blend -2: a further channel group starts with an eighth of the say
         """
         super()._init_weights(module)
-        if isinstance(module, EchoRotaryEmbedding):
+        if isinstance(module, EchoPitchProjection):
+            init.zeros_(module.weight)
+        elif isinstance(module, nn.Linear | nn.Conv1d) and not isinstance(module, EchoOutputHead):
+            init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+        elif isinstance(module, EchoRotaryEmbedding):
             for name in ("log_theta", "gain"):
                 if hasattr(module, name):
                     init.zeros_(getattr(module, name))
@@ -643,8 +654,6 @@ class EchoPreTrainedModel(PreTrainedModel):
             if hasattr(module, "silence_logit"):
                 middle = math.sqrt(math.prod(self.config.silence_scale_range))
                 init.constant_(module.silence_logit, math.log(math.expm1(middle)))
-        elif isinstance(module, EchoPitchProjection):
-            init.zeros_(module.weight)
         elif isinstance(module, EchoEncoder):
             if hasattr(module, "blend"):
                 init.constant_(module.blend, -2.0)
@@ -1067,8 +1076,10 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
     def __init__(self, config: EchoConfig):
         super().__init__(config)
         self.model = EchoModel(config)
-        self.proj_out = nn.Linear(config.decoder_hidden_size, config.vocab_size, bias=False)
-        self.ctc_head = nn.Linear(config.encoder_hidden_size, config.vocab_size) if config.ctc_loss_weight > 0 else None
+        self.proj_out = EchoOutputHead(config.decoder_hidden_size, config.vocab_size, bias=False)
+        self.ctc_head = None
+        if config.ctc_loss_weight > 0:
+            self.ctc_head = EchoOutputHead(config.encoder_hidden_size, config.vocab_size)
         # Left alone, generate() would stop at 20 tokens.
         self.generation_config.max_length = config.max_target_positions
         self.post_init()
@@ -1206,7 +1217,7 @@ class EchoForCTC(EchoPreTrainedModel):
         super().__init__(config)
         # A dictionary of one, so that the weights have the names they have in EchoForConditionalGeneration.
         self.model = nn.ModuleDict({"encoder": EchoEncoder(config)})
-        self.ctc_head = nn.Linear(config.encoder_hidden_size, config.vocab_size)
+        self.ctc_head = EchoOutputHead(config.encoder_hidden_size, config.vocab_size)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
