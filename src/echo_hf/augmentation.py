@@ -1,0 +1,112 @@
+"""Other voices out of the same recordings, for training: what a speaker's tempo, size and channel would change.
+
+It works on features, not on audio, so that F0 is estimated once and every epoch hears something new. Masking
+(SpecAugment) is the model's own, see `apply_spec_augment` in the config.
+"""
+
+import random
+
+import numpy as np
+from transformers.audio_utils import hertz_to_mel
+from transformers.audio_utils import mel_to_hertz
+
+SHORTEST = 4  # frames that tempo leaves an utterance at least
+
+
+class VoicePerturbation:
+    r"""Perturbs the features of one utterance, with factors drawn anew at each call.
+
+    - **tempo**: time is stretched by linear interpolation, `exp(u)` times as fast, u uniform in `[-tempo, tempo]`.
+    - **voice**: the vocal tract is made longer or shorter, `g = exp(u)`, u uniform in `[-voice, voice]`: mel channel at
+      frequency h takes the value from h / g (vocal tract length perturbation, Jaitly and Hinton, ICML workshop 2013),
+      and F0 becomes g * F0, as when a recording is played faster. F0 is never interpolated: frames are selected.
+    - **channel**: the spectrum is tilted, by u uniform in `[-channel, channel]` at the highest mel channel and -u at
+      the lowest (units of the extractor: 0.25 is 10 dB), and everything under a floor drawn from `[0, 1.5 * channel]`
+      is raised to it, as by noise.
+
+    Groups of channels other than spectrogram and pitch follow in time only; the accumulated phase would no longer
+    belong to its F0, so it is not taken.
+
+    Args:
+        feature_extractor ([`EchoFeatureExtractor`]): says what the channels are.
+        tempo, voice, channel (`float`, defaults to 0.0): strengths; 0 leaves that aspect alone.
+
+    Raises:
+        `ValueError`: a strength is negative or above 1, or the features hold the accumulated phase.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from echo_hf import EchoFeatureExtractor
+    >>> from echo_hf.augmentation import VoicePerturbation
+
+    >>> perturb = VoicePerturbation(EchoFeatureExtractor(), voice=0.2)
+    >>> perturb(np.ones((100, 81), dtype=np.float32)).shape
+    (100, 81)
+
+    ```"""
+
+    def __init__(self, feature_extractor, tempo: float = 0.0, voice: float = 0.0, channel: float = 0.0):
+        for name, value in (("tempo", tempo), ("voice", voice), ("channel", channel)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {value}.")
+        if "phase" in feature_extractor.feature_groups and (tempo or voice):
+            raise ValueError("The feature group 'phase' cannot be perturbed in tempo or voice; leave one of them out.")
+        self.tempo, self.voice, self.channel = tempo, voice, channel
+        self.num_mels = feature_extractor.feature_groups["spectrogram"]
+        self.has_pitch = "pitch" in feature_extractor.feature_groups
+        self.top = feature_extractor.sampling_rate / 2
+        edges = np.linspace(0.0, hertz_to_mel(self.top, mel_scale="slaney"), self.num_mels + 2)
+        self.mels = edges[1:-1]  # centres of the mel channels
+        self.frequencies = mel_to_hertz(self.mels, mel_scale="slaney")
+
+    @property
+    def is_active(self) -> bool:
+        """Whether any strength is above 0."""
+        return bool(self.tempo or self.voice or self.channel)
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """
+        Args:
+            features: float32, shape `(frames, channels)`, of the extractor.
+
+        Returns:
+            float32, shape `(other frames, channels)`; a new array.
+        """
+        features = np.array(features, dtype=np.float32)
+        if self.tempo:
+            features = self._stretch(features, np.exp(random.uniform(-self.tempo, self.tempo)))
+        spectrogram = features[:, : self.num_mels]
+        if self.voice:
+            factor = np.exp(random.uniform(-self.voice, self.voice))
+            spectrogram[:] = self._warp(spectrogram, factor)
+            if self.has_pitch:
+                features[:, -1] *= factor
+        if self.channel:
+            tilt = random.uniform(-self.channel, self.channel) * np.linspace(-1.0, 1.0, self.num_mels, dtype=np.float32)
+            floor = random.uniform(0.0, 1.5 * self.channel)
+            tilted = np.where(spectrogram > 0, spectrogram + tilt, 0.0)  # silence has no tilt
+            spectrogram[:] = np.clip(tilted, floor, 2.0)
+        return features
+
+    def _stretch(self, features: np.ndarray, factor: float) -> np.ndarray:
+        """`factor` times as fast. F0 is taken from the nearest frame."""
+        length = len(features)
+        times = np.linspace(0, length - 1, max(round(length / factor), min(SHORTEST, length)))
+        before = np.floor(times).astype(int)
+        after = np.minimum(before + 1, length - 1)
+        weight = (times - before).astype(np.float32)[:, None]
+        stretched = features[before] * (1 - weight) + features[after] * weight
+        if self.has_pitch:
+            stretched[:, -1] = features[np.round(times).astype(int), -1]
+        return stretched
+
+    def _warp(self, spectrogram: np.ndarray, factor: float) -> np.ndarray:
+        """Formants `factor` times as high. Above what was heard the highest channel repeats."""
+        sources = hertz_to_mel(np.minimum(self.frequencies / factor, self.top), mel_scale="slaney")
+        positions = np.clip((sources - self.mels[0]) / (self.mels[1] - self.mels[0]), 0, self.num_mels - 1)
+        below = np.floor(positions).astype(int)
+        above = np.minimum(below + 1, self.num_mels - 1)
+        weight = (positions - below).astype(np.float32)
+        return spectrogram[:, below] * (1 - weight) + spectrogram[:, above] * weight
