@@ -1,0 +1,449 @@
+"""Training from arguments to a finished checkpoint, on top of Transformers' `Seq2SeqTrainer`.
+
+Nothing is trained by hand here: the model's own loss, `generate()` for every word error rate that is reported, and the
+Trainer's checkpoints. What this module adds is the preparation: tokenizer, extractor and config that fit each other,
+the checks that would otherwise fail late, and one setting that must not reach the Trainer. Its label smoothing computes
+the loss from the logits alone, and the CTC part would be lost; so `label_smoothing_factor` goes to the model's config.
+"""
+
+import difflib
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import Seq2SeqTrainer
+from transformers import Seq2SeqTrainingArguments
+from transformers import TrainerCallback
+from transformers import set_seed
+from transformers.utils import logging
+
+from .configuration_echo import BASELINE
+from .configuration_echo import PRESETS
+from .configuration_echo import SIZES
+from .configuration_echo import EchoConfig
+from .data import EchoDataCollator
+from .data import PreparedData
+from .data import load_sources
+from .data import prepare_dataset
+from .feature_extraction_echo import EchoFeatureExtractor
+from .metrics import make_compute_metrics
+from .modeling_echo import EchoForConditionalGeneration
+from .processing_echo import EchoProcessor
+from .tokenization_echo import EchoTokenizer
+
+logger = logging.get_logger(__name__)
+
+BYTE_VOCABULARY = 259  # 3 special tokens and 256 bytes
+
+# What `echo-hf train` sets where the Trainer's own default is meant for fine-tuning a large language model.
+TRAINING_DEFAULTS = {
+    "num_train_epochs": 30.0,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 32,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,  # a share of all steps, since it is below 1
+    "weight_decay": 0.01,
+    "logging_steps": 25,
+    "save_total_limit": 2,
+    "metric_for_best_model": "wer",
+    "greater_is_better": False,
+    "predict_with_generate": True,
+    "train_sampling_strategy": "group_by_length",
+    "remove_unused_columns": False,  # the collator picks; removed, `length` would be measured by reading all features
+}
+
+
+@dataclass
+class ModelArguments:
+    """What is trained."""
+
+    _argument_group_name = "model"
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Echo checkpoint to start from: a folder, or a name on the Hub. From scratch if not given."},
+    )
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Pitch mechanisms that are on, from scratch: {', '.join(PRESETS)}. EchoConfig's own if not given.",
+            "choices": list(PRESETS),
+        },
+    )
+    size: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Number of parameters, from scratch: {', '.join(SIZES)}. 10m if not given.",
+            "choices": list(SIZES),
+        },
+    )
+    vocab_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of tokens, from scratch: 259 (bytes, the default), or more for tokens of several bytes that"
+            " are frequent in the training text."
+        },
+    )
+    feature_groups: str | None = field(
+        default=None,
+        metadata={"help": 'Channels of the features, from scratch, as JSON, e.g. \'{"spectrogram": 80, "pitch": 1}\'.'},
+    )
+    f0_method: str | None = field(default=None, metadata={"help": "Tracker of F0, from scratch: dio if not given."})
+    config_overrides: str | None = field(
+        default=None,
+        metadata={
+            "help": "Any other fields of EchoConfig: key=value,key=value, or a JSON object, e.g."
+            " dropout=0.1,apply_spec_augment=true."
+        },
+    )
+
+
+@dataclass
+class DataArguments:
+    """What it is trained and evaluated on."""
+
+    _argument_group_name = "data"
+
+    train_data: list[str] = field(
+        metadata={
+            "help": "Training speech, one source or more: manifests (JSON lines with audio and text), folders (audio"
+            " files with .txt beside them, or a metadata.jsonl), datasets on disk or on the Hub."
+        }
+    )
+    eval_data: list[str] | None = field(
+        default=None, metadata={"help": "Speech to measure the word error rate on, of voices not in train_data."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Split of a Hub or on-disk dataset to train on."})
+    eval_split: str = field(default="validation", metadata={"help": "Split of such a dataset to evaluate on."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
+    audio_column: str | None = field(default=None, metadata={"help": "Column with the audio, if not `audio`."})
+    text_column: str | None = field(default=None, metadata={"help": "Column with the transcript, if not `text`."})
+    min_seconds: float | None = field(default=None, metadata={"help": "Training audio shorter than this is left out."})
+    max_seconds: float | None = field(
+        default=30.0, metadata={"help": "Training audio longer than this is left out, as it decides the memory used."}
+    )
+    skip_broken: bool = field(
+        default=False, metadata={"help": "Report and leave out what cannot be used, instead of stopping."}
+    )
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that compute features."})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder for computed features; in the cache of `datasets` if not given."}
+    )
+
+
+def parse_overrides(text: str | None) -> dict[str, Any]:
+    """
+    Fields of [`EchoConfig`] from one string.
+
+    Args:
+        text (`str`, *optional*): `"dropout=0.1,theta_mode=none"`, values read as JSON where they are and as text where
+            not; or a JSON object, which can also hold lists.
+
+    Returns:
+        `dict[str, Any]`: value of each field; empty without text.
+
+    Raises:
+        `ValueError`: not of that form, or no field of the config is called so; the message names the closest.
+    """
+    if not text or not text.strip():
+        return {}
+    if text.lstrip().startswith("{"):
+        overrides = _load_json(text, "config_overrides")
+    else:
+        overrides = {}
+        for item in text.split(","):
+            key, equals, value = (part.strip() for part in item.partition("="))
+            if not key or not equals:
+                raise ValueError(f"config_overrides: {item!r} is not key=value; write key=value,... or a JSON object.")
+            try:
+                overrides[key] = json.loads(value)
+            except json.JSONDecodeError:
+                overrides[key] = value
+    known = {entry.name for entry in fields(EchoConfig)}
+    for key in overrides:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=3)
+            hint = f" Did you mean {', '.join(close)}?" if close else ""
+            raise ValueError(f"config_overrides: EchoConfig has no field {key!r}.{hint}")
+    return overrides
+
+
+def _load_json(text: str, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}: {text!r} is not JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}: {text!r} is not a JSON object.")
+    return value
+
+
+def build_config(arguments: ModelArguments, label_smoothing: float = 0.0) -> EchoConfig:
+    """The config of a new model; its `vocab_size` is set once the tokenizer is there."""
+    settings: dict[str, Any] = {"label_smoothing": label_smoothing}
+    if arguments.feature_groups:
+        settings["feature_groups"] = _load_json(arguments.feature_groups, "feature_groups")
+    if arguments.preset is None:  # the config's own choice of mechanisms, which no preset names
+        default = EchoConfig()
+        settings |= {name: getattr(default, name) for name in BASELINE}
+    settings |= parse_overrides(arguments.config_overrides)
+    if "vocab_size" in settings:
+        raise ValueError("config_overrides: vocab_size is an option of its own, as the tokenizer follows from it.")
+    return EchoConfig.from_preset(arguments.preset or "baseline", size=arguments.size or "10m", **settings)
+
+
+def build_tokenizer(texts: Sequence[str], vocab_size: int | None = None) -> EchoTokenizer:
+    """
+    The byte vocabulary, or byte pairs merged on the training text.
+
+    Raises:
+        `ValueError`: `vocab_size` is smaller than the byte vocabulary.
+    """
+    vocab_size = vocab_size or BYTE_VOCABULARY
+    if vocab_size < BYTE_VOCABULARY:
+        raise ValueError(f"vocab_size must be at least {BYTE_VOCABULARY} (bytes and special tokens), got {vocab_size}.")
+    if vocab_size == BYTE_VOCABULARY:
+        return EchoTokenizer()
+    tokenizer = EchoTokenizer().train_new_from_iterator(texts, vocab_size, show_progress=False)
+    if len(tokenizer) < vocab_size:
+        logger.warning(f"The training text gives {len(tokenizer)} tokens, fewer than the {vocab_size} asked for.")
+    return tokenizer
+
+
+def build_processor(config: EchoConfig, tokenizer: EchoTokenizer, f0_method: str | None = None) -> EchoProcessor:
+    """A processor whose features are those that the config expects."""
+    extractor = EchoFeatureExtractor(
+        feature_groups=config.feature_groups,
+        sampling_rate=config.sampling_rate,
+        hop_length=config.hop_length,
+        n_fft=2 * round(1.25 * config.hop_length),  # 25 ms for a hop of 10 ms
+        **({} if f0_method is None else {"f0_method": f0_method}),
+    )
+    return EchoProcessor(extractor, tokenizer)
+
+
+def check_fit(processor: EchoProcessor, config: EchoConfig) -> None:
+    """
+    Checks that the processor makes what the model takes.
+
+    Raises:
+        `ValueError`: features, their rate or the tokens differ; the message names what.
+    """
+    extractor, tokenizer = processor.feature_extractor, processor.tokenizer
+    for name in ("feature_groups", "sampling_rate", "hop_length"):
+        if getattr(extractor, name) != getattr(config, name):
+            raise ValueError(
+                f"{name}: the feature extractor has {getattr(extractor, name)}, the model {getattr(config, name)};"
+                " they must be the same."
+            )
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"vocab_size: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}.")
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if getattr(tokenizer, name) != getattr(config, name):
+            raise ValueError(
+                f"{name}: {getattr(tokenizer, name)} in the tokenizer, {getattr(config, name)} in the model."
+            )
+
+
+def build_model_and_processor(
+    arguments: ModelArguments, texts: Sequence[str], label_smoothing: float = 0.0
+) -> tuple[EchoForConditionalGeneration, EchoProcessor]:
+    """
+    A new model with its processor, or those of a checkpoint.
+
+    Args:
+        arguments ([`ModelArguments`]): which.
+        texts (`Sequence[str]`): training transcripts, for a tokenizer with merged tokens.
+        label_smoothing (`float`, defaults to 0.0): goes into the config.
+
+    Raises:
+        `ValueError`: settings do not fit each other, or ask a checkpoint to be another.
+    """
+    if arguments.model_name_or_path is None:
+        config = build_config(arguments, label_smoothing)
+        tokenizer = build_tokenizer(texts, arguments.vocab_size)
+        config.vocab_size = len(tokenizer)
+        processor = build_processor(config, tokenizer, arguments.f0_method)
+        model = EchoForConditionalGeneration(config)
+    else:
+        for name in ("preset", "size", "vocab_size", "feature_groups", "f0_method"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(
+                    f"{name} belongs to a new model, and {arguments.model_name_or_path} is trained further. Leave it"
+                    " out; fields that do not change the weights' shapes can be given as config_overrides."
+                )
+        overrides = {"label_smoothing": label_smoothing, **parse_overrides(arguments.config_overrides)}
+        model = EchoForConditionalGeneration.from_pretrained(arguments.model_name_or_path, **overrides)
+        processor = EchoProcessor.from_pretrained(arguments.model_name_or_path)
+    check_fit(processor, model.config)
+    # Not in the file, since they are tied; else the Trainer warns that they are missing when it loads the best weights.
+    model._keys_to_ignore_on_save = set(model.all_tied_weights_keys)
+    return model, processor
+
+
+def find_last_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest complete `checkpoint-<step>` folder in `output_dir`, if there is one. A run that was killed while it
+    saved leaves a folder without `trainer_state.json`, which is written last."""
+    found = [
+        path
+        for path in Path(output_dir).glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdigit() and (path / "trainer_state.json").is_file()
+    ]
+    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
+def count_beyond_ctc(data: PreparedData, config: EchoConfig) -> int:
+    """Utterances with more tokens than encoder frames to emit them at (repeated tokens need a blank between them)."""
+    stride = math.prod(config.stem_strides)
+    special = {config.pad_token_id, config.bos_token_id, config.eos_token_id}
+    count = 0
+    for length, labels in zip(data.dataset["length"], data.dataset["labels"]):
+        tokens = [token for token in labels if token not in special]
+        repeats = sum(first == second for first, second in pairwise(tokens))
+        count += len(tokens) + repeats > math.ceil(length / stride)
+    return count
+
+
+def train(
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    training_arguments: Seq2SeqTrainingArguments,
+    resume: bool = False,
+    callbacks: list[TrainerCallback] | None = None,
+) -> dict[str, Any]:
+    """
+    Trains a model and leaves a complete checkpoint in `output_dir`: weights, config, generation config, processor and
+    the code for `trust_remote_code`, with `train_results.json`, `eval_results.json`, `trainer_state.json` and
+    `run_summary.json` beside them.
+
+    Args:
+        model_arguments ([`ModelArguments`]): what is trained.
+        data_arguments ([`DataArguments`]): on what.
+        training_arguments (`Seq2SeqTrainingArguments`): how; see `TRAINING_DEFAULTS`.
+        resume (`bool`, defaults to `False`): whether to go on from the last checkpoint in `output_dir`.
+        callbacks (`list[TrainerCallback]`, *optional*): more callbacks for the Trainer.
+
+    Returns:
+        `dict[str, Any]`: the summary that `run_summary.json` holds.
+
+    Raises:
+        `ValueError`: data cannot be used, settings do not fit each other, there is no checkpoint to resume from, or
+            `output_dir` holds another run.
+    """
+    started = time.monotonic()
+    output_dir = Path(training_arguments.output_dir)
+    checkpoint = find_last_checkpoint(output_dir)
+    if resume and checkpoint is None:
+        raise ValueError(f"There is no checkpoint to resume from in {output_dir}; start without --resume.")
+    if not resume and checkpoint is not None:
+        raise ValueError(
+            f"{output_dir} holds a run already ({checkpoint.name}): go on with it by --resume, or take another folder."
+        )
+    if not resume and (output_dir / "config.json").is_file():
+        raise ValueError(f"{output_dir} holds a model already; take another folder.")
+    # Set before the model is made, so that its weights follow from the seed.
+    set_seed(training_arguments.seed)
+    label_smoothing, training_arguments.label_smoothing_factor = training_arguments.label_smoothing_factor, 0.0
+
+    train_table = _load(data_arguments, data_arguments.train_data, data_arguments.train_split)
+    eval_table = None
+    if data_arguments.eval_data:
+        eval_table = _load(data_arguments, data_arguments.eval_data, data_arguments.eval_split)
+        _warn_of_overlap(train_table, eval_table)
+    if resume:
+        # The tokenizer above all must be the one that the weights have learned.
+        model_arguments = ModelArguments(model_name_or_path=str(checkpoint))
+        label_smoothing = EchoConfig.from_pretrained(checkpoint).label_smoothing
+    model, processor = build_model_and_processor(model_arguments, train_table["text"][:], label_smoothing)
+
+    options = {
+        "max_label_length": model.config.max_target_positions,
+        "skip_broken": data_arguments.skip_broken,
+        "num_proc": data_arguments.num_proc,
+        "cache_dir": data_arguments.cache_dir,
+    }
+    train_data = prepare_dataset(
+        train_table,
+        processor,
+        min_seconds=data_arguments.min_seconds,
+        max_seconds=data_arguments.max_seconds,
+        **options,
+    )
+    eval_data = prepare_dataset(eval_table, processor, **options) if eval_table is not None else None
+    if model.config.ctc_loss_weight > 0 and (beyond := count_beyond_ctc(train_data, model.config)):
+        logger.warning(
+            f"{beyond} of {len(train_data.dataset)} utterances have more tokens than encoder frames, and the CTC loss"
+            " leaves them out. A larger vocab_size makes fewer tokens."
+        )
+
+    trainer = Seq2SeqTrainer(
+        model=model,
+        args=training_arguments,
+        data_collator=EchoDataCollator(processor),
+        train_dataset=train_data.dataset,
+        eval_dataset=eval_data.dataset if eval_data else None,
+        processing_class=processor,
+        compute_metrics=make_compute_metrics(processor.tokenizer) if training_arguments.predict_with_generate else None,
+        callbacks=callbacks,
+    )
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
+    trainer.save_model()
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+    metrics = {}
+    if eval_data:
+        metrics = trainer.evaluate()
+        trainer.save_metrics("eval", metrics)
+    summary = {
+        "output_dir": str(output_dir),
+        "parameters": model.num_parameters(),
+        "steps": trainer.state.global_step,
+        "epochs": round(trainer.state.epoch or 0.0, 2),
+        "resumed_from": checkpoint.name if resume else None,
+        "best_checkpoint": trainer.state.best_model_checkpoint,
+        "seconds": round(time.monotonic() - started, 1),
+        "train": _describe(train_data, data_arguments.train_data),
+        "eval": _describe(eval_data, data_arguments.eval_data) if eval_data else None,
+        "train_loss": result.metrics["train_loss"],
+        "metrics": {key.removeprefix("eval_"): value for key, value in metrics.items()},
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    if trainer.is_world_process_zero():
+        (output_dir / "run_summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def _load(arguments: DataArguments, sources: list[str], split: str):
+    return load_sources(sources, split, arguments.dataset_config, arguments.audio_column, arguments.text_column)
+
+
+def _warn_of_overlap(train_table, eval_table) -> None:
+    paths = {entry["path"] for entry in train_table["audio"] if entry["path"] and entry["bytes"] is None}
+    shared = sum(entry["path"] in paths for entry in eval_table["audio"] if entry["bytes"] is None)
+    if shared:
+        logger.warning(
+            f"{shared} of {len(eval_table)} recordings to evaluate on are trained on too; the word error rate on them"
+            " says nothing about new speech."
+        )
+
+
+def _describe(data: PreparedData, sources: list[str]) -> dict[str, Any]:
+    return {
+        "sources": list(sources),
+        "utterances": len(data.dataset),
+        "hours": round(data.seconds / 3600, 3),
+        "skipped": len(data.skipped),
+    }
+
+
+__all__ = ["TRAINING_DEFAULTS", "DataArguments", "ModelArguments", "find_last_checkpoint", "parse_overrides", "train"]

@@ -1,0 +1,255 @@
+"""Settings fit each other or are refused early; a run leaves a complete checkpoint and can be resumed."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from transformers import AutoModelForSpeechSeq2Seq
+from transformers import AutoProcessor
+from transformers import Seq2SeqTrainingArguments
+from transformers import TrainerCallback
+from transformers import pipeline
+
+from echo_hf import EchoConfig
+from echo_hf import EchoFeatureExtractor
+from echo_hf import EchoForConditionalGeneration
+from echo_hf import EchoProcessor
+from echo_hf import EchoTokenizer
+from echo_hf import training
+from echo_hf.configuration_echo import BASELINE
+from echo_hf.data import load_sources
+from echo_hf.data import prepare_dataset
+from echo_hf.training import TRAINING_DEFAULTS
+from echo_hf.training import DataArguments
+from echo_hf.training import ModelArguments
+from echo_hf.training import build_config
+from echo_hf.training import build_model_and_processor
+from echo_hf.training import build_processor
+from echo_hf.training import build_tokenizer
+from echo_hf.training import check_fit
+from echo_hf.training import count_beyond_ctc
+from echo_hf.training import find_last_checkpoint
+from echo_hf.training import parse_overrides
+from echo_hf.training import train
+
+TINY = "encoder_hidden_size=16,encoder_num_hidden_layers=1,decoder_hidden_size=16,encoder_num_attention_heads=2," + (
+    "decoder_num_attention_heads=2,encoder_intermediate_size=16,decoder_intermediate_size=16,max_target_positions=12"
+)
+TINY_FEATURES = '{"spectrogram": 20, "pitch": 1}'
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """Six tones of 0.3 to 0.55 s that are called by their pitch."""
+    lines = []
+    for number in range(6):
+        frequency, times = (120, 240)[number % 2], np.arange(4800 + 800 * number) / 16000
+        soundfile.write(tmp_path / f"{number}.wav", 0.3 * np.sin(2 * np.pi * frequency * times), 16000)
+        lines.append(json.dumps({"audio": f"{number}.wav", "text": ("low", "high")[number % 2]}))
+    path = tmp_path / "tones.jsonl"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def trainer_arguments(output_dir, **changes) -> Seq2SeqTrainingArguments:
+    settings = {"max_steps": 4, "per_device_train_batch_size": 2, "save_strategy": "no", "report_to": "none"}
+    settings |= {"disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False}
+    return Seq2SeqTrainingArguments(output_dir=str(output_dir), **{**TRAINING_DEFAULTS, **settings, **changes})
+
+
+def model_arguments(**changes) -> ModelArguments:
+    return ModelArguments(**{"config_overrides": TINY, "feature_groups": TINY_FEATURES, **changes})
+
+
+# Settings ------------------------------------------------------------------------------------------------------------
+
+
+def test_overrides_are_json_where_they_can_be():
+    assert parse_overrides(None) == parse_overrides(" ") == {}
+    assert parse_overrides("dropout=0.1, learn_theta=true,theta_mode=none,mask_time_length=5") == {
+        "dropout": 0.1,
+        "learn_theta": True,
+        "theta_mode": "none",
+        "mask_time_length": 5,
+    }
+    assert parse_overrides('{"stem_strides": [2, 1]}') == {"stem_strides": [2, 1]}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("dropot=0.1", r"no field 'dropot'\. Did you mean dropout"),
+        ("dropout", "'dropout' is not key=value"),
+        ("=1", "is not key=value"),
+        ("{dropout: 1}", "is not JSON"),
+    ],
+)
+def test_bad_overrides_are_named(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_overrides(text)
+
+
+def test_a_config_without_preset_has_the_mechanisms_of_echo_config():
+    config, default = build_config(ModelArguments(size="2m")), EchoConfig()
+    assert {name: getattr(config, name) for name in BASELINE} == {name: getattr(default, name) for name in BASELINE}
+    assert config.encoder_hidden_size < default.encoder_hidden_size
+    assert build_config(ModelArguments(preset="baseline")).pitch_mechanisms == []
+    assert build_config(ModelArguments(preset="baseline", config_overrides="pitch_gate=true")).pitch_gate
+
+
+def test_vocabulary_is_bytes_or_merged_from_the_text():
+    texts = ["the cat sat on the mat", "the hat"] * 5
+    assert len(build_tokenizer(texts)) == len(build_tokenizer(texts, 259)) == 259
+    assert len(build_tokenizer(texts, 262)) == 262
+    with pytest.raises(ValueError, match="at least 259"):
+        build_tokenizer(texts, 100)
+    # A text too small for the vocabulary: the model gets as many tokens as there are.
+    model, processor = build_model_and_processor(model_arguments(vocab_size=5000), texts)
+    assert len(processor.tokenizer) == model.config.vocab_size < 5000
+
+
+def test_processor_follows_the_config():
+    config = build_config(ModelArguments(config_overrides="sampling_rate=8000,hop_length=80"))
+    extractor = build_processor(config, EchoTokenizer()).feature_extractor
+    assert (extractor.sampling_rate, extractor.hop_length, extractor.n_fft) == (8000, 80, 200)
+    extractor = build_processor(EchoConfig(), EchoTokenizer()).feature_extractor
+    assert extractor.to_dict() == EchoFeatureExtractor().to_dict()
+
+
+@pytest.mark.parametrize(
+    "extractor, tokenizer, message",
+    [
+        ({"feature_groups": {"spectrogram": 40, "pitch": 1}}, EchoTokenizer(), "feature_groups: the feature extractor"),
+        ({"hop_length": 80}, EchoTokenizer(), "hop_length: the feature extractor has 80, the model 160"),
+        ({}, EchoTokenizer().train_new_from_iterator(["aaaa bbbb"] * 9, 261), "vocab_size: the tokenizer has 261"),
+    ],
+)
+def test_what_does_not_fit_is_named(extractor, tokenizer, message):
+    processor = EchoProcessor(EchoFeatureExtractor(**extractor), tokenizer)
+    with pytest.raises(ValueError, match=message):
+        check_fit(processor, EchoConfig())
+
+
+def test_a_checkpoint_cannot_be_made_another_model(tmp_path):
+    with pytest.raises(ValueError, match="size belongs to a new model"):
+        build_model_and_processor(ModelArguments(model_name_or_path=str(tmp_path), size="2m"), [])
+    with pytest.raises(ValueError, match="vocab_size is an option of its own"):
+        build_config(ModelArguments(config_overrides="vocab_size=300"))
+
+
+def test_last_checkpoint_is_the_newest_complete_one(tmp_path):
+    assert find_last_checkpoint(tmp_path / "nowhere") is None
+    for step in (900, 1000, 1100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert find_last_checkpoint(tmp_path) is None
+    for step in (900, 1000):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert find_last_checkpoint(tmp_path).name == "checkpoint-1000"
+
+
+def test_utterances_with_too_many_tokens_for_ctc_are_counted(manifest, tmp_path):
+    config = build_config(model_arguments())
+    processor = build_processor(config, EchoTokenizer())
+    table = load_sources(manifest).select([0, 1, 2])  # 30, 35 and 40 frames: 8, 9 and 10 encoder frames
+    texts = ["12345678", "123456789", "11111123"]  # 8, 9 and 8 + 5 blanks
+    table = table.remove_columns("text").add_column("text", texts)
+    prepared = prepare_dataset(table, processor, cache_dir=tmp_path / "cache")
+    assert count_beyond_ctc(prepared, config) == 1
+
+
+# Runs ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_a_complete_checkpoint(manifest, tmp_path):
+    output_dir = tmp_path / "run"
+    data = DataArguments(train_data=[str(manifest)], eval_data=[str(manifest)], cache_dir=str(tmp_path / "cache"))
+    arguments = trainer_arguments(
+        output_dir, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, label_smoothing_factor=0.1
+    )
+    summary = train(model_arguments(), data, arguments)
+
+    assert summary["steps"] == 4 and summary["train"]["utterances"] == 6
+    assert summary["metrics"]["reference_words"] == 6
+    assert 0 <= summary["metrics"]["wer"]
+    for name in ("train_results.json", "eval_results.json", "trainer_state.json", "run_summary.json"):
+        assert json.loads((output_dir / name).read_text())
+    # Label smoothing went to the model, whose own loss knows CTC, and not to the Trainer.
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(output_dir)
+    assert isinstance(model, EchoForConditionalGeneration)
+    assert model.config.label_smoothing == 0.1 and arguments.label_smoothing_factor == 0
+    assert model.generation_config.max_length == model.config.max_target_positions == 12
+    processor = AutoProcessor.from_pretrained(output_dir)
+    assert processor.feature_extractor.feature_groups == model.config.feature_groups == json.loads(TINY_FEATURES)
+    assert (output_dir / "modeling_echo.py").is_file()
+    transcribe = pipeline("automatic-speech-recognition", model=str(output_dir))
+    assert isinstance(transcribe(str(manifest.parent / "0.wav"))["text"], str)
+    with pytest.raises(ValueError, match=r"holds a run already \(checkpoint-4\)"):
+        train(model_arguments(), data, trainer_arguments(output_dir))
+
+    # A checkpoint is where the next run may start from.
+    further = ModelArguments(model_name_or_path=str(output_dir), config_overrides="dropout=0.2")
+    train(further, data, trainer_arguments(tmp_path / "further", max_steps=1))
+    config = EchoConfig.from_pretrained(tmp_path / "further")
+    assert (config.dropout, config.label_smoothing) == (0.2, 0.0)
+
+
+def test_every_part_of_the_loss_is_trained(manifest, tmp_path):
+    output_dir = tmp_path / "run"
+    data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"))
+    train(model_arguments(), data, trainer_arguments(output_dir, label_smoothing_factor=0.1))
+    before, _ = build_model_and_processor(model_arguments(), [])
+    after = EchoForConditionalGeneration.from_pretrained(output_dir)
+    assert not before.ctc_head.bias.any(), "biases start at 0"
+    assert after.ctc_head.bias.any()
+
+
+class Interrupt(TrainerCallback):
+    """The user's Ctrl+C in the middle of the second epoch."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            raise KeyboardInterrupt
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(manifest, tmp_path):
+    data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"))
+    settings = {"max_steps": 6, "save_strategy": "epoch"}  # an epoch has 3 steps
+    train(model_arguments(), data, trainer_arguments(tmp_path / "straight", **settings))
+    with pytest.raises(KeyboardInterrupt):
+        train(model_arguments(), data, trainer_arguments(tmp_path / "broken", **settings), callbacks=[Interrupt()])
+    assert find_last_checkpoint(tmp_path / "broken").name == "checkpoint-3"
+    summary = train(model_arguments(), data, trainer_arguments(tmp_path / "broken", **settings), resume=True)
+    assert (summary["resumed_from"], summary["steps"]) == ("checkpoint-3", 6)
+    straight = EchoForConditionalGeneration.from_pretrained(tmp_path / "straight").state_dict()
+    resumed = EchoForConditionalGeneration.from_pretrained(tmp_path / "broken").state_dict()
+    for name, values in straight.items():
+        torch.testing.assert_close(resumed[name], values, msg=name)
+
+
+def test_resuming_keeps_the_tokenizer_of_the_weights(manifest, tmp_path):
+    data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"))
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    arguments = model_arguments(vocab_size=261)
+    train(arguments, data, trainer_arguments(tmp_path / "run", label_smoothing_factor=0.2, **settings))
+    tokenizer = EchoTokenizer.from_pretrained(tmp_path / "run")
+    manifest.write_text(manifest.read_text().replace("high", "zzzz"))  # another text, which makes other tokens
+    train(arguments, data, trainer_arguments(tmp_path / "run", **{**settings, "max_steps": 3}), resume=True)
+    assert EchoTokenizer.from_pretrained(tmp_path / "run").get_vocab() == tokenizer.get_vocab()
+    assert EchoConfig.from_pretrained(tmp_path / "run").label_smoothing == 0.2
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint to resume from .*start without --resume"):
+        train(ModelArguments(), DataArguments(train_data=["x"]), trainer_arguments(tmp_path), resume=True)
+
+
+def test_training_on_what_is_evaluated_is_said(manifest, monkeypatch):
+    messages = []
+    monkeypatch.setattr(training.logger, "warning", messages.append)
+    table = load_sources(manifest)
+    training._warn_of_overlap(table.select([0, 1]), table.select([2, 3]))
+    assert messages == []
+    training._warn_of_overlap(table.select([0, 1]), table.select([1, 2]))
+    assert "1 of 2 recordings to evaluate on are trained on too" in messages[0]
