@@ -1,0 +1,548 @@
+"""The command line: `echo-hf train`, `echo-hf evaluate`, `echo-hf transcribe`.
+
+Thin over the Trainer, `generate()` and the pipeline. Results go to standard output, all else to standard error. The
+exit code is 0 if all went well, 1 if something given cannot be used, 2 for a command line that makes no sense. Each
+command imports what it needs when it runs, so that help is quick.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+COMMAND_FILE = "train_command.json"  # in output_dir: the options of a training run, for --resume
+
+# Options of the Trainer that `echo-hf train --help` lists; --help_all lists the rest.
+COMMON_OPTIONS = (
+    "output_dir",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "label_smoothing_factor",
+    "eval_strategy",
+    "eval_steps",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "logging_steps",
+    "report_to",
+    "generation_num_beams",
+    "generation_max_length",
+    "train_sampling_strategy",
+    "seed",
+    "bf16",
+    "use_cpu",
+    "push_to_hub",
+)
+
+VALUE_NAMES = {int: "N", float: "X"}  # of an option, in help
+
+DESCRIPTION = "Speech recognition whose attention knows the pitch of the voice."
+
+EXAMPLES = """\
+examples:
+  echo-hf transcribe                               transcribe the recordings that come with the package
+  echo-hf transcribe talk.flac interviews/         transcribe a file, and all audio in a folder
+  echo-hf train --train_data train.jsonl --eval_data dev.jsonl --output_dir my-model
+  echo-hf evaluate test.jsonl --checkpoint my-model
+  echo-hf COMMAND --help                           all about one command
+"""
+
+TRAIN_EXAMPLES = """\
+examples:
+  from scratch, with the word error rate on dev.jsonl after each epoch:
+    echo-hf train --train_data train.jsonl --eval_data dev.jsonl --output_dir my-model
+  a manifest such as train.jsonl has one JSON object a line, with paths relative to its folder:
+    {"audio": "clips/0001.flac", "text": "hello world"}
+  from a checkpoint, on a folder of audio files with a .txt of the same name beside each:
+    echo-hf train --model_name_or_path my-model --train_data recordings/ --output_dir my-second-model
+  go on with a run that was interrupted (its options are remembered; those given again are changed):
+    echo-hf train --resume --output_dir my-model
+  curves of the losses and error rates:
+    tensorboard --logdir my-model/runs
+"""
+
+EVALUATE_EXAMPLES = """\
+examples:
+  echo-hf evaluate test.jsonl --checkpoint my-model
+  echo-hf evaluate test.jsonl more/ --checkpoint my-model --num_beams 4 --output predictions.jsonl
+  echo-hf evaluate test.jsonl --checkpoint my-model --control zeroed shuffled
+      beside the real figure, those without the audio and with other utterances' audio: does the model listen?
+"""
+
+TRANSCRIBE_EXAMPLES = """\
+examples:
+  echo-hf transcribe                               the recordings that come with the package
+  echo-hf transcribe talk.flac interviews/         a file, and all audio in a folder and below
+  echo-hf transcribe --checkpoint my-model --json *.wav > transcripts.jsonl
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """
+    Runs a command.
+
+    Args:
+        arguments (`Sequence[str]`, *optional*): the command line without the program's name; `sys.argv`'s if not given.
+
+    Returns:
+        `int`: the exit code, 0 or 1 (130 if interrupted). A command line that makes no sense exits with 2.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        prog="echo-hf",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"echo-hf {_version()}")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands.add_parser("train", help="train a model, from scratch or from a checkpoint", add_help=False)
+    _add_evaluate(commands)
+    _add_transcribe(commands)
+    # The Trainer's options are known only once it is imported, so `train` parses what follows it by itself.
+    command = next((index for index, item in enumerate(arguments) if not item.startswith("-")), len(arguments))
+    end = command + 1 if arguments[command : command + 1] == ["train"] else len(arguments)
+    options, rest = parser.parse_args(arguments[:end]), arguments[end:]
+    run = {
+        "train": lambda: _train(rest),
+        "evaluate": lambda: _evaluate(options),
+        "transcribe": lambda: _transcribe(options),
+    }
+    try:
+        return run[options.command]()
+    except KeyboardInterrupt:
+        _tell("echo-hf: interrupted.")
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        sys.stdout = None
+        return 0
+    except (ImportError, OSError, ValueError) as error:
+        if options.traceback:
+            raise
+        _tell(f"echo-hf: error: {error}")
+        return 1
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """One spelling of each option, defaults other than "none" and "no", and the examples as they are."""
+
+    def _format_action_invocation(self, action):
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        names = [name for name in action.option_strings if "_" not in action.dest or "-" not in name.strip("-")]
+        value = "" if action.nargs in (0, "?") else f" {VALUE_NAMES.get(action.type, 'TEXT')}"
+        return ", ".join(names) + (f"{value} ..." if action.nargs == "+" else value)
+
+    def _get_help_string(self, action):
+        return (
+            action.help
+            if action.default in (None, False, argparse.SUPPRESS) or not action.option_strings or action.default == []
+            else super()._get_help_string(action)
+        )
+
+
+def _version() -> str:
+    try:
+        return version("echo-hf")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "(not installed)"
+
+
+def _tell(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _add_both(parser, name: str, **options) -> None:
+    """Adds an option under its name as the Trainer spells it, and with hyphens."""
+    names = [f"--{name}"] + ([f"--{name.replace('_', '-')}"] if "_" in name else [])
+    parser.add_argument(*names, dest=name, **options)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return int(text)
+
+
+VALUE_NAMES[_positive] = "N"
+
+
+def _new_parser(
+    commands, name: str, arguments: str, help: str, description: str, epilog: str
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        usage=f"echo-hf {name} {arguments} [options]",
+        help=help,
+        description=description,
+        epilog=epilog,
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
+
+
+def _add_decoding(parser, batch_size: int) -> None:
+    """Options that evaluate and transcribe share."""
+    parser.add_argument("--checkpoint", help="folder, or name on the Hub (the one that comes with the package)")
+    _add_both(parser, "batch_size", type=_positive, default=batch_size, help="recordings at a time")
+    _add_both(
+        parser, "num_beams", type=_positive, help="beams to search with (1, greedy, unless the checkpoint says else)"
+    )
+    _add_both(parser, "max_new_tokens", type=_positive, help="longest transcript in tokens (the checkpoint's)")
+    parser.add_argument("--device", help="cpu, cuda, ... (the accelerator if there is one)")
+    _add_both(
+        parser, "skip_broken", action="store_true", help="report what cannot be used and go on, instead of stopping"
+    )
+
+
+# Train ---------------------------------------------------------------------------------------------------------------
+
+
+def _train(arguments: list[str]) -> int:
+    from transformers import HfArgumentParser
+    from transformers import Seq2SeqTrainingArguments
+    from transformers import TrainerCallback
+
+    from .training import TRAINING_DEFAULTS
+    from .training import DataArguments
+    from .training import ModelArguments
+    from .training import find_last_checkpoint
+    from .training import train
+
+    parser = HfArgumentParser(
+        [DataArguments, ModelArguments, Seq2SeqTrainingArguments],
+        prog="echo-hf train",
+        usage="echo-hf train --train_data DATA [DATA ...] --output_dir FOLDER [--eval_data DATA [DATA ...]] [options]",
+        description="Train a speech recogniser, from scratch or from a checkpoint.",
+        epilog=TRAIN_EXAMPLES,
+        formatter_class=_Help,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="show this help")
+    _add_both(parser, "help_all", action="store_true", help="show this help with all options of the Trainer")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
+    parser._optionals.title = "training (--help_all shows all options of the Trainer)"
+    parser._action_groups.sort(key=lambda group: group is parser._optionals)  # data and model come first
+    # None: not given. `_settle` decides these by the others.
+    open_defaults = {"eval_strategy": None, "save_strategy": None, "load_best_model_at_end": None, "report_to": None}
+    parser.set_defaults(**TRAINING_DEFAULTS, **open_defaults, dataloader_pin_memory=None)
+
+    if "--help_all" in arguments or "--help-all" in arguments:
+        parser.print_help()
+        return 0
+    if "-h" in arguments or "--help" in arguments:
+        _hide_uncommon(parser, Seq2SeqTrainingArguments.__dataclass_fields__)
+        parser.print_help()
+        return 0
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--resume", action="store_true")
+    _add_both(first, "output_dir")
+    known, _ = first.parse_known_args(arguments)
+    if known.output_dir is None:
+        parser.error("the following arguments are required: --output_dir")
+    output_dir = Path(known.output_dir).expanduser()
+    command_file = output_dir / COMMAND_FILE
+    if known.resume and find_last_checkpoint(output_dir) is None:
+        raise ValueError(f"There is no checkpoint to resume from in {output_dir}; start without --resume.")
+    if known.resume and command_file.is_file():
+        arguments = json.loads(command_file.read_text(encoding="utf-8")) + arguments
+    namespace = parser.parse_args(arguments)
+    settings = vars(namespace)
+    for name in ("help", "help_all", "resume"):
+        del settings[name]
+    _settle(settings)
+    try:
+        data, model, training = parser.parse_dict(settings)
+    except (ValueError, ImportError) as error:  # the Trainer's own checks of its options
+        parser.error(str(error))
+
+    remembered = [item for item in arguments if item != "--resume"]
+
+    class RememberCommand(TrainerCallback):
+        # Written when training starts and not before, so that a run refused for its data leaves no trace.
+        def on_train_begin(self, args, state, control, **kwargs):
+            if state.is_world_process_zero:
+                command_file.parent.mkdir(parents=True, exist_ok=True)
+                command_file.write_text(json.dumps(remembered) + "\n", encoding="utf-8")
+
+    try:
+        summary = train(model, data, training, resume=known.resume, callbacks=[RememberCommand()])
+    except KeyboardInterrupt:
+        _tell(f"echo-hf: interrupted. Go on with: echo-hf train --resume --output_dir {known.output_dir}")
+        return 130
+    _write(_training_report(summary))
+    return 0
+
+
+def _hide_uncommon(parser, fields: Iterable[str]) -> None:
+    """Leaves the Trainer's less common options out of the help."""
+    uncommon = set(fields) - set(COMMON_OPTIONS)
+    for action in parser._actions:
+        if action.dest in uncommon or (action.option_strings and action.option_strings[0].startswith("--no_")):
+            action.help = argparse.SUPPRESS
+
+
+def _settle(settings: dict[str, Any]) -> None:
+    """Decides what was left open: when to evaluate and save, and whether to keep the best of the checkpoints."""
+    if not settings["eval_data"]:
+        settings["eval_strategy"] = "no"
+    elif settings["eval_strategy"] is None:
+        settings["eval_strategy"] = "steps" if settings["eval_steps"] else "epoch"
+    if settings["save_strategy"] is None:
+        settings["save_strategy"] = "epoch" if settings["eval_strategy"] == "no" else settings["eval_strategy"]
+        if settings["save_strategy"] == "steps":
+            settings["save_steps"] = settings["eval_steps"] or settings["logging_steps"]
+    if settings["load_best_model_at_end"] is None:
+        same = settings["eval_strategy"] == settings["save_strategy"] != "no"
+        settings["load_best_model_at_end"] = same and (
+            settings["save_strategy"] == "epoch"
+            or settings["save_steps"] % (settings["eval_steps"] or settings["logging_steps"]) == 0
+        )
+    if settings["report_to"] is None:
+        settings["report_to"] = "tensorboard" if find_spec("tensorboard") else "none"
+    if settings["dataloader_pin_memory"] is None:
+        import torch
+
+        settings["dataloader_pin_memory"] = torch.accelerator.is_available()
+
+
+def _training_report(summary: dict[str, Any]) -> str:
+    train, metrics, folder = summary["train"], summary["metrics"], summary["output_dir"]
+    lines = [
+        "",
+        f"Trained {summary['parameters'] / 1e6:.1f}M parameters on {train['utterances']} utterances"
+        f" ({train['hours']:.2f} h) for {summary['steps']} steps ({summary['epochs']:g} epochs) in"
+        f" {_duration(summary['seconds'])}.",
+    ]
+    if "wer" in metrics:
+        lines.append(f"On {', '.join(summary['eval']['sources'])}: {_rates(metrics)}.")
+    skipped = train["skipped"] + (summary["eval"]["skipped"] if summary["eval"] else 0)
+    if skipped:
+        lines.append(f"{skipped} utterances were left out; see the warnings above.")
+    lines.append(f"Saved in {folder}.")
+    lines.append(f"Next: echo-hf transcribe --checkpoint {folder} RECORDING")
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _rates(metrics: dict[str, Any]) -> str:
+    """Rates with the counts they come from."""
+    parts = []
+    for rate, errors, total, unit in (
+        ("wer", "word_errors", "reference_words", "words"),
+        ("cer", "character_errors", "reference_characters", "characters"),
+    ):
+        percent = "undefined" if math.isnan(metrics[rate]) else f"{100 * metrics[rate]:.2f}%"
+        parts.append(f"{rate.upper()} {percent} ({metrics[errors]} errors in {metrics[total]} {unit})")
+    return f"{', '.join(parts)}, {metrics['exact_utterances']} of {metrics['utterances']} utterances without error"
+
+
+# Evaluate ------------------------------------------------------------------------------------------------------------
+
+
+def _add_evaluate(commands) -> None:
+    parser = _new_parser(
+        commands,
+        "evaluate",
+        arguments="DATA [DATA ...] [--checkpoint FOLDER]",
+        help="measure the word error rate of a checkpoint",
+        description=(
+            "Recognise speech that has transcripts, and count the errors. Words are compared in lower case and\n"
+            "without punctuation. Rates are sums of errors over sums of reference words."
+        ),
+        epilog=EVALUATE_EXAMPLES,
+    )
+    parser.add_argument(
+        "data",
+        nargs="+",
+        help="manifest (JSON lines with audio and text), folder (audio files with .txt beside them, or metadata.jsonl),"
+        " or dataset on disk or on the Hub",
+    )
+    _add_decoding(parser, batch_size=16)
+    parser.add_argument(
+        "--control",
+        nargs="+",
+        default=[],
+        choices=["zeroed", "shuffled"],
+        help="repeat with the audio zeroed, or with other utterances' audio, beside the real figure",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="which audio is exchanged for which when shuffled")
+    parser.add_argument("--output", help="file for references and hypotheses, as JSON lines")
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+    parser.add_argument("--split", default="test", help="split of a Hub or on-disk dataset")
+    _add_both(parser, "dataset_config", help="configuration of a dataset on the Hub")
+    _add_both(parser, "audio_column", help="column with the audio, if not audio")
+    _add_both(parser, "text_column", help="column with the transcript, if not text")
+    _add_both(parser, "num_proc", type=_positive, help="processes that compute features")
+    _add_both(parser, "cache_dir", help="folder for computed features (in the cache of datasets)")
+
+
+def _generate_options(options) -> dict[str, int]:
+    given = {}
+    if options.num_beams is not None:
+        given["num_beams"] = options.num_beams
+    if options.max_new_tokens is not None:
+        # The begin of sequence counts too. Given as such, it would argue with the checkpoint's max_length in a warning.
+        given["max_length"] = options.max_new_tokens + 1
+    return given
+
+
+def _evaluate(options) -> int:
+    from .data import load_sources
+    from .data import prepare_dataset
+    from .metrics import score
+    from .transcription import load_checkpoint
+    from .transcription import recognize
+
+    table = load_sources(options.data, options.split, options.dataset_config, options.audio_column, options.text_column)
+    model, processor = load_checkpoint(options.checkpoint, options.device)
+    generate_options = _generate_options(options) if model.can_generate() else {}
+    prepared = prepare_dataset(
+        table,
+        processor,
+        skip_broken=options.skip_broken,
+        allow_empty_text=True,
+        num_proc=options.num_proc,
+        cache_dir=options.cache_dir,
+    )
+    references = prepared.dataset["text"][:]
+    figures, hypotheses = {}, {}
+    for control in (None, *dict.fromkeys(options.control)):
+        name, started = control or "real", time.monotonic()
+        hypotheses[name], cut_off = recognize(
+            model, processor, prepared.dataset, options.batch_size, control, options.seed, **generate_options
+        )
+        result = score(references, hypotheses[name])
+        seconds = time.monotonic() - started
+        figures[name] = {**result.to_dict(), "cut_off": cut_off, "seconds": round(seconds, 2)}
+    if options.output:
+        _write_predictions(Path(options.output), prepared.dataset, hypotheses)
+
+    if options.json:
+        report = {
+            "checkpoint": str(options.checkpoint or "bundled"),
+            "data": options.data,
+            "audio_seconds": round(prepared.seconds, 2),
+            "skipped": [{"utterance": origin, "reason": reason} for origin, reason in prepared.skipped],
+            **{name: _without_nan(values) for name, values in figures.items()},
+        }
+        _write(json.dumps(report, ensure_ascii=False))
+        return 0
+    labels = {"real": "", "zeroed": "audio zeroed: ", "shuffled": "audio of other utterances: "}
+    for name, values in figures.items():
+        _write(f"{labels[name]}{_rates(values)}")
+    real = figures["real"]
+    _tell(f"{prepared.seconds / 3600:.2f} h of speech recognised in {_duration(real['seconds'])}.")
+    if real["cut_off"]:
+        _tell(f"{real['cut_off']} transcripts reached the longest length and were cut off (see --max_new_tokens).")
+    if result.empty_references:
+        named = ", ".join(prepared.dataset["origin"][index] for index in result.empty_references[:5])
+        more = ", ..." if len(result.empty_references) > 5 else ""
+        _tell(
+            f"{len(result.empty_references)} reference(s) without words, where all that was recognised counts as"
+            f" insertions: {named}{more}."
+        )
+    return 0
+
+
+def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}
+
+
+def _write_predictions(path: Path, dataset, hypotheses: dict[str, list[str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = dataset.select_columns(["audio", "origin", "text"])
+    with open(path, "w", encoding="utf-8") as file:
+        for index, row in enumerate(rows):
+            line = {"audio": row["audio"], "origin": row["origin"], "reference": row["text"]}
+            line["hypothesis"] = hypotheses["real"][index]
+            line |= {f"hypothesis_{name}": texts[index] for name, texts in hypotheses.items() if name != "real"}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+# Transcribe ----------------------------------------------------------------------------------------------------------
+
+
+def _add_transcribe(commands) -> None:
+    parser = _new_parser(
+        commands,
+        "transcribe",
+        arguments="[FILE_OR_FOLDER ...] [--checkpoint FOLDER]",
+        help="write what is said in audio files",
+        description=(
+            "Write what is said in audio files of any sampling rate: WAV, FLAC, Ogg Vorbis and Opus, MP3, AIFF.\n"
+            "Each line of output is a path and its text, or with --json an object."
+        ),
+        epilog=TRANSCRIBE_EXAMPLES,
+    )
+    parser.add_argument("paths", nargs="*", help="files and folders (the recordings that come with the package)")
+    _add_decoding(parser, batch_size=8)
+    parser.add_argument("--json", action="store_true", help="print JSON lines with path, text and seconds")
+
+
+def _transcribe(options) -> int:
+    from .pipeline_echo import EchoAutomaticSpeechRecognitionPipeline
+    from .transcription import BUNDLED_RECORDINGS
+    from .transcription import expand_paths
+    from .transcription import load_checkpoint
+    from .transcription import transcribe_files
+
+    if not options.paths and not BUNDLED_RECORDINGS.is_dir():
+        raise ValueError("This installation came without recordings; name files or folders to transcribe.")
+    files = expand_paths(options.paths or [BUNDLED_RECORDINGS])
+    model, processor = load_checkpoint(options.checkpoint, options.device)
+    pipeline = EchoAutomaticSpeechRecognitionPipeline(
+        model=model,
+        tokenizer=processor.tokenizer,
+        feature_extractor=processor.feature_extractor,
+        device=model.device,
+    )
+    generate_options = _generate_options(options) if model.can_generate() else {}
+    broken = 0
+    for transcript in transcribe_files(pipeline, files, options.batch_size, generate_options):
+        if transcript.error is not None:
+            broken += 1
+            if not options.skip_broken:
+                raise ValueError(f"{transcript.path}: {transcript.error} (--skip_broken goes on with the others)")
+            _tell(f"echo-hf: skipped {transcript.path}: {transcript.error}")
+        elif options.json:
+            line = {"path": str(transcript.path), "text": transcript.text, "seconds": transcript.seconds}
+            _write(json.dumps(line, ensure_ascii=False))
+        else:
+            _write(f"{transcript.path}: {transcript.text}")
+    if broken:
+        _tell(f"echo-hf: {broken} of {len(files)} files were skipped.")
+    return 1 if broken == len(files) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

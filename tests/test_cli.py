@@ -1,0 +1,328 @@
+"""The commands do what they say, name what is wrong, and end with the right exit code."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+import echo_hf
+from conftest import voice
+from echo_hf import transcription
+from echo_hf.cli import main
+
+RATE = 16000
+
+
+def write_voice(path: Path, seconds: float = 0.4, f0: float = 150.0, rate: int = RATE) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, voice(seconds, f0, rate), rate)
+    return path
+
+
+@pytest.fixture
+def recordings(tmp_path):
+    """Five recordings of 0.3 to 0.7 s, of various rates and formats, in a folder with another in it."""
+    folder = tmp_path / "recordings"
+    for number, (name, rate) in enumerate(
+        [("a.wav", 16000), ("b.flac", 44100), ("c.ogg", 8000), ("sub/d.WAV", 22050), ("sub/e.mp3", 48000)]
+    ):
+        write_voice(folder / name, 0.3 + 0.1 * number, 100 + 40 * number, rate)
+    (folder / "notes.txt").write_text("no audio")
+    return folder
+
+
+@pytest.fixture
+def manifest(recordings):
+    texts = {"c.ogg": "One two.", "sub/e.mp3": "three", "a.wav": "four", "b.flac": "five"}
+    rows = [{"audio": name, "text": text} for name, text in texts.items()]
+    path = recordings / "test.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+# Usage ---------------------------------------------------------------------------------------------------------------
+
+
+def test_help_is_quick_and_imports_no_framework():
+    code = (
+        "import sys\n"
+        "from echo_hf.cli import main\n"
+        "for arguments in (['--help'], ['evaluate', '--help'], ['transcribe', '-h']):\n"
+        "    try:\n"
+        "        main(arguments)\n"
+        "    except SystemExit as stop:\n"
+        "        assert not stop.code\n"
+        "assert not {'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": str(Path(echo_hf.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(command in done.stdout for command in ("train", "evaluate", "transcribe", "examples:"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["sing"],
+        ["evaluate"],
+        ["evaluate", "x", "--batch_size", "0"],
+        ["evaluate", "x", "--control", "louder"],
+        ["transcribe", "--unknown"],
+        ["train"],
+        ["train", "--output_dir", "x"],
+        ["train", "--output_dir", "x", "--train_data", "y", "--unknown", "1"],
+        ["train", "--output_dir", "x", "--train_data", "y", "--size", "3m"],
+        ["train", "--output_dir", "x", "--train_data", "y", "--eval_strategy", "sometimes"],
+    ],
+)
+def test_a_command_line_without_sense_exits_with_2(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_train_help_shows_the_common_options_and_help_all_all(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, short, _ = run(capsys, "train", "--help")
+    assert code == 0
+    for text in ("--train_data", "--preset", "--learning_rate", "(default: 0.001)", "--resume", "tensorboard --logdir"):
+        assert text in short
+    assert "--fsdp" not in short and "--train-data" not in short
+    code, long, _ = run(capsys, "train", "--help_all")
+    assert code == 0 and "--fsdp" in long and len(long) > 2 * len(short)
+
+
+def test_what_cannot_be_used_is_named_with_exit_code_1(capsys, tmp_path, checkpoint):
+    for arguments, message in [
+        (["evaluate", "gone.jsonl", "--checkpoint", checkpoint], "gone.jsonl: no such file or folder"),
+        (["transcribe", "gone.wav", "--checkpoint", checkpoint], "gone.wav: no such file or folder"),
+        (["transcribe", tmp_path, "--checkpoint", checkpoint], "no audio files in this folder"),
+        (["train", "--train_data", "gone.jsonl", "--output_dir", tmp_path / "out"], "gone.jsonl: no such file"),
+        (["train", "--resume", "--output_dir", tmp_path / "out"], "no checkpoint to resume from"),
+    ]:
+        code, out, err = run(capsys, *arguments)
+        assert code == 1 and out == ""
+        assert err.count("echo-hf: error:") == 1 and message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_is_not_there_is_named(capsys, recordings, tmp_path, monkeypatch):
+    code, _, err = run(capsys, "transcribe", recordings, "--checkpoint", tmp_path / "nothing")
+    assert code == 1 and "nothing" in err
+    monkeypatch.setattr(transcription, "BUNDLED_CHECKPOINT", tmp_path / "nothing")
+    code, _, err = run(capsys, "transcribe", recordings)
+    assert code == 1 and "came without its checkpoint" in err
+    monkeypatch.setattr(transcription, "BUNDLED_RECORDINGS", tmp_path / "nothing")
+    code, _, err = run(capsys, "transcribe")
+    assert code == 1 and "came without recordings" in err
+
+
+# Transcribe ----------------------------------------------------------------------------------------------------------
+
+
+def test_transcribe_files_and_folders_of_any_rate(capsys, recordings, checkpoint):
+    code, out, _ = run(capsys, "transcribe", recordings, "--checkpoint", checkpoint)
+    assert code == 0
+    paths = [line.partition(": ")[0] for line in out.splitlines()]
+    assert [Path(path).name for path in paths] == ["a.wav", "b.flac", "c.ogg", "d.WAV", "e.mp3"]
+    assert all(line.partition(": ")[2] for line in out.splitlines())
+    code, again, _ = run(capsys, "transcribe", *paths, "--checkpoint", checkpoint, "--batch-size", 1)
+    assert code == 0 and again == out, "neither the batch size nor naming files one by one changes the text"
+
+
+def test_transcribe_as_json_lines(capsys, recordings, checkpoint):
+    code, out, _ = run(capsys, "transcribe", recordings / "b.flac", "--checkpoint", checkpoint, "--json")
+    (line,) = map(json.loads, out.splitlines())
+    assert code == 0 and line["path"].endswith("b.flac") and line["text"]
+    assert line["seconds"] == pytest.approx(0.4, abs=0.001)
+    arguments = ("--checkpoint", checkpoint, "--json", "--max_new_tokens", 3, "--num_beams", 2)
+    code, out, err = run(capsys, "transcribe", recordings / "b.flac", *arguments)
+    assert code == 0 and len(json.loads(out)["text"]) == 3
+    assert "max_length" not in err
+
+
+def test_transcribe_with_a_ctc_checkpoint(capsys, recordings, ctc_checkpoint):
+    code, out, _ = run(capsys, "transcribe", recordings, "--checkpoint", ctc_checkpoint)
+    assert code == 0 and len(out.splitlines()) == 5
+
+
+def test_without_arguments_the_bundled_recordings_are_transcribed(capsys, recordings, checkpoint, monkeypatch):
+    monkeypatch.setattr(transcription, "BUNDLED_CHECKPOINT", Path(checkpoint))
+    monkeypatch.setattr(transcription, "BUNDLED_RECORDINGS", recordings)
+    code, out, _ = run(capsys, "transcribe")
+    assert code == 0 and len(out.splitlines()) == 5
+
+
+@pytest.mark.parametrize("kind", ["not audio", "too short", "not finite"])
+def test_a_broken_file_stops_or_is_skipped_and_named(capsys, recordings, checkpoint, kind):
+    broken = recordings / "b.flac"
+    if kind == "not audio":
+        broken.write_bytes(b"this is no audio")
+    elif kind == "too short":
+        soundfile.write(broken, np.zeros(20), RATE)
+    else:
+        broken.unlink()
+        broken = recordings / "b.wav"
+        soundfile.write(broken, np.full(RATE, np.nan), RATE, subtype="FLOAT")
+    code, out, err = run(capsys, "transcribe", recordings, "--checkpoint", checkpoint)
+    assert code == 1
+    assert [Path(line.partition(": ")[0]).name for line in out.splitlines()] == ["a.wav"]
+    assert f"echo-hf: error: {broken}" in err
+    code, out, err = run(capsys, "transcribe", recordings, "--checkpoint", checkpoint, "--skip_broken")
+    assert code == 0 and len(out.splitlines()) == 4
+    assert f"skipped {broken}" in err and "1 of 5 files were skipped" in err
+    code, out, _ = run(capsys, "transcribe", broken, "--checkpoint", checkpoint, "--skip_broken")
+    assert code == 1 and out == ""
+
+
+# Evaluate ------------------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_counts_and_writes_predictions(capsys, manifest, checkpoint, tmp_path):
+    common = (manifest, "--checkpoint", checkpoint, "--cache_dir", tmp_path / "cache")
+    output = tmp_path / "out" / "predictions.jsonl"
+    code, out, _ = run(
+        capsys, "evaluate", *common, "--control", "zeroed", "shuffled", "--output", output, "--batch_size", 2
+    )
+    assert code == 0
+    real, zeroed, shuffled = out.splitlines()
+    assert real.startswith("WER ") and "in 5 words" in real and "of 4 utterances" in real
+    assert zeroed.startswith("audio zeroed: WER") and shuffled.startswith("audio of other utterances: WER")
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["reference"] for line in lines] == ["One two.", "three", "four", "five"]
+    assert Path(lines[2]["audio"]).name == "a.wav" and "test.jsonl line 3" in lines[2]["origin"]
+    # Other audio, other text: zeroed features are the same for all but for their length, shuffled ones are another's.
+    hypotheses = [line["hypothesis"] for line in lines]
+    shuffled = [line["hypothesis_shuffled"] for line in lines]
+    assert sorted(shuffled) == sorted(hypotheses)
+    assert all(first != second for first, second in zip(shuffled, hypotheses))
+    # What evaluate recognises is what transcribe does.
+    code, out, _ = run(capsys, "transcribe", lines[2]["audio"], "--checkpoint", checkpoint)
+    assert out.rstrip("\n").partition(": ")[2] == hypotheses[2]
+
+
+def test_evaluate_as_json(capsys, manifest, checkpoint, tmp_path):
+    manifest.write_text(manifest.read_text() + json.dumps({"audio": "gone.wav", "text": "six"}) + "\n")
+    common = (manifest, "--checkpoint", checkpoint, "--cache_dir", tmp_path / "cache", "--json")
+    code, out, err = run(capsys, "evaluate", *common)
+    assert code == 1 and out == "" and "gone.wav" in err
+    code, out, _ = run(capsys, "evaluate", *common, "--skip_broken", "--control", "zeroed")
+    report = json.loads(out)
+    assert code == 0 and report["real"]["utterances"] == report["zeroed"]["utterances"] == 4
+    assert report["real"]["wer"] == report["real"]["word_errors"] / report["real"]["reference_words"]
+    assert "line 5" in report["skipped"][0]["utterance"]
+
+
+def test_evaluate_on_silence_counts_what_was_invented(capsys, checkpoint, tmp_path):
+    soundfile.write(tmp_path / "silence.wav", np.zeros(RATE), RATE)
+    (tmp_path / "silence.txt").write_text("")
+    common = (tmp_path, "--checkpoint", checkpoint, "--cache_dir", tmp_path / "cache")
+    code, out, err = run(capsys, "evaluate", *common)
+    assert code == 0 and "WER undefined" in out and "in 0 words" in out
+    assert "1 reference(s) without words" in err and "silence.wav" in err
+    code, out, _ = run(capsys, "evaluate", *common, "--json")
+    assert json.loads(out)["real"]["wer"] is None
+
+
+# Train ---------------------------------------------------------------------------------------------------------------
+
+TINY = "encoder_hidden_size=32,encoder_num_hidden_layers=1,decoder_hidden_size=32,encoder_num_attention_heads=2," + (
+    "decoder_num_attention_heads=2,encoder_intermediate_size=32,decoder_intermediate_size=32,max_target_positions=16"
+)
+
+
+@pytest.fixture
+def tones(tmp_path):
+    """A manifest of 16 hums that are called by their pitch: nothing but the audio tells which."""
+    rows = []
+    for number in range(16):
+        text, f0 = (("low", 110.0), ("high", 220.0))[number % 2]
+        write_voice(tmp_path / "tones" / f"{number}.wav", 0.3 + 0.01 * number, f0 + number)
+        rows.append({"audio": f"{number}.wav", "text": text})
+    path = tmp_path / "tones" / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.slow
+def test_train_resume_evaluate_transcribe(capsys, tones, tmp_path, monkeypatch):
+    output_dir, cache = tmp_path / "model", tmp_path / "cache"
+    options = ["--train_data", tones, "--eval_data", tones, "--output_dir", output_dir, "--cache_dir", cache]
+    options += ["--config_overrides", TINY, "--feature_groups", '{"spectrogram": 20, "pitch": 1}', "--use_cpu"]
+    options += ["--per_device_train_batch_size", "8", "--learning_rate", "5e-3", "--disable_tqdm", "true"]
+
+    # Interrupted after two of the epochs, and resumed by name alone.
+    from transformers import TrainerCallback
+
+    from echo_hf import training
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.epoch > 2:
+                raise KeyboardInterrupt
+
+    train = training.train
+    monkeypatch.setattr(
+        training,
+        "train",
+        lambda *args, callbacks, **kwargs: train(*args, callbacks=[*callbacks, Interrupt()], **kwargs),
+    )
+    code, _, err = run(capsys, "train", *options)
+    assert code == 130 and f"echo-hf train --resume --output_dir {output_dir}" in err
+    monkeypatch.setattr(training, "train", train)
+    code, _, err = run(capsys, "train", *options)
+    assert code == 1 and "holds a run already" in err
+    code, out, _ = run(capsys, "train", "--resume", "--output_dir", output_dir)
+    assert code == 0
+    summary = json.loads((output_dir / "run_summary.json").read_text())
+    assert summary["resumed_from"] == "checkpoint-4" and summary["steps"] == 60
+    assert "WER" in out and "in 16 words" in out and f"Saved in {output_dir}" in out
+    assert list((output_dir / "runs").rglob("events.out.tfevents*"))
+
+    code, out, _ = run(
+        capsys, "evaluate", tones, "--checkpoint", output_dir, "--cache_dir", cache, "--json", "--control", "zeroed"
+    )
+    report = json.loads(out)
+    assert code == 0 and report["real"]["wer"] == summary["metrics"]["wer"]
+    assert report["real"]["wer"] == 0, "the pitch tells the words apart"
+    assert report["zeroed"]["wer"] >= 0.5, "and without the audio nothing does"
+    code, out, _ = run(capsys, "transcribe", tones.parent / "3.wav", "--checkpoint", output_dir)
+    assert code == 0 and out.strip().endswith(": high")
+
+
+def test_what_was_left_open_follows_from_the_rest():
+    from echo_hf.cli import _settle
+
+    def settle(**given):
+        settings = {"eval_data": ["x"], "eval_steps": None, "save_steps": 500, "logging_steps": 25}
+        settings |= {"eval_strategy": None, "save_strategy": None, "load_best_model_at_end": None}
+        settings |= {"report_to": "none", "dataloader_pin_memory": False, **given}
+        _settle(settings)
+        names = ("eval_strategy", "save_strategy", "save_steps", "load_best_model_at_end")
+        return tuple(settings[name] for name in names)
+
+    assert settle() == ("epoch", "epoch", 500, True)
+    assert settle(eval_data=None) == ("no", "epoch", 500, False)
+    assert settle(eval_steps=100) == ("steps", "steps", 100, True)
+    assert settle(eval_steps=100, save_strategy="steps", save_steps=150) == ("steps", "steps", 150, False)
+    assert settle(eval_strategy="steps", save_strategy="epoch") == ("steps", "epoch", 500, False)
+    assert settle(load_best_model_at_end=False) == ("epoch", "epoch", 500, False)
