@@ -315,7 +315,8 @@ def test_what_was_left_open_follows_from_the_rest():
     def settle(**given):
         settings = {"eval_data": ["x"], "eval_steps": None, "save_steps": 500, "logging_steps": 25}
         settings |= {"eval_strategy": None, "save_strategy": None, "load_best_model_at_end": None}
-        settings |= {"report_to": "none", "dataloader_pin_memory": False, **given}
+        settings |= {"report_to": "none", "dataloader_pin_memory": False, "predict_with_generate": True}
+        settings |= {"metric_for_best_model": "wer", **given}
         _settle(settings)
         names = ("eval_strategy", "save_strategy", "save_steps", "load_best_model_at_end")
         return tuple(settings[name] for name in names)
@@ -326,3 +327,13 @@ def test_what_was_left_open_follows_from_the_rest():
     assert settle(eval_steps=100, save_strategy="steps", save_steps=150) == ("steps", "steps", 150, False)
     assert settle(eval_strategy="steps", save_strategy="epoch") == ("steps", "epoch", 500, False)
     assert settle(load_best_model_at_end=False) == ("epoch", "epoch", 500, False)
+
+
+def test_without_generation_the_best_model_is_that_of_the_least_loss():
+    from echo_hf.cli import _settle
+
+    for generate, metric in ((True, "wer"), (False, "loss")):
+        settings = dict.fromkeys(("eval_data", "eval_strategy", "save_strategy", "load_best_model_at_end", "report_to"))
+        settings |= {"dataloader_pin_memory": False, "predict_with_generate": generate, "metric_for_best_model": "wer"}
+        _settle(settings)
+        assert settings["metric_for_best_model"] == metric

@@ -98,6 +98,7 @@ def test_manifest_may_have_blank_lines_a_byte_order_mark_and_mixed_extras(tmp_pa
         ),
         ('{"path": "a.wav", "text": "a"}\n', "line 1: 'audio' must be a string; it has path, text"),
         ('{"audio": "a.wav", "text": 5}\n', "line 1: 'text' must be a string; got 5"),
+        ('{"audio": "a.wav", "text": "\\ud83d"}\n', "line 1: 'text' has half of a surrogate pair"),
     ],
 )
 def test_bad_manifest_is_named_with_its_line(tmp_path, content, message):
@@ -149,6 +150,16 @@ def test_dataset_on_disk_needs_no_decoder(manifest, tmp_path, processor, cache_d
     loaded = load_sources(tmp_path / "saved", split="train", audio_column="sound", text_column="said")
     prepared = prepare_dataset(loaded, processor, cache_dir=cache_dir)
     assert [row["input_features"].shape for row in prepared.dataset] == [(30, 9), (30, 9)]
+
+
+def test_texts_of_a_dataset_must_be_strings_and_be_there(manifest, tmp_path, checking_processor):
+    audio = [{"bytes": None, "path": str(manifest.parent / "clips" / "0.wav")}] * 2
+    datasets.Dataset.from_dict({"audio": audio, "text": [1, 2]}).save_to_disk(str(tmp_path / "numbers"))
+    with pytest.raises(ValueError, match="column 'text' must hold strings"):
+        load_sources(tmp_path / "numbers")
+    datasets.Dataset.from_dict({"audio": audio, "text": ["a", None]}).save_to_disk(str(tmp_path / "gaps"))
+    with pytest.raises(ValueError, match="gaps row 1: there is no text"):
+        prepare_dataset(load_sources(tmp_path / "gaps"), checking_processor, allow_empty_text=True)
 
 
 def test_sources_are_concatenated_in_order(manifest, tmp_path, processor, cache_dir):

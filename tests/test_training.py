@@ -18,11 +18,14 @@ from echo_hf import EchoForConditionalGeneration
 from echo_hf import EchoProcessor
 from echo_hf import EchoTokenizer
 from echo_hf import training
+from echo_hf.augmentation import VoicePerturbation
 from echo_hf.configuration_echo import BASELINE
+from echo_hf.data import EchoDataCollator
 from echo_hf.data import load_sources
 from echo_hf.data import prepare_dataset
 from echo_hf.training import TRAINING_DEFAULTS
 from echo_hf.training import DataArguments
+from echo_hf.training import EchoTrainer
 from echo_hf.training import ModelArguments
 from echo_hf.training import build_config
 from echo_hf.training import build_model_and_processor
@@ -238,6 +241,28 @@ def test_resuming_keeps_the_tokenizer_of_the_weights(manifest, tmp_path):
     train(arguments, data, trainer_arguments(tmp_path / "run", **{**settings, "max_steps": 3}), resume=True)
     assert EchoTokenizer.from_pretrained(tmp_path / "run").get_vocab() == tokenizer.get_vocab()
     assert EchoConfig.from_pretrained(tmp_path / "run").label_smoothing == 0.2
+
+
+def test_only_training_batches_are_perturbed(manifest, tmp_path):
+    model, processor = build_model_and_processor(
+        ModelArguments(preset="all", config_overrides=TINY, feature_groups=TINY_FEATURES), ["low", "high"], 0.0
+    )
+    data = prepare_dataset(load_sources([str(manifest)]), processor, cache_dir=tmp_path / "cache").dataset
+    perturb = VoicePerturbation(processor.feature_extractor, voice=0.3)
+    trainer = EchoTrainer(
+        model=model,
+        args=trainer_arguments(tmp_path / "run", per_device_train_batch_size=6, per_device_eval_batch_size=6),
+        data_collator=EchoDataCollator(processor),
+        train_collator=EchoDataCollator(processor, perturb=perturb),
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=processor,
+    )
+    pitches = {round(float(row["input_features"][:, -1].max()), 2) for row in data}
+    for loader, equal in ((trainer.get_eval_dataloader(), True), (trainer.get_train_dataloader(), False)):
+        batch = next(iter(loader))
+        heard = {round(float(value), 2) for value in batch["input_features"][..., -1].amax(-1)}
+        assert (heard <= pitches) == equal
 
 
 def test_nothing_to_resume(tmp_path):

@@ -292,7 +292,9 @@ def _train(arguments: list[str]) -> int:
     try:
         summary = train(model, data, training, resume=known.resume, callbacks=[RememberCommand()])
     except KeyboardInterrupt:
-        _tell(f"echo-hf: interrupted. Go on with: echo-hf train --resume --output_dir {known.output_dir}")
+        saved = find_last_checkpoint(output_dir) is not None
+        hint = f"Go on with: echo-hf train --resume --output_dir {output_dir}" if saved else "Nothing was saved yet."
+        _tell(f"echo-hf: interrupted. {hint}")
         return 130
     _write(_training_report(summary))
     return 0
@@ -322,6 +324,8 @@ def _settle(settings: dict[str, Any]) -> None:
             settings["save_strategy"] == "epoch"
             or settings["save_steps"] % (settings["eval_steps"] or settings["logging_steps"]) == 0
         )
+    if not settings["predict_with_generate"] and settings["metric_for_best_model"] == "wer":
+        settings["metric_for_best_model"] = "loss"  # the only one there is then
     if settings["report_to"] is None:
         settings["report_to"] = "tensorboard" if find_spec("tensorboard") else "none"
     if settings["dataloader_pin_memory"] is None:

@@ -12,6 +12,7 @@ import inspect
 import io
 import json
 import os
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -127,6 +128,8 @@ def _from_dataset(table: Dataset, source: str, audio_column: str, text_column: s
             )
     if not len(table):
         raise ValueError(f"{source}: the dataset has no rows.")
+    if getattr(table.features[text_column], "dtype", None) not in ("string", "large_string"):
+        raise ValueError(f"{source}: column {text_column!r} must hold strings, not {table.features[text_column]}.")
     table = table.cast_column(audio_column, datasets.Audio(decode=False))
     # The columns get the names used here; whatever else had such a name gives way.
     for old, new in ((audio_column, "audio"), (text_column, "text")):
@@ -162,6 +165,8 @@ def _read_manifest(path: Path, audio_column: str | None, text_column: str | None
             if not isinstance(row.get(column), str):
                 found = f"it has {', '.join(row)}" if column not in row else f"got {row[column]!r}"
                 raise ValueError(f"{origin}: {column!r} must be a string; {found}.")
+            if any("\ud800" <= character <= "\udfff" for character in row[column]):
+                raise ValueError(f"{origin}: {column!r} has half of a surrogate pair, which is no character.")
     folder = path.parent.absolute()
     columns = dict.fromkeys(column for row in rows for column in row if column not in (audio_column, text_column))
     return _make_table(
@@ -269,7 +274,7 @@ def prepare_dataset(
         `ValueError`: rows cannot be used, the message names the first of them; or no row is left.
     """
     identities, seconds, paths, problems, outside = [], [], [], {}, {}
-    labels = processor.tokenizer(table["text"][:])["input_ids"]
+    labels = processor.tokenizer([text or "" for text in table["text"]])["input_ids"]
     rows = zip(table.select_columns(["audio", "text", "origin"]), labels)
     progress = datasets.utils.tqdm(rows, total=len(table), desc="Checking audio files", leave=False)
     for index, (row, ids) in enumerate(progress):
@@ -282,8 +287,8 @@ def prepare_dataset(
         if problem is None and (too_short or too_long):
             outside[index] = f"{length:.2f} s is too {'short' if too_short else 'long'}"
             continue
-        if problem is None and not allow_empty_text and not (row["text"] or "").strip():
-            problem = "the text is empty"
+        if problem is None and (row["text"] is None or not (allow_empty_text or row["text"].strip())):
+            problem = "the text is empty" if row["text"] is not None else "there is no text"
         if problem is None and max_label_length is not None and len(ids) > max_label_length:
             problem = f"the text has {len(ids)} tokens, the model takes {max_label_length} (`max_target_positions`)"
         if problem is not None:
@@ -437,6 +442,9 @@ class EchoDataCollator:
     Args:
         processor ([`EchoProcessor`]): its feature extractor pads, its tokenizer says what the begin of sequence is.
         pad_to_multiple_of (`int`, *optional*): frames are padded up to a multiple of this, for fixed shapes.
+        perturb (`Callable`, *optional*):
+            What is done to the features of each utterance before, `(frames, channels)` to `(other frames, channels)`,
+            such as [`VoicePerturbation`]. For training only.
 
     Returns (`__call__`):
         `dict[str, torch.Tensor]`: `input_features` `(batch, frames, channels)`, `attention_mask` `(batch, frames)` and,
@@ -445,10 +453,14 @@ class EchoDataCollator:
 
     processor: Any
     pad_to_multiple_of: int | None = None
+    perturb: Callable[[np.ndarray], np.ndarray] | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        features = [np.asarray(row["input_features"], dtype=np.float32) for row in rows]
+        if self.perturb is not None:
+            features = [self.perturb(utterance) for utterance in features]
         padded = self.processor.feature_extractor.pad(
-            {"input_features": [np.asarray(row["input_features"], dtype=np.float32) for row in rows]},
+            {"input_features": features},
             padding=True,
             pad_to_multiple_of=self.pad_to_multiple_of,
             return_attention_mask=True,

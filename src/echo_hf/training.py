@@ -26,6 +26,7 @@ from transformers import TrainerCallback
 from transformers import set_seed
 from transformers.utils import logging
 
+from .augmentation import VoicePerturbation
 from .configuration_echo import BASELINE
 from .configuration_echo import PRESETS
 from .configuration_echo import SIZES
@@ -135,10 +136,41 @@ class DataArguments:
     skip_broken: bool = field(
         default=False, metadata={"help": "Report and leave out what cannot be used, instead of stopping."}
     )
+    tempo_perturbation: float = field(
+        default=0.0,
+        metadata={"help": "Training speech is made faster or slower by a random factor up to exp of this; try 0.15."},
+    )
+    voice_perturbation: float = field(
+        default=0.0,
+        metadata={"help": "Its formants and F0 are moved by a random factor up to exp of this, as of another speaker."},
+    )
+    channel_perturbation: float = field(
+        default=0.0,
+        metadata={"help": "Its spectrum is tilted and its noise floor raised at random; 0.25 is 10 dB at the edges."},
+    )
     num_proc: int | None = field(default=None, metadata={"help": "Processes that compute features."})
     cache_dir: str | None = field(
         default=None, metadata={"help": "Folder for computed features; in the cache of `datasets` if not given."}
     )
+
+
+class EchoTrainer(Seq2SeqTrainer):
+    """A `Seq2SeqTrainer` whose training batches have a collator of their own, so that only they are perturbed.
+
+    Args:
+        train_collator (`Callable`): makes a training batch; `data_collator` makes the others.
+    """
+
+    def __init__(self, *args, train_collator: EchoDataCollator, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.train_collator = train_collator
+
+    def get_train_dataloader(self):
+        collator, self.data_collator = self.data_collator, self.train_collator
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:
@@ -372,24 +404,32 @@ def train(
         "num_proc": data_arguments.num_proc,
         "cache_dir": data_arguments.cache_dir,
     }
-    train_data = prepare_dataset(
-        train_table,
-        processor,
-        min_seconds=data_arguments.min_seconds,
-        max_seconds=data_arguments.max_seconds,
-        **options,
-    )
-    eval_data = prepare_dataset(eval_table, processor, **options) if eval_table is not None else None
+    with training_arguments.main_process_first(desc="features"):  # the other processes find them in the cache
+        train_data = prepare_dataset(
+            train_table,
+            processor,
+            min_seconds=data_arguments.min_seconds,
+            max_seconds=data_arguments.max_seconds,
+            **options,
+        )
+        eval_data = prepare_dataset(eval_table, processor, **options) if eval_table is not None else None
     if model.config.ctc_loss_weight > 0 and (beyond := count_beyond_ctc(train_data, model.config)):
         logger.warning(
             f"{beyond} of {len(train_data.dataset)} utterances have more tokens than encoder frames, and the CTC loss"
             " leaves them out. A larger vocab_size makes fewer tokens."
         )
 
-    trainer = Seq2SeqTrainer(
+    perturb = VoicePerturbation(
+        processor.feature_extractor,
+        tempo=data_arguments.tempo_perturbation,
+        voice=data_arguments.voice_perturbation,
+        channel=data_arguments.channel_perturbation,
+    )
+    trainer = EchoTrainer(
         model=model,
         args=training_arguments,
         data_collator=EchoDataCollator(processor),
+        train_collator=EchoDataCollator(processor, perturb=perturb if perturb.is_active else None),
         train_dataset=train_data.dataset,
         eval_dataset=eval_data.dataset if eval_data else None,
         processing_class=processor,

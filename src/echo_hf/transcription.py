@@ -53,7 +53,7 @@ def load_checkpoint(checkpoint: str | Path | None = None, device: str | None = N
         `ValueError`: there is no such checkpoint, or it is not of this model.
     """
     checkpoint = BUNDLED_CHECKPOINT if checkpoint is None else checkpoint
-    if checkpoint == BUNDLED_CHECKPOINT and not BUNDLED_CHECKPOINT.is_dir():
+    if checkpoint == BUNDLED_CHECKPOINT and not (BUNDLED_CHECKPOINT / "config.json").is_file():
         raise ValueError("This installation came without its checkpoint; name one, a folder or a name on the Hub.")
     try:
         config = EchoConfig.from_pretrained(checkpoint)
