@@ -104,7 +104,7 @@ def test_train_help_shows_the_common_options_and_help_all_all(capsys, monkeypatc
     monkeypatch.setenv("COLUMNS", "200")
     code, short, _ = run(capsys, "train", "--help")
     assert code == 0
-    for text in ("--train_data", "--preset", "--learning_rate", "(default: 0.001)", "--resume", "tensorboard --logdir"):
+    for text in ("--train_data", "--preset", "--learning_rate", "(default: 0.0005)", "--resume", "tensorboard --logdir"):
         assert text in short
     assert "--fsdp" not in short and "--train-data" not in short
     code, long, _ = run(capsys, "train", "--help_all")

@@ -50,7 +50,7 @@ TRAINING_DEFAULTS = {
     "num_train_epochs": 30.0,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 32,
-    "learning_rate": 1e-3,
+    "learning_rate": 5e-4,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,  # a share of all steps, since it is below 1
     "weight_decay": 0.01,
