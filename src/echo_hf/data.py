@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import io
 import json
+import math
 import os
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -273,27 +274,11 @@ def prepare_dataset(
     Raises:
         `ValueError`: rows cannot be used, the message names the first of them; or no row is left.
     """
-    identities, seconds, paths, problems, outside = [], [], [], {}, {}
     labels = processor.tokenizer([text or "" for text in table["text"]])["input_ids"]
-    rows = zip(table.select_columns(["audio", "text", "origin"]), labels)
-    progress = datasets.utils.tqdm(rows, total=len(table), desc="Checking audio files", leave=False)
-    for index, (row, ids) in enumerate(progress):
-        length, identity, problem = _inspect(row["audio"])
-        identities.append(identity)
-        seconds.append(length)
-        paths.append(row["audio"]["path"])
-        too_short = min_seconds is not None and length < min_seconds
-        too_long = max_seconds is not None and length > max_seconds
-        if problem is None and (too_short or too_long):
-            outside[index] = f"{length:.2f} s is too {'short' if too_short else 'long'}"
-            continue
-        if problem is None and (row["text"] is None or not (allow_empty_text or row["text"].strip())):
-            problem = "the text is empty" if row["text"] is not None else "there is no text"
-        if problem is None and max_label_length is not None and len(ids) > max_label_length:
-            problem = f"the text has {len(ids)} tokens, the model takes {max_label_length} (`max_target_positions`)"
-        if problem is not None:
-            problems[index] = problem
     origins = table["origin"][:]
+    files, problems, outside = _check_rows(
+        table, labels, max_label_length, min_seconds or 0.0, max_seconds or math.inf, allow_empty_text
+    )
     _report(origins, problems, skip_broken)
 
     keep = [index for index in range(len(table)) if index not in problems and index not in outside]
@@ -302,7 +287,7 @@ def prepare_dataset(
     features = _compute_features(
         table.select(keep).select_columns(["audio", "origin"]),
         processor.feature_extractor,
-        [identities[index] for index in keep],
+        [files[index].identity for index in keep],
         skip_broken,
         num_proc,
         Path(cache_dir) if cache_dir is not None else Path(datasets.config.HF_DATASETS_CACHE) / "echo_hf",
@@ -314,7 +299,7 @@ def prepare_dataset(
         [name for name in ("audio", "labels", "length", "input_features") if name in table.column_names]
     )
     others = others.flatten_indices(keep_in_memory=True)
-    others = others.add_column("audio", [paths[index] for index in keep])
+    others = others.add_column("audio", [files[index].path for index in keep])
     others = others.add_column("labels", [labels[index] for index in keep])
     prepared = datasets.concatenate_datasets([others, features.remove_columns("problem")], axis=1)
     if undecodable:
@@ -327,12 +312,50 @@ def prepare_dataset(
     return PreparedData(
         dataset=prepared.with_format("numpy", columns=["input_features"], output_all_columns=True),
         skipped=[(origins[index], reason) for index, reason in left_out.items()],
-        seconds=sum(seconds[index] for index in keep if index not in undecodable),
+        seconds=sum(files[index].seconds for index in keep if index not in undecodable),
     )
 
 
-def _inspect(audio: dict[str, Any]) -> tuple[float, str, str | None]:
-    """Duration (s), identity for the fingerprint, and what is wrong with an undecoded audio entry; reads its header."""
+@dataclass(frozen=True)
+class _AudioFile:
+    """What the header of an undecoded audio entry says: duration, what the fingerprint knows it by, what is wrong."""
+
+    path: str | None
+    seconds: float = 0.0
+    identity: str = ""
+    problem: str | None = None
+
+
+def _check_rows(
+    table: Dataset,
+    labels: list[list[int]],
+    max_label_length: int | None,
+    min_seconds: float,
+    max_seconds: float,
+    allow_empty_text: bool,
+) -> tuple[list[_AudioFile], dict[int, str], dict[int, str]]:
+    """The file of each row; which rows cannot be used and why; which are too short or too long. Decodes no audio."""
+    files, problems, outside = [], {}, {}
+    rows = table.select_columns(["audio", "text"])
+    for index, row in enumerate(datasets.utils.tqdm(rows, desc="Checking audio files", leave=False)):
+        file, text = _inspect(row["audio"]), row["text"]
+        files.append(file)
+        if file.problem is not None:
+            problems[index] = file.problem
+        elif not min_seconds <= file.seconds <= max_seconds:
+            outside[index] = f"{file.seconds:.2f} s is too {'short' if file.seconds < min_seconds else 'long'}"
+        elif text is None:
+            problems[index] = "there is no text"
+        elif not text.strip() and not allow_empty_text:
+            problems[index] = "the text is empty"
+        elif max_label_length is not None and len(labels[index]) > max_label_length:
+            problems[index] = (
+                f"the text has {len(labels[index])} tokens, the model takes {max_label_length} (`max_target_positions`)"
+            )
+    return files, problems, outside
+
+
+def _inspect(audio: dict[str, Any]) -> _AudioFile:
     data, path = audio["bytes"], audio["path"]
     try:
         if data is None:
@@ -342,10 +365,12 @@ def _inspect(audio: dict[str, Any]) -> tuple[float, str, str | None]:
             identity = hashlib.sha256(data).hexdigest()
         header = soundfile.info(path if data is None else io.BytesIO(data))
     except FileNotFoundError:
-        return 0.0, "", f"there is no file {path}"
+        return _AudioFile(path, problem=f"there is no file {path}")
     except (OSError, RuntimeError, TypeError) as error:  # TypeError: neither bytes nor path
-        return 0.0, "", f"the audio cannot be read: {error}"
-    return header.frames / header.samplerate, identity, None if header.frames else "the audio is empty"
+        return _AudioFile(path, problem=f"the audio cannot be read: {error}")
+    if not header.frames:
+        return _AudioFile(path, problem="the audio is empty")
+    return _AudioFile(path, header.frames / header.samplerate, identity)
 
 
 def _report(origins: list[str], problems: dict[int, str], skip_broken: bool) -> None:
