@@ -104,7 +104,14 @@ def test_train_help_shows_the_common_options_and_help_all_all(capsys, monkeypatc
     monkeypatch.setenv("COLUMNS", "200")
     code, short, _ = run(capsys, "train", "--help")
     assert code == 0
-    for text in ("--train_data", "--preset", "--learning_rate", "(default: 0.0005)", "--resume", "tensorboard --logdir"):
+    for text in (
+        "--train_data",
+        "--preset",
+        "--learning_rate",
+        "(default: 0.0005)",
+        "--resume",
+        "tensorboard --logdir",
+    ):
         assert text in short
     assert "--fsdp" not in short and "--train-data" not in short
     code, long, _ = run(capsys, "train", "--help_all")
@@ -134,6 +141,14 @@ def test_a_checkpoint_that_is_not_there_is_named(capsys, recordings, tmp_path, m
     monkeypatch.setattr(transcription, "BUNDLED_RECORDINGS", tmp_path / "nothing")
     code, _, err = run(capsys, "transcribe")
     assert code == 1 and "came without recordings" in err
+
+
+def test_without_the_extra_for_training_its_name_is_said(capsys, monkeypatch, manifest):
+    for module in ("echo_hf.data", "datasets"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    code, _, err = run(capsys, "evaluate", manifest)
+    assert code == 1 and "datasets" in err and "pip install 'echo-hf[train]'" in err
 
 
 # Transcribe ----------------------------------------------------------------------------------------------------------

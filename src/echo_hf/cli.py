@@ -20,6 +20,8 @@ from typing import Any
 
 COMMAND_FILE = "train_command.json"  # in output_dir: the options of a training run, for --resume
 
+TRAIN_PACKAGES = ("accelerate", "datasets", "jiwer", "tensorboard")  # the extra `train`
+
 # Options of the Trainer that `echo-hf train --help` lists; --help_all lists the rest.
 COMMON_OPTIONS = (
     "output_dir",
@@ -137,6 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.traceback:
             raise
         _tell(f"echo-hf: error: {error}")
+        if getattr(error, "name", None) in TRAIN_PACKAGES:
+            _tell("Training and evaluation need more than the base install: pip install 'echo-hf[train]'")
         return 1
 
 

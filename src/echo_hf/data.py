@@ -27,21 +27,15 @@ import torch
 from datasets import Dataset
 from transformers.utils import logging
 
+from .transcription import AUDIO_EXTENSIONS
+from .transcription import find_audio_files
+
 logger = logging.get_logger(__name__)
 
-# Formats that soundfile reads by itself, in folders; a file that is named is tried whatever it is called.
-AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64")
 NAMED_AT_MOST = 5  # examples in a message that reports many rows
 
 
 # Sources -------------------------------------------------------------------------------------------------------------
-
-
-def find_audio_files(folder: str | os.PathLike) -> list[Path]:
-    """Audio files in a folder and the folders in it, by their extension, in the order of their paths."""
-    return sorted(
-        path for path in Path(folder).rglob("*") if path.suffix.lower() in AUDIO_EXTENSIONS and path.is_file()
-    )
 
 
 def load_sources(
@@ -504,7 +498,6 @@ __all__ = [
     "EchoDataCollator",
     "PreparedData",
     "features_fingerprint",
-    "find_audio_files",
     "load_sources",
     "prepare_dataset",
 ]

@@ -3,38 +3,42 @@
 For prepared data there are two controls. A model that listens does badly on both; one that only knows which texts are
 likely does not: `"zeroed"` replaces every feature, F0 too, by 0 at the same length, `"shuffled"` gives every utterance
 the features of another one.
+
+Transcribing files needs nothing that the package's base install lacks, such as `datasets`.
 """
 
+import os
 from collections.abc import Iterable
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
-from datasets.utils import tqdm
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.errors import HFValidationError
-from transformers.utils import logging
+from tqdm.auto import tqdm
 
 from .configuration_echo import EchoConfig
-from .data import EchoDataCollator
-from .data import find_audio_files
 from .feature_extraction_echo import load_audio
 from .modeling_echo import EchoForConditionalGeneration
 from .modeling_echo import EchoForCTC
 from .pipeline_echo import EchoAutomaticSpeechRecognitionPipeline
 from .processing_echo import EchoProcessor
 
-logger = logging.get_logger(__name__)
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED_CHECKPOINT = ASSETS / "checkpoint"
 BUNDLED_RECORDINGS = ASSETS / "recordings"
 
 CONTROLS = ("zeroed", "shuffled")
+
+# Formats that soundfile reads by itself, in folders; a file that is named is tried whatever it is called.
+AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64")
 
 
 def load_checkpoint(checkpoint: str | Path | None = None, device: str | None = None):
@@ -74,7 +78,7 @@ def load_checkpoint(checkpoint: str | Path | None = None, device: str | None = N
 def recognize(
     model,
     processor: EchoProcessor,
-    dataset: Dataset,
+    dataset: "Dataset",
     batch_size: int = 16,
     control: str | None = None,
     seed: int = 0,
@@ -98,6 +102,8 @@ def recognize(
     Raises:
         `ValueError`: the control is not known, or there is no other utterance to shuffle with.
     """
+    from .data import EchoDataCollator
+
     if control is not None and control not in CONTROLS:
         raise ValueError(f"control must be one of {', '.join(CONTROLS)}, got {control!r}.")
     source = np.arange(len(dataset))  # which utterance's features each utterance gets
@@ -134,6 +140,13 @@ def recognize(
         for position, text in zip(batch_positions, batch_texts):
             texts[position] = text
     return texts, cut_off
+
+
+def find_audio_files(folder: str | os.PathLike) -> list[Path]:
+    """Audio files in a folder and the folders in it, by their extension, in the order of their paths."""
+    return sorted(
+        path for path in Path(folder).rglob("*") if path.suffix.lower() in AUDIO_EXTENSIONS and path.is_file()
+    )
 
 
 def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
@@ -216,4 +229,4 @@ def _transcribe_alone(pipeline, recording: dict[str, Any], options: dict[str, An
         return {"error": str(error)}
 
 
-__all__ = ["Transcript", "expand_paths", "load_checkpoint", "recognize", "transcribe_files"]
+__all__ = ["Transcript", "expand_paths", "find_audio_files", "load_checkpoint", "recognize", "transcribe_files"]
