@@ -144,11 +144,12 @@ def test_a_checkpoint_that_is_not_there_is_named(capsys, recordings, tmp_path, m
 
 
 def test_without_the_extra_for_training_its_name_is_said(capsys, monkeypatch, manifest):
-    for module in ("echo_hf.data", "datasets"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
-    monkeypatch.setitem(sys.modules, "datasets", None)
+    for package in ("accelerate", "datasets"):
+        monkeypatch.setitem(sys.modules, package, None)
     code, _, err = run(capsys, "evaluate", manifest)
-    assert code == 1 and "datasets" in err and "pip install 'echo-hf[train]'" in err
+    assert code == 1 and "needs datasets, not installed: pip install 'echo-hf[train]'" in err
+    code, _, err = run(capsys, "train", "--help")
+    assert code == 1 and "needs accelerate, datasets, not installed" in err
 
 
 # Transcribe ----------------------------------------------------------------------------------------------------------

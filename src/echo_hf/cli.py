@@ -20,8 +20,6 @@ from typing import Any
 
 COMMAND_FILE = "train_command.json"  # in output_dir: the options of a training run, for --resume
 
-TRAIN_PACKAGES = ("accelerate", "datasets", "jiwer", "tensorboard")  # the extra `train`
-
 # Options of the Trainer that `echo-hf train --help` lists; --help_all lists the rest.
 COMMON_OPTIONS = (
     "output_dir",
@@ -139,8 +137,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.traceback:
             raise
         _tell(f"echo-hf: error: {error}")
-        if getattr(error, "name", None) in TRAIN_PACKAGES:
-            _tell("Training and evaluation need more than the base install: pip install 'echo-hf[train]'")
         return 1
 
 
@@ -167,6 +163,12 @@ def _version() -> str:
         return version("echo-hf")
     except PackageNotFoundError:  # run from a source tree that is not installed
         return "(not installed)"
+
+
+def _require(*packages: str) -> None:
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise ImportError(f"this command needs {', '.join(missing)}, not installed: pip install 'echo-hf[train]'")
 
 
 def _tell(text: str) -> None:
@@ -225,6 +227,7 @@ def _add_decoding(parser, batch_size: int) -> None:
 
 
 def _train(arguments: list[str]) -> int:
+    _require("accelerate", "datasets", "jiwer")
     from transformers import HfArgumentParser
     from transformers import Seq2SeqTrainingArguments
     from transformers import TrainerCallback
@@ -425,6 +428,7 @@ def _generate_options(options) -> dict[str, int]:
 
 
 def _evaluate(options) -> int:
+    _require("datasets", "jiwer")
     from .data import load_sources
     from .data import prepare_dataset
     from .metrics import score
