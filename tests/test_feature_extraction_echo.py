@@ -58,9 +58,7 @@ def test_shape_and_types(extractor):
     features = extractor([as_float(voice(0.5)), as_float(voice(0.309))], sampling_rate=RATE, return_tensors="pt")
     assert set(features) == {"input_features", "attention_mask"}
     assert features["input_features"].shape == (2, 50, 81) and features["input_features"].dtype == torch.float32
-    assert (
-        features["attention_mask"].sum(1).tolist() == [50, 30] and not features["attention_mask"].is_floating_point()
-    )
+    assert features["attention_mask"].sum(1).tolist() == [50, 30] and not features["attention_mask"].is_floating_point()
     assert torch.all(features["input_features"][1, 30:] == 0)
     assert extractor.feature_size == 81
 

@@ -533,7 +533,7 @@ def test_label_smoothing_acts_in_training_only():
 
 
 def test_spec_augment_masks_the_spectrogram_in_training_only():
-    model = tiny_model("all", apply_spec_augment=True, mask_time_length=3, cls=EchoModel)
+    model = tiny_model("all", apply_spec_augment=True, mask_time_length=3, mask_feature_prob=0.3, cls=EchoModel)
     spectrogram, mask = torch.ones(4, 40, 16), torch.ones(4, 40, dtype=torch.long)
     np.random.seed(0)
     masked = model.encoder._spec_augment(spectrogram, mask)

@@ -250,6 +250,16 @@ def test_resuming_keeps_the_tokenizer_of_the_weights(manifest, tmp_path):
     assert EchoConfig.from_pretrained(tmp_path / "run").label_smoothing == 0.2
 
 
+def test_text_can_be_trained_as_it_is_scored(manifest, tmp_path):
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    manifest.write_text("\n".join(json.dumps({**line, "text": line["text"].title() + "!"}) for line in lines))
+    data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"), normalize_text=True)
+    arguments = ModelArguments(config_overrides=TINY, feature_groups=TINY_FEATURES, vocab_size=262)
+    train(arguments, data, trainer_arguments(tmp_path / "run"))
+    merged = AutoProcessor.from_pretrained(tmp_path / "run").tokenizer.get_vocab()
+    assert {"gh", "hi", "lo"} <= set(merged)  # as written, it would be merged with the capitals
+
+
 def test_only_training_batches_are_perturbed(manifest, tmp_path):
     model, processor = build_model_and_processor(
         ModelArguments(preset="all", config_overrides=TINY, feature_groups=TINY_FEATURES), ["low", "high"], 0.0

@@ -239,13 +239,13 @@ class EchoConfig(PreTrainedConfig):
             Share of frames that start a masked span of time.
         mask_time_length (`int`, defaults to 10):
             Length of a span of time in input frames.
-        mask_time_min_masks (`int`, defaults to 2):
-            Fewest spans of time an utterance gets.
+        mask_time_min_masks (`int`, defaults to 0):
+            Fewest spans of time an utterance gets. Above 0 a word of 300 ms may be masked whole.
         mask_feature_prob (`float`, defaults to 0.05):
             Share of mel channels that start a masked span.
         mask_feature_length (`int`, defaults to 10):
             Length of a span in mel channels.
-        mask_feature_min_masks (`int`, defaults to 1):
+        mask_feature_min_masks (`int`, defaults to 0):
             Fewest spans of channels an utterance gets.
         use_cache (`bool`, defaults to `True`):
             Whether `generate()` keeps keys and values of past tokens.
@@ -329,10 +329,10 @@ class EchoConfig(PreTrainedConfig):
     apply_spec_augment: bool = False
     mask_time_prob: float | int = 0.05
     mask_time_length: int = 10
-    mask_time_min_masks: int = 2
+    mask_time_min_masks: int = 0
     mask_feature_prob: float | int = 0.05
     mask_feature_length: int = 10
-    mask_feature_min_masks: int = 1
+    mask_feature_min_masks: int = 0
     use_cache: bool = True
     is_encoder_decoder: bool = True
     pad_token_id: int | None = 0

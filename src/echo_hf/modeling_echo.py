@@ -630,14 +630,14 @@ class EchoPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         """Where every parameter starts:
 
-            Linear, Conv1d        normal with standard deviation 1 / sqrt(inputs), so that small models pass signals on
-                                  as large ones do; biases 0
-            Embedding             normal with standard deviation `initializer_range`; so is the output head
-            RMSNorm               1
-            EchoRotaryEmbedding   log_theta 0 (theta as configured), gain 0 (radius 1)
-            EchoAttention         bias_strength 0 (no bias), silence_logit in the middle of its range
-            EchoPitchProjection   weight 0
-            EchoEncoder           blend -2: a further channel group starts with an eighth of the say
+        Linear, Conv1d        normal with standard deviation 1 / sqrt(inputs), so that small models pass signals on
+                              as large ones do; biases 0
+        Embedding             normal with standard deviation `initializer_range`; so is the output head
+        RMSNorm               1
+        EchoRotaryEmbedding   log_theta 0 (theta as configured), gain 0 (radius 1)
+        EchoAttention         bias_strength 0 (no bias), silence_logit in the middle of its range
+        EchoPitchProjection   weight 0
+        EchoEncoder           blend -2: a further channel group starts with an eighth of the say
         """
         super()._init_weights(module)
         if isinstance(module, EchoPitchProjection):

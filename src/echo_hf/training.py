@@ -37,6 +37,7 @@ from .data import load_sources
 from .data import prepare_dataset
 from .feature_extraction_echo import EchoFeatureExtractor
 from .metrics import make_compute_metrics
+from .metrics import normalize_text
 from .modeling_echo import EchoForConditionalGeneration
 from .processing_echo import EchoProcessor
 from .tokenization_echo import EchoTokenizer
@@ -135,6 +136,12 @@ class DataArguments:
     )
     skip_broken: bool = field(
         default=False, metadata={"help": "Report and leave out what cannot be used, instead of stopping."}
+    )
+    normalize_text: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on text as it is scored, lower case without punctuation: easier to learn from little speech."
+        },
     )
     tempo_perturbation: float = field(
         default=0.0,
@@ -464,7 +471,11 @@ def train(
 
 
 def _load(arguments: DataArguments, sources: list[str], split: str):
-    return load_sources(sources, split, arguments.dataset_config, arguments.audio_column, arguments.text_column)
+    table = load_sources(sources, split, arguments.dataset_config, arguments.audio_column, arguments.text_column)
+    if arguments.normalize_text:
+        texts = [normalize_text(text) for text in table["text"][:]]
+        table = table.remove_columns("text").add_column("text", texts)
+    return table
 
 
 def _warn_of_overlap(train_table, eval_table) -> None:

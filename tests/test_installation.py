@@ -1,0 +1,112 @@
+"""What a newcomer meets first: the README's commands, imports that must not break, recordings that come along."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import echo_hf
+
+ROOT = Path(__file__).parent.parent
+ASSETS = Path(echo_hf.__file__).parent / "assets"
+
+WITHOUT_SETUPTOOLS = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("pkg_resources", "setuptools"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def run(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_f0_needs_no_setuptools():
+    """pyworld asks for pkg_resources, which setuptools 82 dropped and new environments may not have at all."""
+    code = """
+import numpy as np
+from echo_hf import EchoFeatureExtractor
+
+time = np.arange(16000) / 16000
+tone = sum(np.sin(2 * np.pi * 200 * k * time) / k for k in range(1, 8)) * 0.1
+f0 = EchoFeatureExtractor()(tone, sampling_rate=16000)["input_features"][0][:, -1]
+print(round(float(np.median(f0))))
+"""
+    assert run(WITHOUT_SETUPTOOLS + code) == "200"
+
+
+def test_inference_imports_nothing_of_the_extras():
+    """The base install has neither datasets nor jiwer, accelerate, matplotlib or tensorboard."""
+    code = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("datasets", "jiwer", "accelerate", "matplotlib", "tensorboard", "pandas"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+from echo_hf.cli import main
+
+raise SystemExit(main(["transcribe"]))
+"""
+    lines = run(code).splitlines()
+    assert len(lines) == len(list((ASSETS / "recordings").glob("*.ogg")))
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line]
+
+
+def test_readme_begins_with_the_two_commands_and_ci_runs_the_second():
+    first, second = commands()[:2]
+    assert first.endswith("&& echo-hf transcribe") and "pip install -c constraints.txt ." in first
+    assert second.endswith("python -m pytest")
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert second.replace("pip install", "pip install --quiet") in ci
+
+
+def test_constraints_pin_what_setup_asks_for():
+    pinned = re.findall(r"^([A-Za-z0-9_-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    pinned = {name.lower().replace("_", "-") for name in pinned}
+    asked = re.findall(r'"([A-Za-z0-9_-]+)>=', (ROOT / "setup.py").read_text())
+    assert {name.lower().replace("_", "-") for name in asked} - {"python"} <= pinned
+    assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text().split()
+    assert "transformers==5.23.0" in (ROOT / "constraints.txt").read_text().split()
+
+
+def test_bundled_recordings_have_their_licence_beside_them():
+    recordings = sorted((ASSETS / "recordings").glob("*.ogg"))
+    notice = (ASSETS / "recordings" / "README.md").read_text(encoding="utf-8")
+    assert 1 <= len(recordings) <= 5
+    for recording in recordings:
+        line = next(line for line in notice.splitlines() if f"`{recording.name}`" in line)
+        assert "creativecommons.org/licenses" in line and "©" in line
+
+
+def test_bundled_checkpoint_is_small_and_safe():
+    files = list((ASSETS / "checkpoint").iterdir())
+    assert sum(file.stat().st_size for file in files) < 20e6
+    assert {file.suffix for file in files} <= {".json", ".safetensors", ".md"}
+
+
+@pytest.mark.slow
+def test_bundled_checkpoint_hears_the_bundled_recordings():
+    """Not how well: only that each language is answered in its own script and words, which zeroed audio is not."""
+    output = run("from echo_hf.cli import main; raise SystemExit(main(['transcribe']))")
+    texts = dict(line.split(": ", 1) for line in output.splitlines())
+    texts = {Path(name).stem: text for name, text in texts.items()}
+    assert set(texts) == {"en", "es", "fr", "it", "ru"}
+    assert re.search("[а-я]", texts["ru"].lower())
+    assert all(re.search("[a-z]", texts[language].lower()) for language in ("en", "es", "fr", "it"))
+    assert len(set(texts.values())) == 5
