@@ -28,6 +28,7 @@ TINY = {
     "feature_groups": {"spectrogram": 16, "pitch": 1},
     "encoder_hidden_size": 32,
     "decoder_hidden_size": 24,
+    "stem_num_layers": 1,
     "encoder_num_hidden_layers": 3,
     "decoder_num_hidden_layers": 2,
     "encoder_num_attention_heads": 4,
@@ -331,7 +332,12 @@ def test_baseline_is_a_plain_rotary_transformer_to_the_bit():
     x = inputs["input_features"][..., :16].transpose(1, 2)
     for convolution in encoder.stems["spectrogram"].convolutions:
         x = functional.gelu(functional.conv1d(x, convolution.weight, convolution.bias, stride=2, padding=1))
-    x = x.transpose(1, 2)
+    x = functional.rms_norm(x.transpose(1, 2), (32,), encoder.stems["spectrogram"].norm.weight, config.rms_norm_eps)
+    for layer in encoder.stem_layers:
+        h = functional.rms_norm(x, (32,), layer.norm.weight, config.rms_norm_eps).transpose(1, 2)
+        h = functional.conv1d(h, layer.convolution.weight, layer.convolution.bias, padding=4, groups=32).transpose(1, 2)
+        h = functional.gelu(functional.linear(h, layer.up_proj.weight, layer.up_proj.bias))
+        x = x + functional.linear(h, layer.down_proj.weight, layer.down_proj.bias)
     width = config.encoder_hidden_size // 4
     omega = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angles = (torch.arange(x.shape[1], dtype=torch.float64)[:, None] * omega % (2 * math.pi)).float()

@@ -107,11 +107,11 @@ PRESETS = {
 
 # Sizes by the number of parameters they give with the byte vocabulary, a deep encoder and a shallow decoder.
 SIZES = {
-    "2m": {"hidden": 144, "encoder": 6, "decoder": 1, "heads": 4, "intermediate": 384},
-    "5m": {"hidden": 208, "encoder": 7, "decoder": 2, "heads": 4, "intermediate": 560},
-    "10m": {"hidden": 256, "encoder": 9, "decoder": 2, "heads": 4, "intermediate": 688},
-    "27m": {"hidden": 384, "encoder": 11, "decoder": 3, "heads": 6, "intermediate": 1024},
-    "80m": {"hidden": 576, "encoder": 16, "decoder": 3, "heads": 9, "intermediate": 1536},
+    "2m": {"hidden": 144, "encoder": 5, "decoder": 1, "heads": 4, "intermediate": 384},
+    "5m": {"hidden": 208, "encoder": 6, "decoder": 2, "heads": 4, "intermediate": 560},
+    "10m": {"hidden": 256, "encoder": 8, "decoder": 2, "heads": 4, "intermediate": 688},
+    "27m": {"hidden": 384, "encoder": 10, "decoder": 3, "heads": 6, "intermediate": 1024},
+    "80m": {"hidden": 576, "encoder": 15, "decoder": 3, "heads": 9, "intermediate": 1536},
 }
 
 
@@ -157,11 +157,13 @@ class EchoConfig(PreTrainedConfig):
             Samples from one input frame to the next (160 at 16 kHz is 10 ms).
         stem_strides (`list[int]`, defaults to `[2, 2]`):
             Stride of each convolution of the stem. Their product is how many input frames make one encoder frame.
+        stem_num_layers (`int`, defaults to 4):
+            Number of residual convolutions over neighbouring frames that follow the stem; 0 for none.
         encoder_hidden_size (`int`, defaults to 256):
             Width of the encoder.
         decoder_hidden_size (`int`, *optional*):
             Width of the decoder; the encoder's when not given.
-        encoder_num_hidden_layers (`int`, defaults to 9):
+        encoder_num_hidden_layers (`int`, defaults to 8):
             Number of encoder layers.
         decoder_num_hidden_layers (`int`, defaults to 2):
             Number of decoder layers. Few: the decoder runs once a token, the encoder once an utterance.
@@ -293,9 +295,10 @@ class EchoConfig(PreTrainedConfig):
     sampling_rate: int = 16000
     hop_length: int = 160
     stem_strides: list[int] | tuple[int, ...] = (2, 2)
+    stem_num_layers: int = 4
     encoder_hidden_size: int = 256
     decoder_hidden_size: int | None = None
-    encoder_num_hidden_layers: int = 9
+    encoder_num_hidden_layers: int = 8
     decoder_num_hidden_layers: int = 2
     encoder_num_attention_heads: int = 4
     decoder_num_attention_heads: int = 4
@@ -421,7 +424,7 @@ class EchoConfig(PreTrainedConfig):
         for name in ("ctc_loss_weight", "mask_time_prob", "mask_feature_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
-        for name in ("mask_time_min_masks", "mask_feature_min_masks"):
+        for name in ("mask_time_min_masks", "mask_feature_min_masks", "stem_num_layers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
 

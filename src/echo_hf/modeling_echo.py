@@ -201,8 +201,9 @@ def pitch_per_token(
 class EchoStem(nn.Module):
     """Convolutions that bring one channel group to the encoder's frame rate, `(B, T, channels)` to `(B, S, E)`.
 
-    Each convolution (kernel 3) is followed by a GELU. Padding is set to zero before every one of them, which is what
-    the convolution itself sees beyond an utterance's end, so that a batch does not change an utterance.
+    Each convolution (kernel 3) is followed by a GELU, the last by an RMSNorm, so that what a frame holds is not drowned
+    by what the layers add. Padding is set to zero before every one of them, which is what the convolution itself sees
+    beyond an utterance's end, so that a batch does not change an utterance.
     """
 
     def __init__(self, config: EchoConfig, channels: int):
@@ -214,6 +215,7 @@ class EchoStem(nn.Module):
             for i, stride in enumerate(self.strides)
         )
         self.activation = nn.GELU()
+        self.norm = nn.RMSNorm(config.encoder_hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, features: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         hidden_states = features.transpose(1, 2)  # (B, channels, T)
@@ -221,7 +223,28 @@ class EchoStem(nn.Module):
         for convolution, stride in zip(self.convolutions, self.strides):
             hidden_states = self.activation(convolution(hidden_states * mask))
             mask = mask[..., ::stride]
-        return (hidden_states * mask).transpose(1, 2)
+        return self.norm((hidden_states * mask).transpose(1, 2))
+
+
+class EchoStemLayer(nn.Module):
+    """Lets a frame hear its neighbours before attention does: `x + down(gelu(up(convolution(norm(x)))))`, with a
+    depthwise convolution (kernel 9, 360 ms) that sees padding as zeros. Attention alone finds what is near only after
+    much speech; with few hours of it the CTC head would stay at the blank."""
+
+    def __init__(self, config: EchoConfig):
+        super().__init__()
+        size = config.encoder_hidden_size
+        self.norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
+        self.convolution = nn.Conv1d(size, size, kernel_size=9, padding=4, groups=size)
+        self.up_proj = nn.Linear(size, 2 * size)
+        self.down_proj = nn.Linear(2 * size, size)
+        self.activation = nn.GELU()
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """`(B, S, E)` and `(B, S)` to `(B, S, E)`."""
+        near = self.norm(hidden_states) * attention_mask[..., None].to(hidden_states.dtype)
+        near = self.convolution(near.transpose(1, 2)).transpose(1, 2)
+        return hidden_states + self.down_proj(self.activation(self.up_proj(near)))
 
 
 class EchoRotaryEmbedding(nn.Module):
@@ -622,7 +645,7 @@ class EchoPreTrainedModel(PreTrainedModel):
     main_input_name = "input_features"
     input_modalities = ("audio", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["EchoEncoderLayer", "EchoDecoderLayer", "EchoStem"]
+    _no_split_modules = ["EchoEncoderLayer", "EchoDecoderLayer", "EchoStem", "EchoStemLayer"]
     _supports_sdpa = True
     _can_compile_fullgraph = True
 
@@ -681,6 +704,7 @@ class EchoEncoder(EchoPreTrainedModel):
         self.stems = nn.ModuleDict({name: EchoStem(config, channels) for name, channels in stem_channels.items()})
         if len(self.stems) > 1:
             self.blend = nn.Parameter(torch.zeros(len(self.stems) - 1))
+        self.stem_layers = nn.ModuleList(EchoStemLayer(config) for _ in range(config.stem_num_layers))
         self.dropout = nn.Dropout(config.dropout)
         head_dim = config.encoder_hidden_size // config.encoder_num_attention_heads
         self.rotary_emb = EchoRotaryEmbedding(config, head_dim, config.theta_mode, config.radius_mode)
@@ -793,6 +817,8 @@ class EchoEncoder(EchoPreTrainedModel):
         for i, (name, stem) in enumerate(self.stems.items()):
             stemmed = stem(groups[name].to(stem.convolutions[0].weight.dtype), attention_mask)
             hidden_states = stemmed if i == 0 else torch.lerp(hidden_states, stemmed, self.blend[i - 1].sigmoid())
+        for layer in self.stem_layers:
+            hidden_states = layer(hidden_states, encoder_mask)
         hidden_states = self.dropout(hidden_states)
 
         cos, sin = self.rotary_emb(frames, hidden_states.dtype, f0, pitch, encoder_mask)
