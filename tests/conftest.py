@@ -35,9 +35,10 @@ def save_checkpoint(folder, model_class):
     torch.manual_seed(0)
     model = model_class(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                parameter.normal_(std=parameter[0].numel() ** -0.5)  # makes what it hears matter
+                louder = 2.0 if "encoder_attn" in name else 1.0  # makes what it hears matter
+                parameter.normal_(std=louder * parameter[0].numel() ** -0.5)
     tokenizer = EchoTokenizer()
     unwanted = [i for i, token in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))) if len(token) > 1]
     unwanted += [i for token, i in tokenizer.get_vocab().items() if not "!" <= token <= "~"]
