@@ -228,8 +228,8 @@ class EchoStem(nn.Module):
 
 class EchoStemLayer(nn.Module):
     """Lets a frame hear its neighbours before attention does: `x + down(gelu(up(convolution(norm(x)))))`, with a
-    depthwise convolution (kernel 9, 360 ms) that sees padding as zeros. Attention alone finds what is near only after
-    much speech; with few hours of it the CTC head would stay at the blank."""
+    depthwise convolution (kernel 9, 360 ms) that sees padding as zeros. In short trials on
+    an hour of speech the CTC loss left the blank's plateau sooner with it; no word error rate was compared."""
 
     def __init__(self, config: EchoConfig):
         super().__init__()
