@@ -47,6 +47,7 @@ COMMON_OPTIONS = (
     "bf16",
     "use_cpu",
     "push_to_hub",
+    "hub_model_id",
 )
 
 VALUE_NAMES = {int: "N", float: "X"}  # of an option, in help
@@ -232,6 +233,7 @@ def _train(arguments: list[str]) -> int:
     from transformers import Seq2SeqTrainingArguments
     from transformers import TrainerCallback
 
+    from .model_card import CardArguments
     from .training import TRAINING_DEFAULTS
     from .training import DataArguments
     from .training import ModelArguments
@@ -239,7 +241,7 @@ def _train(arguments: list[str]) -> int:
     from .training import train
 
     parser = HfArgumentParser(
-        [DataArguments, ModelArguments, Seq2SeqTrainingArguments],
+        [DataArguments, ModelArguments, CardArguments, Seq2SeqTrainingArguments],
         prog="echo-hf train",
         usage="echo-hf train --train_data DATA [DATA ...] --output_dir FOLDER [--eval_data DATA [DATA ...]] [options]",
         description="Train a speech recogniser, from scratch or from a checkpoint.",
@@ -283,11 +285,11 @@ def _train(arguments: list[str]) -> int:
         del settings[name]
     _settle(settings)
     try:
-        data, model, training = parser.parse_dict(settings)
+        data, model, card, training = parser.parse_dict(settings)
     except (ValueError, ImportError) as error:  # the Trainer's own checks of its options
         parser.error(str(error))
 
-    remembered = [item for item in arguments if item != "--resume"]
+    remembered = _without_token([item for item in arguments if item != "--resume"])
 
     class RememberCommand(TrainerCallback):
         # Written when training starts and not before, so that a run refused for its data leaves no trace.
@@ -297,7 +299,7 @@ def _train(arguments: list[str]) -> int:
                 command_file.write_text(json.dumps(remembered) + "\n", encoding="utf-8")
 
     try:
-        summary = train(model, data, training, resume=known.resume, callbacks=[RememberCommand()])
+        summary = train(model, data, training, resume=known.resume, callbacks=[RememberCommand()], card_arguments=card)
     except KeyboardInterrupt:
         saved = find_last_checkpoint(output_dir) is not None
         hint = f"Go on with: echo-hf train --resume --output_dir {output_dir}" if saved else "Nothing was saved yet."
@@ -305,6 +307,20 @@ def _train(arguments: list[str]) -> int:
         return 130
     _write(_training_report(summary))
     return 0
+
+
+def _without_token(arguments: list[str]) -> list[str]:
+    """A command line without its token, as it is kept beside the weights, and pushed with them."""
+    kept, skip = [], False
+    for argument in arguments:
+        name, equals, _ = argument.replace("-", "_").partition("=")
+        if name == "__hub_token":
+            skip = not equals
+        elif skip:
+            skip = False
+        else:
+            kept.append(argument)
+    return kept
 
 
 def _hide_uncommon(parser, fields: Iterable[str]) -> None:
@@ -355,6 +371,8 @@ def _training_report(summary: dict[str, Any]) -> str:
     if skipped:
         lines.append(f"{skipped} utterances were left out; see the warnings above.")
     lines.append(f"Saved in {folder}.")
+    if "pushed_to" in summary:
+        lines.append(f"Pushed to {summary['pushed_to']}.")
     lines.append(f"Next: echo-hf transcribe --checkpoint {folder} RECORDING")
     return "\n".join(lines)
 

@@ -9,7 +9,10 @@ the loss from the logits alone, and the CTC part would be lost; so `label_smooth
 import difflib
 import json
 import math
+import platform
+import shutil
 import time
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
@@ -20,12 +23,22 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+from safetensors import safe_open
 from transformers import Seq2SeqTrainer
 from transformers import Seq2SeqTrainingArguments
 from transformers import TrainerCallback
 from transformers import set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress
 from transformers.utils import logging
+from transformers.utils.hub import hf_api
 
+from . import __version__
 from .augmentation import VoicePerturbation
 from .configuration_echo import BASELINE
 from .configuration_echo import PRESETS
@@ -38,12 +51,17 @@ from .data import prepare_dataset
 from .feature_extraction_echo import EchoFeatureExtractor
 from .metrics import make_compute_metrics
 from .metrics import normalize_text
+from .model_card import SUMMARY_FILE
+from .model_card import TRAINING_ARGUMENTS_FILE
+from .model_card import CardArguments
+from .model_card import write_model_card
 from .modeling_echo import EchoForConditionalGeneration
 from .processing_echo import EchoProcessor
 from .tokenization_echo import EchoTokenizer
 
 logger = logging.get_logger(__name__)
 
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl")  # nothing of such a name is ever pushed
 BYTE_VOCABULARY = 259  # 3 special tokens and 256 bytes
 
 # What `echo-hf train` sets where the Trainer's own default is meant for fine-tuning a large language model.
@@ -162,15 +180,28 @@ class DataArguments:
 
 
 class EchoTrainer(Seq2SeqTrainer):
-    """A `Seq2SeqTrainer` whose training batches have a collator of their own, so that only they are perturbed.
+    """A `Seq2SeqTrainer` whose training batches have a collator of their own, so that only they are perturbed, and that
+    leaves no pickle where a model is shared from.
+
+    The Trainer pickles its arguments, token for the Hub included, into `training_args.bin` beside the weights, and
+    pushes it. Here they are in `training_args.json`, without tokens. What it pickles in `checkpoint-<step>` folders to
+    resume from (`optimizer.pt`, `scheduler.pt`, `rng_state.pth`) stays there and is never pushed.
 
     Args:
         train_collator (`Callable`): makes a training batch; `data_collator` makes the others.
+        card_arguments ([`CardArguments`], *optional*): what to say in the model card that cannot be measured.
+
+    Raises:
+        `ValueError`: the `hub_strategy` would push the state of the optimizer.
     """
 
-    def __init__(self, *args, train_collator: EchoDataCollator, **kwargs):
+    def __init__(self, *args, train_collator: EchoDataCollator, card_arguments: CardArguments | None = None, **kwargs):
+        settings = kwargs.get("args")
+        if settings is not None and settings.push_to_hub:
+            check_hub_strategy(settings)
         super().__init__(*args, **kwargs)
         self.train_collator = train_collator
+        self.card_arguments = card_arguments or CardArguments()
 
     def get_train_dataloader(self):
         collator, self.data_collator = self.data_collator, self.train_collator
@@ -178,6 +209,111 @@ class EchoTrainer(Seq2SeqTrainer):
             return super().get_train_dataloader()
         finally:
             self.data_collator = collator
+
+    def create_model_card(
+        self,
+        language: str | list[str] | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """
+        Writes `README.md` into `output_dir`, made by [`~echo_hf.model_card.build_model_card`] from what the run left
+        there; called by `push_to_hub`. A `README.md` written by hand is left as it is.
+
+        Args:
+            language, license, tags, model_name, finetuned_from, dataset_tags, dataset: as in `Trainer`; win over
+                `card_arguments`. `dataset` names the data that was evaluated on.
+            tasks, dataset_args: accepted as the Trainer has them, but the task of this model is known, and `dataset`
+                takes the whole name.
+        """
+        if not self.is_world_process_zero():
+            return
+        given = CardArguments(
+            card_license=license or self.card_arguments.card_license,
+            card_language=as_list(language) or self.card_arguments.card_language,
+            card_datasets=as_list(dataset_tags) or self.card_arguments.card_datasets,
+            card_eval_name=", ".join(as_list(dataset) or []) or self.card_arguments.card_eval_name,
+            card_tags=[*(self.card_arguments.card_tags or []), *(as_list(tags) or [])],
+            card_samples=self.card_arguments.card_samples,
+        )
+        write_model_card(self.args.output_dir, given, model_name=model_name, base_model=finetuned_from)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            (folder / TRAINING_ARGUMENTS_FILE).write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            if not is_write_error(error):
+                raise
+            # Of no use, as it lacks what is written last, and on a full disk in the way.
+            shutil.rmtree(folder, ignore_errors=True)
+            last = find_last_checkpoint(folder.parent)
+            kept = f"{last.name} is whole" if last else "there is no earlier checkpoint"
+            raise OSError(
+                f"{folder} could not be saved: {error}. Is the disk full? Make room, then go on with --resume; {kept}."
+            ) from error
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Pushes the model as it is, while training goes on. The Trainer's own way would pickle its arguments, too."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        # Copied, since the checkpoint may be deleted for a newer one before it is uploaded.
+        for path in Path(checkpoint_folder).iterdir():
+            if path.is_file() and path.suffix not in PICKLE_SUFFIXES and path.name != TRAINER_STATE_NAME:
+                shutil.copyfile(path, Path(self.args.output_dir) / path.name)
+        job = hf_api().upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=self.args.output_dir,
+            commit_message=f"Training in progress, step {self.state.global_step}",
+            token=self.args.hub_token,
+            run_as_future=True,
+            ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*", *(f"*{suffix}" for suffix in PICKLE_SUFFIXES)],
+            revision=self.args.hub_revision,
+        )
+        if busy:
+            self.push_in_progress.jobs.append(job)
+        else:
+            self.push_in_progress = PushInProgress([job])
+
+
+def as_list(value: str | Sequence[str] | None) -> list[str] | None:
+    return [value] if isinstance(value, str) else list(value) if value is not None else None
+
+
+def check_hub_strategy(arguments: Seq2SeqTrainingArguments) -> None:
+    """
+    Raises:
+        `ValueError`: the strategy pushes whole checkpoints, and so the state of the optimizer, which is pickled.
+    """
+    if arguments.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        raise ValueError(
+            f"hub_strategy {arguments.hub_strategy.value!r} pushes the state of the optimizer, which is a pickle, and"
+            " whoever loads a pickle runs what is in it. Take 'every_save' or 'end'."
+        )
+
+
+def is_write_error(error: Exception) -> bool:
+    """Whether saving failed for the disk's sake. Safetensors and PyTorch raise errors of their own kind for it."""
+    if isinstance(error, HfHubHTTPError):  # an OSError too
+        return False
+    return isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in str(error)
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:
@@ -332,13 +468,52 @@ def build_model_and_processor(
 
 def find_last_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest complete `checkpoint-<step>` folder in `output_dir`, if there is one. A run that was killed while it
-    saved leaves a folder without `trainer_state.json`, which is written last."""
+    saved leaves a folder without a readable `trainer_state.json`, which is written last."""
     found = [
         path
-        for path in Path(output_dir).glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdigit() and (path / "trainer_state.json").is_file()
+        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.name.removeprefix("checkpoint-").isdigit() and _is_json(path / TRAINER_STATE_NAME)
     ]
     return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def check_checkpoint(folder: Path) -> None:
+    """
+    Checks that what a run is resumed from can be read, before anything is computed.
+
+    Raises:
+        `ValueError`: a file is missing or cut off; the message names it, and the checkpoint to go on from without it.
+    """
+    if not (folder / "optimizer.pt").is_file():
+        raise ValueError(
+            f"{folder} has no optimizer.pt, as after save_only_model, so that training cannot go on where it was."
+            " Start a new run from its weights: --model_name_or_path."
+        )
+    problems = []
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        problems.append("there are no weights (*.safetensors)")
+    for path in weights:
+        try:
+            safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            problems.append(f"{path.name} is cut off or damaged ({error})")
+    for path in (folder / name for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")):
+        if path.is_file() and not zipfile.is_zipfile(path):  # PyTorch's files are archives whose index comes last
+            problems.append(f"{path.name} is cut off or damaged")
+    for name in ("config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json"):
+        if (folder / name).is_file() and not _is_json(folder / name):
+            problems.append(f"{name} is no JSON")
+    if problems:
+        raise ValueError(f"{folder}: {'; '.join(problems)}. Delete this folder; --resume takes the one before it then.")
 
 
 def count_beyond_ctc(data: PreparedData, config: EchoConfig) -> int:
@@ -359,11 +534,12 @@ def train(
     training_arguments: Seq2SeqTrainingArguments,
     resume: bool = False,
     callbacks: list[TrainerCallback] | None = None,
+    card_arguments: CardArguments | None = None,
 ) -> dict[str, Any]:
     """
     Trains a model and leaves a complete checkpoint in `output_dir`: weights, config, generation config, processor and
-    the code for `trust_remote_code`, with `train_results.json`, `eval_results.json`, `trainer_state.json` and
-    `run_summary.json` beside them.
+    the code for `trust_remote_code`, with `train_results.json`, `eval_results.json`, `trainer_state.json`,
+    `run_summary.json` and a model card beside them. With `push_to_hub` it is pushed at the end.
 
     Args:
         model_arguments ([`ModelArguments`]): what is trained.
@@ -371,16 +547,20 @@ def train(
         training_arguments (`Seq2SeqTrainingArguments`): how; see `TRAINING_DEFAULTS`.
         resume (`bool`, defaults to `False`): whether to go on from the last checkpoint in `output_dir`.
         callbacks (`list[TrainerCallback]`, *optional*): more callbacks for the Trainer.
+        card_arguments ([`CardArguments`], *optional*): what the model card says beside what was measured.
 
     Returns:
         `dict[str, Any]`: the summary that `run_summary.json` holds.
 
     Raises:
         `ValueError`: data cannot be used, settings do not fit each other, there is no checkpoint to resume from, or
-            `output_dir` holds another run.
+            `output_dir` holds another run; or the last checkpoint is damaged.
+        `OSError`: the disk is full, or what was trained could not be pushed; it is saved then.
     """
     started = time.monotonic()
     output_dir = Path(training_arguments.output_dir)
+    if training_arguments.push_to_hub:
+        check_hub_strategy(training_arguments)
     checkpoint = find_last_checkpoint(output_dir)
     if resume and checkpoint is None:
         raise ValueError(f"There is no checkpoint to resume from in {output_dir}; start without --resume.")
@@ -393,6 +573,7 @@ def train(
     # Set before the model is made, so that its weights follow from the seed.
     set_seed(training_arguments.seed)
     label_smoothing, training_arguments.label_smoothing_factor = training_arguments.label_smoothing_factor, 0.0
+    started_from = model_arguments.model_name_or_path
 
     train_table = _load(data_arguments, data_arguments.train_data, data_arguments.train_split)
     eval_table = None
@@ -400,6 +581,7 @@ def train(
         eval_table = _load(data_arguments, data_arguments.eval_data, data_arguments.eval_split)
         _warn_of_overlap(train_table, eval_table)
     if resume:
+        check_checkpoint(checkpoint)
         # The tokenizer above all must be the one that the weights have learned.
         model_arguments = ModelArguments(model_name_or_path=str(checkpoint))
         label_smoothing = EchoConfig.from_pretrained(checkpoint).label_smoothing
@@ -442,9 +624,11 @@ def train(
         processing_class=processor,
         compute_metrics=make_compute_metrics(processor.tokenizer) if training_arguments.predict_with_generate else None,
         callbacks=callbacks,
+        card_arguments=card_arguments,
     )
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
-    trainer.save_model()
+    # As the Trainer calls it itself: otherwise it would push at once, before the model is evaluated.
+    trainer.save_model(_internal_call=True)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
     metrics = {}
@@ -457,16 +641,31 @@ def train(
         "steps": trainer.state.global_step,
         "epochs": round(trainer.state.epoch or 0.0, 2),
         "resumed_from": checkpoint.name if resume else None,
+        "base_model": started_from if started_from and not Path(started_from).exists() else None,
         "best_checkpoint": trainer.state.best_model_checkpoint,
         "seconds": round(time.monotonic() - started, 1),
         "train": _describe(train_data, data_arguments.train_data),
         "eval": _describe(eval_data, data_arguments.eval_data) if eval_data else None,
         "train_loss": result.metrics["train_loss"],
         "metrics": {key.removeprefix("eval_"): value for key, value in metrics.items()},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "echo_hf": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
     }
     if trainer.is_world_process_zero():
-        (output_dir / "run_summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        (output_dir / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        trainer.create_model_card()
+    if training_arguments.push_to_hub:
+        try:
+            summary["pushed_to"] = str(trainer.push_to_hub().repo_url)
+        except Exception as error:  # of the connection, the Hub or the file system; what was trained is safe from each
+            raise OSError(
+                f"The model is trained and saved in {output_dir}, but could not be pushed: {error}. Push it later with:"
+                f" hf upload {trainer.hub_model_id} {output_dir} . --exclude 'checkpoint-*'"
+            ) from error
     return summary
 
 
@@ -491,6 +690,7 @@ def _warn_of_overlap(train_table, eval_table) -> None:
 def _describe(data: PreparedData, sources: list[str]) -> dict[str, Any]:
     return {
         "sources": list(sources),
+        "from_hub": [source for source in sources if not Path(source).exists()],
         "utterances": len(data.dataset),
         "hours": round(data.seconds / 3600, 3),
         "skipped": len(data.skipped),
