@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import EncoderDecoderCache
 from transformers import StaticCache
 from transformers.modeling_outputs import BaseModelOutput
@@ -38,7 +39,12 @@ TINY = {
     "max_target_positions": 40,
     "mask_feature_length": 4,
 }
-SETTINGS = {**{name: {"preset": name} for name in PRESETS}, "laplacian": {"preset": "all", "pitch_bias": "laplacian"}}
+SETTINGS = {
+    **{name: {"preset": name} for name in PRESETS},
+    "laplacian": {"preset": "all", "pitch_bias": "laplacian"},
+    "window": {"preset": "all", "encoder_attention_window": 4},
+    "laplacian_window": {"preset": "all", "pitch_bias": "laplacian", "encoder_attention_window": 4},
+}
 
 
 def tiny_config(preset="all", **overrides):
@@ -275,6 +281,10 @@ def reference_attention(attention, hidden_states, mask, f0, silence, kind):
         scores = scores - weights["bias_strength"][:, None, None] * distance**2
     elif config.pitch_bias == "laplacian":
         scores = scores + torch.exp(-distance.abs())
+    if config.encoder_attention_window is not None:
+        frame = torch.arange(frames)
+        far = (frame[:, None] - frame[None]).abs() > config.encoder_attention_window
+        scores = scores.masked_fill(far[None], -torch.inf)
     output = (scores.softmax(-1) @ value).transpose(0, 1).reshape(frames, -1)
     return output @ weights["o_proj.weight"].T
 
@@ -474,6 +484,50 @@ def test_eager_equals_sdpa(name):
     tolerance = 2e-3 if "raw" in name else 2e-5
     torch.testing.assert_close(results[0].logits, results[1].logits, atol=tolerance, rtol=1e-3)
     torch.testing.assert_close(results[0].ctc_logits, results[1].ctc_logits, atol=tolerance, rtol=1e-3)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the most elements of any tensor that an operation gives."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.size = max(self.size, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize(("window", "padded"), [(None, False), (8, False), (8, True)])
+def test_default_mechanisms_make_no_matrix_of_frames_by_frames(window, padded):
+    model, sizes = tiny_model("all", encoder_attention_window=window), []
+    for length in (4000, 8000):
+        inputs = make_inputs((length,))
+        if padded:
+            inputs["attention_mask"][:, -100:] = 0
+        with LargestTensor() as seen, torch.no_grad():
+            model.model.encoder(**inputs)
+        sizes.append(seen.size)
+    assert sizes[1] < 2.1 * sizes[0]
+
+
+def test_window_as_long_as_the_audio_is_full_attention():
+    inputs = make_inputs()
+    full = tiny_model("all")(**inputs, labels=LABELS)
+    windowed = tiny_model("all", encoder_attention_window=15)(**inputs, labels=LABELS)  # 61 frames are 16
+    torch.testing.assert_close(windowed.logits, full.logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_fused_attention_kernel_is_used_with_all_mechanisms_on(padded, training):
+    model, inputs = tiny_model("all").train(training), make_inputs((61, 37) if padded else (61, 61))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model.model.encoder(**inputs).last_hidden_state.sum()
+    names = {event.key for event in profile.key_averages()}
+    assert any("scaled_dot_product_flash_attention" in name for name in names)
+    assert not any("scaled_dot_product_attention_math" in name for name in names)
 
 
 def test_flash_attention_is_refused():

@@ -105,13 +105,14 @@ PRESETS = {
     },
 }
 
-# Sizes by the number of parameters they give with the byte vocabulary, a deep encoder and a shallow decoder.
+# Sizes by about the number of parameters they give with the byte vocabulary: layers, width, heads and inner width of a
+# deep encoder and a shallow decoder, which in the large sizes is narrower too, as all its weights are read once a token.
 SIZES = {
-    "2m": {"hidden": 144, "encoder": 5, "decoder": 1, "heads": 4, "intermediate": 384},
-    "5m": {"hidden": 208, "encoder": 6, "decoder": 2, "heads": 4, "intermediate": 560},
-    "10m": {"hidden": 256, "encoder": 8, "decoder": 2, "heads": 4, "intermediate": 688},
-    "27m": {"hidden": 384, "encoder": 10, "decoder": 3, "heads": 6, "intermediate": 1024},
-    "80m": {"hidden": 576, "encoder": 15, "decoder": 3, "heads": 9, "intermediate": 1536},
+    "2m": {"encoder": (5, 144, 4, 384), "decoder": (1, 144, 4, 384)},
+    "5m": {"encoder": (6, 208, 4, 560), "decoder": (2, 208, 4, 560)},
+    "10m": {"encoder": (8, 256, 4, 688), "decoder": (2, 256, 4, 688)},
+    "27m": {"encoder": (11, 384, 6, 1024), "decoder": (2, 256, 4, 688)},
+    "80m": {"encoder": (17, 576, 9, 1536), "decoder": (3, 384, 6, 1024)},
 }
 
 
@@ -176,6 +177,9 @@ class EchoConfig(PreTrainedConfig):
             many as attention heads when not given.
         decoder_num_key_value_heads (`int`, *optional*):
             Key and value heads in the decoder; as many as attention heads when not given.
+        encoder_attention_window (`int`, *optional*):
+            How many encoder frames (of 40 ms by default) to either side a frame of the encoder attends to; all when not
+            given. With a window, time and memory of the encoder grow with the length of the audio, not with its square.
         encoder_intermediate_size (`int`, defaults to 688):
             Width inside the encoder's gated feed-forward.
         decoder_intermediate_size (`int`, *optional*):
@@ -304,6 +308,7 @@ class EchoConfig(PreTrainedConfig):
     decoder_num_attention_heads: int = 4
     encoder_num_key_value_heads: int | None = None
     decoder_num_key_value_heads: int | None = None
+    encoder_attention_window: int | None = None
     encoder_intermediate_size: int = 688
     decoder_intermediate_size: int | None = None
     hidden_act: str = "silu"
@@ -387,6 +392,10 @@ class EchoConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.encoder_attention_window is not None and self.encoder_attention_window < 1:
+            raise ValueError(
+                f"encoder_attention_window must be at least 1 frame, or None for all, got {self.encoder_attention_window}."
+            )
         if not self.stem_strides or any(stride < 1 for stride in self.stem_strides):
             raise ValueError(f"stem_strides must be whole numbers above 0, got {self.stem_strides}.")
         for side in ("encoder", "decoder"):
@@ -469,12 +478,11 @@ class EchoConfig(PreTrainedConfig):
         if size is not None:
             if size not in SIZES:
                 raise ValueError(f"size {size!r} is not known; choose one of {', '.join(SIZES)}.")
-            shape = SIZES[size]
-            for side in ("encoder", "decoder"):
-                settings[f"{side}_hidden_size"] = shape["hidden"]
-                settings[f"{side}_intermediate_size"] = shape["intermediate"]
-                settings[f"{side}_num_attention_heads"] = shape["heads"]
-                settings[f"{side}_num_hidden_layers"] = shape[side]
+            for side, (layers, width, heads, inner_width) in SIZES[size].items():
+                settings[f"{side}_num_hidden_layers"] = layers
+                settings[f"{side}_hidden_size"] = width
+                settings[f"{side}_num_attention_heads"] = heads
+                settings[f"{side}_intermediate_size"] = inner_width
         return cls(**{**settings, **overrides})
 
     def to_dict(self) -> dict[str, Any]:

@@ -185,7 +185,8 @@ def pitch_per_token(
     # Every span gets as many places as the longest can have; the places behind its end are left out.
     place = start[..., None] + torch.arange(math.floor(frames_per_token) + 2, device=f0.device)  # (B, N, W)
     inside = place <= end[..., None]
-    spans = f0.float()[:, None].expand(-1, tokens.shape[0], -1).gather(2, torch.minimum(place, end[..., None]))
+    place = torch.minimum(place, end[..., None])
+    spans = f0.float().gather(1, place.flatten(1)).view_as(place)
     if method == "mean":
         value = masked_mean(spans, inside).squeeze(-1)
     elif method == "median":
@@ -353,6 +354,37 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1).flatten(-2)
 
 
+def to_blocks(states: torch.Tensor, size: int) -> torch.Tensor:
+    """Cuts frames into blocks that become batch rows, the last filled up with zeros: `(B, H, S, D)` to
+    `(B * N, H, size, D)`, `N = ceil(S / size)`."""
+    batch, heads, frames, channels = states.shape
+    states = nn.functional.pad(states, (0, 0, 0, -frames % size))
+    return states.view(batch, heads, -1, size, channels).transpose(1, 2).flatten(0, 1)
+
+
+def to_surroundings(states: torch.Tensor, size: int) -> torch.Tensor:
+    """For each block of [`to_blocks`], itself and the blocks before and after it, zeros where there are none:
+    `(B, H, S, D)` to `(B * N, H, 3 * size, D)`."""
+    states = nn.functional.pad(states, (0, 0, size, size + -states.shape[2] % size))
+    return states.unfold(2, 3 * size, size).permute(0, 2, 1, 4, 3).flatten(0, 1)
+
+
+def window_mask(encoder_mask: torch.Tensor, size: int) -> torch.Tensor:
+    """Which keys of its surroundings each frame of a block attends to: real ones up to `size` frames away, and itself.
+
+    Args:
+        encoder_mask (`torch.Tensor` of shape `(B, S)`): 1 for real frames.
+        size (`int`): the window to either side, and the length of a block.
+
+    Returns:
+        `torch.Tensor` of shape `(B * N, 1, size, 3 * size)`, bool.
+    """
+    real = to_surroundings(encoder_mask[:, None, :, None], size)[..., 0] > 0  # (B * N, 1, 3 * size)
+    offset = torch.arange(3 * size, device=real.device)[None] - torch.arange(size, device=real.device)[:, None] - size
+    # A frame of padding has itself to attend to, or its softmax would have nothing to share out.
+    return (offset.abs() <= size) & real[:, :, None] | (offset == 0)
+
+
 def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -397,6 +429,10 @@ class EchoAttention(nn.Module):
     take the place of the head's last rotary pair, so that every width stays and any attention kernel serves. `s_h` is
     learned, one a head, and starts at 0. Scaling a key's channels is scaling its score, so no kind of mechanism but the
     laplacian needs a matrix of frames by frames.
+
+    With `encoder_attention_window` w, a frame of the encoder attends to the w frames on either side of it. Queries are
+    cut into blocks of w frames, each with the keys of the three blocks around it (as in Longformer,
+    https://huggingface.co/papers/2004.05150), which any attention kernel takes as a batch of short sequences.
     """
 
     def __init__(self, config: EchoConfig, layer_idx: int, side: str, is_cross_attention: bool = False):
@@ -411,6 +447,7 @@ class EchoAttention(nn.Module):
         self.head_dim = hidden_size // self.num_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
+        self.window = config.encoder_attention_window if side == "encoder" else None
 
         key_value_size = config.encoder_hidden_size if is_cross_attention else hidden_size
         gaussian = side == "encoder" and config.pitch_bias == "gaussian"
@@ -459,17 +496,19 @@ class EchoAttention(nn.Module):
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(B, L, E)`): queries, and keys and values in self-attention.
-            attention_mask: as the chosen attention wants it; made by the library's mask functions.
+            attention_mask: as the chosen attention wants it; made by the library's mask functions, or [`window_mask`].
             cos, sin (`torch.Tensor` of shape `(B or 1, 1, L, C)`, *optional*): of [`EchoRotaryEmbedding`]; not in
                 cross-attention. Apart, since checkpointing follows gradients (the radius may learn) only into tensors.
             silence (`torch.Tensor` of shape `(B, S)`, *optional*): which keys are silent.
             standardized_f0 (`torch.Tensor` of shape `(B, S)`, *optional*): for the gaussian bias.
-            position_bias (`torch.Tensor` of shape `(B, 1, S, S)`, *optional*): the laplacian bias.
+            position_bias (`torch.Tensor` of shape `(B, 1, S, S)`, *optional*): the laplacian bias; within windows
+                `(B * N, 1, w, 3 * w)`.
             key_value_states (`torch.Tensor` of shape `(B, S, E)`, *optional*): the encoder's, in cross-attention.
             past_key_values (`EncoderDecoderCache`, *optional*): keys and values of past tokens.
 
         Returns:
-            `(B, L, E)` and the weights `(B, H, L, S)` where the chosen attention gives them.
+            `(B, L, E)` and the weights `(B, H, L, S)` where the chosen attention gives them; within windows, of frames
+            more than a window long, `(B * N, H, w, 3 * w)`.
         """
         query = self.project(self.q_proj, hidden_states, self.content_dim)
         is_cross_attention = key_value_states is not None
@@ -501,6 +540,9 @@ class EchoAttention(nn.Module):
         if past_key_values is not None and not cached:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
+        if windowed := self.window is not None and self.window < query.shape[2]:
+            query = to_blocks(query, self.window)
+            key, value = to_surroundings(key, self.window), to_surroundings(value, self.window)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -517,6 +559,8 @@ class EchoAttention(nn.Module):
             is_causal=self.is_causal,
             **kwargs,
         )
+        if windowed:
+            output = output.reshape(hidden_states.shape[0], -1, *output.shape[2:])[:, : hidden_states.shape[1]]
         return self.o_proj(output.reshape(*hidden_states.shape[:2], -1)), weights
 
 
@@ -822,13 +866,23 @@ class EchoEncoder(EchoPreTrainedModel):
         hidden_states = self.dropout(hidden_states)
 
         cos, sin = self.rotary_emb(frames, hidden_states.dtype, f0, pitch, encoder_mask)
+        window = config.encoder_attention_window
+        windowed = window is not None and window < encoder_frames
         standardized_f0 = position_bias = None
         if config.pitch_bias == "gaussian":
             standardized_f0 = standardize_f0(f0, encoder_mask)
         elif config.pitch_bias == "laplacian":
-            standard = standardize_f0(f0, encoder_mask)
-            position_bias = torch.exp(-(standard[:, None, :, None] - standard[:, None, None, :]).abs())  # (B, 1, S, S)
-        mask = create_bidirectional_mask(config=config, inputs_embeds=hidden_states, attention_mask=encoder_mask)
+            ours = theirs = standardize_f0(f0, encoder_mask)[:, None, :, None]  # (B, 1, S, 1)
+            if windowed:
+                ours, theirs = to_blocks(ours, window), to_surroundings(theirs, window)
+            position_bias = torch.exp(-(ours - theirs.transpose(2, 3)).abs())  # (B, 1, S, S) or (B * N, 1, w, 3 * w)
+        if windowed:
+            mask = window_mask(encoder_mask, window)
+            if config._attn_implementation == "eager":
+                lowest = torch.finfo(hidden_states.dtype).min
+                mask = torch.zeros_like(mask, dtype=hidden_states.dtype).masked_fill(~mask, lowest)
+        else:
+            mask = create_bidirectional_mask(config=config, inputs_embeds=hidden_states, attention_mask=encoder_mask)
 
         for layer in self.layers:
             hidden_states = layer(
