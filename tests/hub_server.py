@@ -115,6 +115,7 @@ class Fault:
     method: str
     path: re.Pattern
     after: int | None
+    skip: int
 
 
 class Hub:
@@ -144,10 +145,10 @@ class Hub:
         self.server.shutdown()
         self.server.server_close()
 
-    def drop(self, method: str, path: str, after: int | None = None) -> None:
-        """The next such request finds its connection closed: before its body is read, or, with `after`, after so many
-        bytes of the answer. `path` is a regular expression searched in the path."""
-        self.faults.append(Fault(method, re.compile(path), after))
+    def drop(self, method: str, path: str, after: int | None = None, skip: int = 0) -> None:
+        """The next such request, or that after `skip` others, finds its connection closed: before its body is read, or
+        with `after`, after so many bytes of the answer. `path` is a regular expression searched in the path."""
+        self.faults.append(Fault(method, re.compile(path), after, skip))
 
     def count(self, method: str, path: str) -> int:
         """Number of such requests so far."""
@@ -157,8 +158,10 @@ class Hub:
         with self.lock:
             for fault in self.faults:
                 if fault.method == method and fault.path.search(path):
-                    self.faults.remove(fault)
-                    return fault
+                    if fault.skip == 0:
+                        self.faults.remove(fault)
+                        return fault
+                    fault.skip -= 1
         return None
 
 
