@@ -93,6 +93,14 @@ examples:
 """
 
 
+BENCHMARK_EXAMPLES = """\
+examples:
+  echo-hf benchmark --threads 1                    everything, on one CPU thread
+  echo-hf benchmark generation training --rounds 9 --output speed.json
+  echo-hf benchmark --device cuda --dtype bfloat16 --compile
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """
     Runs a command.
@@ -117,6 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("train", help="train a model, from scratch or from a checkpoint", add_help=False)
     _add_evaluate(commands)
     _add_transcribe(commands)
+    _add_benchmark(commands)
     # The Trainer's options are known only once it is imported, so `train` parses what follows it by itself.
     command = next((index for index, item in enumerate(arguments) if not item.startswith("-")), len(arguments))
     end = command + 1 if arguments[command : command + 1] == ["train"] else len(arguments)
@@ -125,6 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "train": lambda: _train(rest),
         "evaluate": lambda: _evaluate(options),
         "transcribe": lambda: _transcribe(options),
+        "benchmark": lambda: _benchmark(options),
     }
     try:
         return run[options.command]()
@@ -572,6 +582,64 @@ def _transcribe(options) -> int:
     if broken:
         _tell(f"echo-hf: {broken} of {len(files)} files were skipped.")
     return 1 if broken == len(files) else 0
+
+
+# Benchmark -----------------------------------------------------------------------------------------------------------
+
+
+def _add_benchmark(commands) -> None:
+    parser = _new_parser(
+        commands,
+        "benchmark",
+        arguments="[SECTION ...]",
+        help="measure speed and memory, beside other models",
+        description=(
+            "Measure, in one run and in turns, how long features, encoder, generation and training take, beside\n"
+            "Moonshine-tiny, Speech2Text-small and Whisper-tiny of random weights. Prints tables in Markdown.\n\n"
+            "sections: features, f0, pitch, generation, training, scaling; all if none is named."
+        ),
+        epilog=BENCHMARK_EXAMPLES,
+    )
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help="what to measure")
+    parser.add_argument("--rounds", type=_positive, default=5, help="times that each case is measured")
+    parser.add_argument("--threads", type=_positive, help="CPU threads (PyTorch's own choice)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    parser.add_argument("--size", default="27m", help="size of Echo; 27m is that of the others")
+    parser.add_argument("--compile", action="store_true", help="compile all models with torch.compile")
+    parser.add_argument("--quick", action="store_true", help="run all once at its smallest; the figures mean nothing")
+    parser.add_argument("--output", help="file for all figures, as JSON")
+
+
+def _benchmark(options) -> int:
+    import torch
+
+    from .benchmark import SECTIONS
+    from .benchmark import format_table
+    from .benchmark import run_benchmark
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    results = run_benchmark(
+        tuple(options.sections) or SECTIONS,
+        rounds=options.rounds,
+        device=options.device,
+        dtype=options.dtype,
+        size=options.size,
+        compiled=options.compile,
+        quick=options.quick,
+        report=lambda section: _tell(f"Measuring {section} ..."),
+    )
+    if options.output:
+        path = Path(options.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    for name, value in results.items():
+        if isinstance(value, list):
+            _write(f"\n{name}\n\n{format_table(value)}")
+        else:
+            _write(f"{name}: {', '.join(f'{key} {item}' for key, item in value.items())}")
+    return 0
 
 
 if __name__ == "__main__":
