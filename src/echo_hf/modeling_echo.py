@@ -693,6 +693,12 @@ class EchoPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _can_compile_fullgraph = True
 
+    @classmethod
+    def from_pretrained(cls, *args, use_safetensors: bool | None = True, **kwargs):
+        """As in the library, but only from safetensors: a pickle (`pytorch_model.bin`) could hold code, and is loaded
+        with `use_safetensors=False` alone."""
+        return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         """Where every parameter starts:

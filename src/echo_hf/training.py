@@ -25,7 +25,6 @@ import torch
 import transformers
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
-from safetensors import safe_open
 from transformers import Seq2SeqTrainer
 from transformers import Seq2SeqTrainingArguments
 from transformers import TrainerCallback
@@ -40,6 +39,10 @@ from transformers.utils.hub import hf_api
 
 from . import __version__
 from .augmentation import VoicePerturbation
+from .checkpoint import check_fit
+from .checkpoint import check_safetensors
+from .checkpoint import load_model_and_processor
+from .checkpoint import read_json
 from .configuration_echo import BASELINE
 from .configuration_echo import PRESETS
 from .configuration_echo import SIZES
@@ -407,29 +410,6 @@ def build_processor(config: EchoConfig, tokenizer: EchoTokenizer, f0_method: str
     return EchoProcessor(extractor, tokenizer)
 
 
-def check_fit(processor: EchoProcessor, config: EchoConfig) -> None:
-    """
-    Checks that the processor makes what the model takes.
-
-    Raises:
-        `ValueError`: features, their rate or the tokens differ; the message names what.
-    """
-    extractor, tokenizer = processor.feature_extractor, processor.tokenizer
-    for name in ("feature_groups", "sampling_rate", "hop_length"):
-        if getattr(extractor, name) != getattr(config, name):
-            raise ValueError(
-                f"{name}: the feature extractor has {getattr(extractor, name)}, the model {getattr(config, name)};"
-                " they must be the same."
-            )
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"vocab_size: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}.")
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        if getattr(tokenizer, name) != getattr(config, name):
-            raise ValueError(
-                f"{name}: {getattr(tokenizer, name)} in the tokenizer, {getattr(config, name)} in the model."
-            )
-
-
 def build_model_and_processor(
     arguments: ModelArguments, texts: Sequence[str], label_smoothing: float = 0.0
 ) -> tuple[EchoForConditionalGeneration, EchoProcessor]:
@@ -458,8 +438,9 @@ def build_model_and_processor(
                     " out; fields that do not change the weights' shapes can be given as config_overrides."
                 )
         overrides = {"label_smoothing": label_smoothing, **parse_overrides(arguments.config_overrides)}
-        model = EchoForConditionalGeneration.from_pretrained(arguments.model_name_or_path, **overrides)
-        processor = EchoProcessor.from_pretrained(arguments.model_name_or_path)
+        model, processor = load_model_and_processor(
+            arguments.model_name_or_path, EchoForConditionalGeneration, **overrides
+        )
     check_fit(processor, model.config)
     # Not in the file, since they are tied; else the Trainer warns that they are missing when it loads the best weights.
     model._keys_to_ignore_on_save = set(model.all_tied_weights_keys)
@@ -497,23 +478,22 @@ def check_checkpoint(folder: Path) -> None:
             f"{folder} has no optimizer.pt, as after save_only_model, so that training cannot go on where it was."
             " Start a new run from its weights: --model_name_or_path."
         )
-    problems = []
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        problems.append("there are no weights (*.safetensors)")
-    for path in weights:
-        try:
-            safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as error:
-            problems.append(f"{path.name} is cut off or damaged ({error})")
-    for path in (folder / name for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")):
-        if path.is_file() and not zipfile.is_zipfile(path):  # PyTorch's files are archives whose index comes last
-            problems.append(f"{path.name} is cut off or damaged")
-    for name in ("config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json"):
-        if (folder / name).is_file() and not _is_json(folder / name):
-            problems.append(f"{name} is no JSON")
-    if problems:
-        raise ValueError(f"{folder}: {'; '.join(problems)}. Delete this folder; --resume takes the one before it then.")
+    try:
+        weights = sorted(folder.glob("*.safetensors"))
+        if not weights:
+            raise ValueError(f"{folder} has no weights (*.safetensors).")
+        for path in weights:
+            check_safetensors(path)
+        for path in sorted(folder.glob("*.json")):
+            read_json(path)
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            # PyTorch's files are archives, whose index comes last.
+            if (folder / name).is_file() and not zipfile.is_zipfile(folder / name):
+                raise ValueError(f"{folder / name} is cut off or damaged.")
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Nothing was changed. To go on from an earlier checkpoint, delete {folder} and resume again."
+        ) from error
 
 
 def count_beyond_ctc(data: PreparedData, config: EchoConfig) -> int:

@@ -17,14 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.errors import HFValidationError
 from tqdm.auto import tqdm
 
-from .configuration_echo import EchoConfig
+from .checkpoint import load_model_and_processor
 from .feature_extraction_echo import load_audio
-from .modeling_echo import EchoForConditionalGeneration
-from .modeling_echo import EchoForCTC
 from .pipeline_echo import EchoAutomaticSpeechRecognitionPipeline
 from .processing_echo import EchoProcessor
 
@@ -54,18 +50,13 @@ def load_checkpoint(checkpoint: str | Path | None = None, device: str | None = N
         [`EchoForConditionalGeneration`] or, if the checkpoint is of that class, [`EchoForCTC`]; and [`EchoProcessor`].
 
     Raises:
-        `ValueError`: there is no such checkpoint, or it is not of this model.
+        `ValueError`: there is no such checkpoint, or it is not of this model, not complete or damaged; see
+            [`~echo_hf.checkpoint.load_model_and_processor`].
     """
     checkpoint = BUNDLED_CHECKPOINT if checkpoint is None else checkpoint
     if checkpoint == BUNDLED_CHECKPOINT and not (BUNDLED_CHECKPOINT / "config.json").is_file():
         raise ValueError("This installation came without its checkpoint; name one, a folder or a name on the Hub.")
-    try:
-        config = EchoConfig.from_pretrained(checkpoint)
-        is_ctc = (config.architectures or [""])[0] == "EchoForCTC"
-        model = (EchoForCTC if is_ctc else EchoForConditionalGeneration).from_pretrained(checkpoint)
-        processor = EchoProcessor.from_pretrained(checkpoint)
-    except (OSError, HFValidationError, HfHubHTTPError) as error:
-        raise ValueError(f"No checkpoint could be loaded from {checkpoint}: {error}") from error
+    model, processor = load_model_and_processor(checkpoint)
     if device is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = accelerator.type if accelerator is not None else "cpu"
