@@ -1,0 +1,161 @@
+"""Whatever is wrong with a checkpoint is said once, by the name of the file and with the remedy."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save_file
+
+from echo_hf import EchoForConditionalGeneration
+from echo_hf import EchoForCTC
+from echo_hf import EchoTokenizer
+from echo_hf.checkpoint import load_model_and_processor
+from echo_hf.cli import main
+from echo_hf.training import ModelArguments
+from echo_hf.training import build_model_and_processor
+
+WEIGHTS = "model.safetensors"
+
+
+def cut(name, size):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def edit(name, **changes):
+    def change(folder):
+        values = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**values, **changes}))
+
+    return change
+
+
+def narrow_features(folder):
+    values = json.loads((folder / "processor_config.json").read_text())
+    values["feature_extractor"]["feature_groups"] = {"spectrogram": 40, "pitch": 1}
+    (folder / "processor_config.json").write_text(json.dumps(values))
+
+
+def enlarge_tokenizer(folder):
+    EchoTokenizer().train_new_from_iterator(["aaaa bbbb cccc"] * 9, 262).save_pretrained(folder)
+
+
+def take_weights_out(folder):
+    weights = {name: value for name, value in load_file(folder / WEIGHTS).items() if "mlp.gate" not in name}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def pickle_weights(folder):
+    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+def lose_a_shard(folder):
+    EchoForConditionalGeneration.from_pretrained(folder).save_pretrained(folder, max_shard_size="1MB")
+    (folder / WEIGHTS).unlink()
+    sorted(folder.glob("model-*.safetensors"))[1].unlink()
+
+
+FAULTS = {
+    "weights cut off": (cut(WEIGHTS, 100_000), rf"{WEIGHTS} is cut off or damaged .*: copy or download it again"),
+    "weights empty": (cut(WEIGHTS, 0), f"{WEIGHTS} is cut off or damaged"),
+    "weights missing": (remove(WEIGHTS), rf"has no weights \({WEIGHTS}\)"),
+    "weights incomplete": (take_weights_out, r"weights lack model\..*mlp\.gate.*Copy both from the same model"),
+    "weights pickled": (pickle_weights, f"in pytorch_model.bin only, a pickle, .* Ask its author for {WEIGHTS}"),
+    "shard missing": (lose_a_shard, r"model-00002-of-.*\.safetensors of its weights is missing: copy it"),
+    "config missing": (remove("config.json"), "it has no config.json"),
+    "config cut off": (cut("config.json", 50), "config.json is cut off or damaged"),
+    "config of another model": (
+        edit("config.json", model_type="whisper"),
+        "config.json is of a model of type 'whisper'",
+    ),
+    "config of other shapes": (
+        edit("config.json", decoder_intermediate_size=200),
+        r"config.json does not describe the weights. .* is \(144, 384\) in the file and \(144, 200\) by the config",
+    ),
+    "config with newer fields": (
+        edit("config.json", theta_of_tomorrow=1, transformers_version="9.0.0"),
+        "config.json has fields that .* does not know.*: theta_of_tomorrow.*pip install --upgrade echo-hf",
+    ),
+    "config with newer values": (
+        edit("config.json", theta_mode="of tomorrow"),
+        "config.json: .*'theta_mode'.* got of tomorrow.*pip install --upgrade echo-hf",
+    ),
+    "generation config cut off": (cut("generation_config.json", 10), "generation_config.json is cut off or damaged"),
+    "extractor missing": (remove("processor_config.json"), "has no processor_config.json: copy the feature extractor"),
+    "extractor cut off": (cut("processor_config.json", 30), "processor_config.json is cut off or damaged"),
+    "extractor of another model": (narrow_features, "processor_config.json .*feature_groups.*Save the processor again"),
+    "tokenizer missing": (remove("tokenizer.json"), "has no tokenizer.json: copy the tokenizer"),
+    "tokenizer cut off": (cut("tokenizer.json", 500), "tokenizer.json is cut off or damaged"),
+    "tokenizer no tokenizer": (edit("tokenizer.json", model={"type": "?"}), "The processor of .* cannot be loaded"),
+    "tokenizer of another model": (enlarge_tokenizer, "tokenizer.json .*the tokenizer has 262 tokens, the model 259"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_checkpoint_is_refused_by_the_name_of_its_file(fault, checkpoint, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(checkpoint, folder)
+    change, message = FAULTS[fault]
+    change(folder)
+    with pytest.raises(ValueError, match=f"(?s){message}") as caught:
+        load_model_and_processor(folder)
+    assert str(folder) in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_commands_say_so_without_a_traceback(checkpoint, tmp_path, capsys):
+    shutil.copytree(checkpoint, tmp_path / "broken")
+    cut(WEIGHTS, 1000)(tmp_path / "broken")
+    assert main(["transcribe", "--checkpoint", str(tmp_path / "broken")]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{tmp_path / 'broken' / WEIGHTS} is cut off or damaged" in error
+    with pytest.raises(ValueError, match="cut off or damaged"):
+        build_model_and_processor(ModelArguments(model_name_or_path=str(tmp_path / "broken")), [])
+
+
+def test_what_is_whole_loads_as_it_was_saved(checkpoint, ctc_checkpoint):
+    for folder, model_class in ((checkpoint, EchoForConditionalGeneration), (ctc_checkpoint, EchoForCTC)):
+        model, processor = load_model_and_processor(folder)
+        assert type(model) is model_class
+        for name, values in load_file(Path(folder) / WEIGHTS).items():
+            assert torch.equal(model.state_dict()[name], values)
+        assert len(processor.tokenizer) == model.config.vocab_size
+    # To train further, the decoder that a CTC checkpoint lacks is made.
+    model, _ = load_model_and_processor(ctc_checkpoint, EchoForConditionalGeneration, dropout=0.2)
+    assert type(model) is EchoForConditionalGeneration and model.config.dropout == 0.2
+
+
+def test_an_older_or_newer_transformers_alone_is_no_reason(checkpoint, tmp_path, monkeypatch):
+    from echo_hf import checkpoint as module
+
+    messages = []
+    monkeypatch.setattr(module.logger, "warning", messages.append)
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    for version, warnings in (("5.0.0", 0), ("9.1.0", 1)):
+        edit("config.json", transformers_version=version)(tmp_path / "copy")
+        load_model_and_processor(tmp_path / "copy")
+        assert len(messages) == warnings
+    assert "config.json was saved with Transformers 9.1.0" in messages[0]
+
+
+def test_nothing_is_pickled_and_no_pickle_is_loaded(checkpoint, tmp_path):
+    """By whatever way, the library's own included, unless it is asked for."""
+    from transformers import AutoModelForSpeechSeq2Seq
+
+    model = EchoForConditionalGeneration.from_pretrained(checkpoint)
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="1MB")
+    suffixes = {path.suffix for folder in ("one", "many") for path in (tmp_path / folder).iterdir()}
+    assert suffixes == {".json", ".py", ".safetensors"}
+    pickle_weights(tmp_path / "one")
+    for cls in (AutoModelForSpeechSeq2Seq, EchoForConditionalGeneration):
+        with pytest.raises(OSError, match=f"no file named {WEIGHTS} found in directory {tmp_path / 'one'}"):
+            cls.from_pretrained(tmp_path / "one")
+    again = EchoForConditionalGeneration.from_pretrained(tmp_path / "one", use_safetensors=False)
+    assert all(torch.equal(again.state_dict()[name], values) for name, values in model.state_dict().items())
