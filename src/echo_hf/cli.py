@@ -1,4 +1,4 @@
-"""The command line: `echo-hf train`, `echo-hf evaluate`, `echo-hf transcribe`.
+"""The command line: `echo-hf train`, `echo-hf evaluate`, `echo-hf transcribe`, and what looks at them.
 
 Thin over the Trainer, `generate()` and the pipeline. Results go to standard output, all else to standard error. The
 exit code is 0 if all went well, 1 if something given cannot be used, 2 for a command line that makes no sense. Each
@@ -85,6 +85,28 @@ examples:
       beside the real figure, those without the audio and with other utterances' audio: does the model listen?
 """
 
+PLOT_EXAMPLES = """\
+kinds:
+  utterance    waveform, spectrogram and F0; --words writes what is said below, at its times
+  pitch        F0 and its harmonics on a narrow-band spectrogram
+  angles       rotary angles, standard and moved by F0
+  similarity   how alike positions are to attention, standard and moved by F0
+  bias         what frames of similar pitch get added to their scores
+  alignment    where the decoder looks as it writes, or as it is made to write --text
+  curves       losses and word error rate of a training run: INPUT is its folder, or a trainer_state.json
+
+examples:
+  echo-hf plot pitch talk.flac --output pitch.png
+  echo-hf plot angles talk.flac --checkpoint my-model --theta_mode frame --output angles.svg
+  echo-hf plot curves my-model --output curves.pdf
+"""
+
+DIAGNOSE_EXAMPLES = """\
+examples:
+  echo-hf diagnose                                 the recordings that come with the package
+  echo-hf diagnose interviews/ --checkpoint my-model --json
+"""
+
 TRANSCRIBE_EXAMPLES = """\
 examples:
   echo-hf transcribe                               the recordings that come with the package
@@ -124,6 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands.add_parser("train", help="train a model, from scratch or from a checkpoint", add_help=False)
     _add_evaluate(commands)
+    _add_plot(commands)
+    _add_diagnose(commands)
     _add_transcribe(commands)
     _add_benchmark(commands)
     # The Trainer's options are known only once it is imported, so `train` parses what follows it by itself.
@@ -133,6 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = {
         "train": lambda: _train(rest),
         "evaluate": lambda: _evaluate(options),
+        "plot": lambda: _plot(options),
+        "diagnose": lambda: _diagnose(options),
         "transcribe": lambda: _transcribe(options),
         "benchmark": lambda: _benchmark(options),
     }
@@ -527,6 +553,145 @@ def _write_predictions(path: Path, dataset, hypotheses: dict[str, list[str]]) ->
             line["hypothesis"] = hypotheses["real"][index]
             line |= {f"hypothesis_{name}": texts[index] for name, texts in hypotheses.items() if name != "real"}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+# Plot and diagnose ---------------------------------------------------------------------------------------------------
+
+# Options that a kind of picture reads, beside input, output and title.
+PLOT_OPTIONS = {
+    "utterance": ("checkpoint", "words"),
+    "pitch": ("checkpoint",),
+    "angles": ("checkpoint", "theta_mode"),
+    "similarity": ("checkpoint",),
+    "bias": ("checkpoint", "strength", "layer", "head"),
+    "alignment": ("checkpoint", "words", "text"),
+    "curves": (),
+}
+PLOT_FORMATS = (".png", ".svg", ".pdf")
+PLOT_RESOLUTION = 150  # dots an inch
+
+
+def _add_plot(commands) -> None:
+    parser = _new_parser(
+        commands,
+        "plot",
+        arguments="KIND [INPUT] --output FILE",
+        help="draw what a model hears and how pitch moves its attention",
+        description="Draw a picture of a recording, of what a checkpoint makes of it, or of a training run.",
+        epilog=PLOT_EXAMPLES,
+    )
+    parser.add_argument("kind", choices=list(PLOT_OPTIONS), metavar="KIND", help="what to draw, see below")
+    parser.add_argument("input", nargs="?", metavar="INPUT", help="audio file (one that comes with the package)")
+    parser.add_argument("--output", required=True, help="file to write: .png, .svg or .pdf")
+    parser.add_argument("--title", help="put above the picture")
+    parser.add_argument("--checkpoint", help="folder, or name on the Hub (the one that comes with the package)")
+    parser.add_argument("--words", action="store_true", help="utterance, alignment: write words at their times")
+    parser.add_argument("--text", help="alignment: what was said (what the model writes)")
+    _add_both(parser, "theta_mode", help="angles: mean, frame or phase (the checkpoint's)")
+    parser.add_argument("--strength", type=float, help="bias: of the gaussian (the strongest the model has learned)")
+    parser.add_argument("--layer", type=int, help="bias: layer of the encoder whose strength is taken, from 0")
+    parser.add_argument("--head", type=int, help="bias: head whose strength is taken, from 0")
+
+
+def _plot(options) -> int:
+    output = Path(options.output).expanduser()
+    if output.suffix.lower() not in PLOT_FORMATS:
+        raise ValueError(f"--output {options.output}: pictures are written as png, svg, pdf; name a file so.")
+    for name in ("checkpoint", "words", "text", "theta_mode", "strength", "layer", "head"):
+        if getattr(options, name) not in (None, False) and name not in PLOT_OPTIONS[options.kind]:
+            raise ValueError(f"--{name} says nothing to a picture of the kind {options.kind}; leave it out.")
+    figure = _draw_curves(options) if options.kind == "curves" else _draw_recording(options)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=PLOT_RESOLUTION)
+    _write(str(output))
+    return 0
+
+
+def _draw_curves(options):
+    from .plotting import plot_learning_curves
+
+    if options.input is None:
+        raise ValueError("curves: name the folder of a training run, or its trainer_state.json.")
+    return plot_learning_curves(options.input, title=options.title)
+
+
+def _draw_recording(options):
+    from . import plotting
+    from .transcription import BUNDLED_RECORDINGS
+    from .transcription import expand_paths
+    from .transcription import load_checkpoint
+
+    path = str(expand_paths([options.input or BUNDLED_RECORDINGS])[0])
+    model, processor = load_checkpoint(options.checkpoint, "cpu")
+    extractor, title = processor.feature_extractor, options.title
+    words = _find_words(model, processor, path) if options.words else None
+    if options.kind == "utterance":
+        return plotting.plot_utterance(path, extractor, title, words)
+    if options.kind == "pitch":
+        return plotting.plot_pitch(path, extractor, title)
+    waveform = extractor._read(path, path, extractor.sampling_rate, resample=True)
+    features = processor(audio=waveform, sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_features"]
+    if options.kind == "angles":
+        return plotting.plot_angles(model, features, options.theta_mode, title)
+    if options.kind == "similarity":
+        return plotting.plot_similarity(model, features, title=title)
+    if options.kind == "bias":
+        return plotting.plot_pitch_bias(model, features, options.strength, options.layer, options.head, title)
+    return plotting.plot_alignment(model, features, processor.tokenizer, options.text, words, title)
+
+
+def _find_words(model, processor, path: str) -> list[dict[str, Any]]:
+    from .pipeline_echo import EchoAutomaticSpeechRecognitionPipeline
+
+    pipeline = EchoAutomaticSpeechRecognitionPipeline(
+        model=model, tokenizer=processor.tokenizer, feature_extractor=processor.feature_extractor, device=model.device
+    )
+    return pipeline(path, return_timestamps="word")["chunks"]
+
+
+def _add_diagnose(commands) -> None:
+    parser = _new_parser(
+        commands,
+        "diagnose",
+        arguments="[FILE_OR_FOLDER ...] [--checkpoint FOLDER]",
+        help="tell how active the parts of a model are, and what pitch does in it",
+        description=(
+            "Transcribe audio files and tell statistics of the activations on the way: of each kind of component, of\n"
+            "gates beside feed-forwards in each block, of theta, radius and F0, and how many frames are silent."
+        ),
+        epilog=DIAGNOSE_EXAMPLES,
+    )
+    parser.add_argument("paths", nargs="*", help="files and folders (the recordings that come with the package)")
+    parser.add_argument("--checkpoint", help="folder, or name on the Hub (the one that comes with the package)")
+    _add_both(parser, "batch_size", type=_positive, default=8, help="recordings at a time")
+    parser.add_argument("--device", help="cpu, cuda, ... (the accelerator if there is one)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object in place of a table")
+
+
+def _diagnose(options) -> int:
+    import torch
+
+    from .diagnostics import EchoDiagnostics
+    from .transcription import BUNDLED_RECORDINGS
+    from .transcription import expand_paths
+    from .transcription import load_checkpoint
+
+    files = expand_paths(options.paths or [BUNDLED_RECORDINGS])
+    model, processor = load_checkpoint(options.checkpoint, options.device)
+    extractor, diagnostics = processor.feature_extractor, EchoDiagnostics(model)
+    for start in range(0, len(files), options.batch_size):
+        waveforms = [
+            extractor._read(str(path), str(path), extractor.sampling_rate, resample=True)
+            for path in files[start : start + options.batch_size]
+        ]
+        batch = processor(audio=waveforms, sampling_rate=extractor.sampling_rate, return_tensors="pt").to(model.device)
+        with diagnostics, torch.inference_mode():
+            model.generate(**batch) if model.can_generate() else model(**batch)
+    if options.json:
+        _write(json.dumps(diagnostics.to_dict()))
+    else:
+        _write(diagnostics.table())
+    return 0
 
 
 # Transcribe ----------------------------------------------------------------------------------------------------------

@@ -51,6 +51,8 @@ from .data import EchoDataCollator
 from .data import PreparedData
 from .data import load_sources
 from .data import prepare_dataset
+from .diagnostics import DiagnosticsCallback
+from .diagnostics import require_tensorboard
 from .feature_extraction_echo import EchoFeatureExtractor
 from .metrics import make_compute_metrics
 from .metrics import normalize_text
@@ -175,6 +177,10 @@ class DataArguments:
     channel_perturbation: float = field(
         default=0.0,
         metadata={"help": "Its spectrum is tilted and its noise floor raised at random; 0.25 is 10 dB at the edges."},
+    )
+    diagnostics: bool = field(
+        default=False,
+        metadata={"help": "Write statistics of activations and pitch, and pictures, into TensorBoard when evaluating."},
     )
     num_proc: int | None = field(default=None, metadata={"help": "Processes that compute features."})
     cache_dir: str | None = field(
@@ -541,6 +547,8 @@ def train(
     output_dir = Path(training_arguments.output_dir)
     if training_arguments.push_to_hub:
         check_hub_strategy(training_arguments)
+    if data_arguments.diagnostics:
+        require_tensorboard()
     checkpoint = find_last_checkpoint(output_dir)
     if resume and checkpoint is None:
         raise ValueError(f"There is no checkpoint to resume from in {output_dir}; start without --resume.")
@@ -588,6 +596,8 @@ def train(
             " leaves them out. A larger vocab_size makes fewer tokens."
         )
 
+    if data_arguments.diagnostics:
+        callbacks = [*(callbacks or []), DiagnosticsCallback((eval_data or train_data).dataset, processor)]
     perturb = VoicePerturbation(
         processor.feature_extractor,
         tempo=data_arguments.tempo_perturbation,
