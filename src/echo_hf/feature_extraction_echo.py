@@ -2,7 +2,8 @@
 
 F0 travels inside `input_features` because pipelines and trainers pass nothing else on. Features are extracted from
 each utterance by itself before anything is padded, so they do not depend on what else is in the batch: zeros at the
-end would change the last frames of F0. All is numpy, so that worker processes can be forked freely.
+end would change the last frames of F0. All is numpy but for the F0 method "autocorrelation", so that worker processes
+can be forked freely.
 """
 
 import io
@@ -25,7 +26,7 @@ from .pitch_echo import accumulated_phase
 from .pitch_echo import align_f0
 from .pitch_echo import aperiodicity_code
 from .pitch_echo import check_tracker
-from .pitch_echo import estimate_f0
+from .pitch_echo import estimate_f0_batch
 from .pitch_echo import num_aperiodicity_bands
 from .pitch_echo import spectral_envelope_code
 
@@ -219,7 +220,9 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
         n_fft (`int`, defaults to 400):
             Samples under the window of the spectrogram (400 at 16 kHz is 25 ms).
         f0_method (`str`, defaults to `"dio"`):
-            Tracker of F0, a name in `pitch_echo.TRACKERS`.
+            Tracker of F0, a name in `pitch_echo.TRACKERS`: `"dio"` (WORLD's DIO and StoneMask), `"dio_fast"` (DIO on
+            fewer samples, not refined) or `"autocorrelation"` (torch, a whole batch at once, on any device; hears
+            voices whose fundamental is missing or lies in noise, where DIO does not).
         f0_min (`float`, defaults to 71.0):
             Lowest F0 in Hz.
         f0_max (`float`, defaults to 500.0):
@@ -313,6 +316,7 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
         return_tensors: str | TensorType | None = None,
         return_attention_mask: bool | None = None,
         resample: bool | None = None,
+        device: str = "cpu",
         **kwargs,
     ) -> BatchFeature:
         """
@@ -345,8 +349,11 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
                 As the extractor's if not given.
             resample (`bool`, *optional*):
                 As the extractor's if not given.
+            device (`str`, defaults to `"cpu"`):
+                Where the F0 method "autocorrelation" computes; all else is computed on the CPU. Features are returned
+                on the CPU.
             kwargs:
-                Ignored: what callers of any extractor pass, such as `device`.
+                Ignored: what callers of any extractor pass.
 
         Returns:
             [`BatchFeature`] with `input_features`, float32 `(batch, frames, channels)`, and `attention_mask`, int
@@ -360,10 +367,15 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
         """
         resample = self.resample if resample is None else resample
         recordings, is_batch = _as_batch(audio)
-        features = []
-        for index, recording in enumerate(recordings):
-            waveform = self._read(recording, f"audio[{index}]" if is_batch else "audio", sampling_rate, resample)
-            features.append(self._extract(waveform))
+        waveforms = [
+            self._read(recording, f"audio[{index}]" if is_batch else "audio", sampling_rate, resample)
+            for index, recording in enumerate(recordings)
+        ]
+        f0 = [None] * len(waveforms)
+        if any(name in self.feature_groups for name in F0_GROUPS):
+            settings = (self.sampling_rate, self.hop_length, self.f0_method, self.f0_min, self.f0_max)
+            f0 = estimate_f0_batch(waveforms, *settings, device=device)
+        features = [self._extract(waveform, track) for waveform, track in zip(waveforms, f0)]
         padded = self.pad(
             BatchFeature({"input_features": features}),
             padding=padding,
@@ -413,16 +425,15 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
             )
         return waveform
 
-    def _extract(self, waveform: np.ndarray) -> np.ndarray:
-        """Features of one utterance: float32 `(samples,)` in, float32 `(frames, channels)` out."""
+    def _extract(self, waveform: np.ndarray, f0: np.ndarray | None) -> np.ndarray:
+        """Features of one utterance: samples `(samples,)` and F0 at every hop in, float32 `(frames, channels)` out."""
         groups, rate, hop_length = self.feature_groups, self.sampling_rate, self.hop_length
         num_frames = len(waveform) // hop_length
         features = {"spectrogram": log_mel_spectrogram(waveform, rate, hop_length, self.n_fft, groups["spectrogram"])}
         if "waveform" in groups:
             features["waveform"] = waveform[: num_frames * hop_length].reshape(num_frames, hop_length)
-        if any(name in groups for name in F0_GROUPS):
+        if f0 is not None:
             # The tracker's frame after the last hop has no frame of the spectrogram to go with, and is left out.
-            f0 = estimate_f0(waveform, rate, hop_length, self.f0_method, self.f0_min, self.f0_max)
             f0 = align_f0(f0, num_frames)
             features["pitch"] = f0[:, None]
         if "phase" in groups:
