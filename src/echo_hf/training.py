@@ -269,11 +269,7 @@ class EchoTrainer(Seq2SeqTrainer):
                 raise
             # Of no use, as it lacks what is written last, and on a full disk in the way.
             shutil.rmtree(folder, ignore_errors=True)
-            last = find_last_checkpoint(folder.parent)
-            kept = f"{last.name} is whole" if last else "there is no earlier checkpoint"
-            raise OSError(
-                f"{folder} could not be saved: {error}. Is the disk full? Make room, then go on with --resume; {kept}."
-            ) from error
+            raise explain_write_error(error, folder) from error
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Pushes the model as it is, while training goes on. The Trainer's own way would pickle its arguments, too."""
@@ -322,7 +318,16 @@ def is_write_error(error: Exception) -> bool:
     """Whether saving failed for the disk's sake. Safetensors and PyTorch raise errors of their own kind for it."""
     if isinstance(error, HfHubHTTPError):  # an OSError too
         return False
-    return isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in str(error)
+    return isinstance(error, OSError | SafetensorError) or any(
+        name in str(error) for name in ("PytorchStreamWriter", "inline_container")
+    )
+
+
+def explain_write_error(error: Exception, folder: Path) -> OSError:
+    """An error that tells what was not saved, and what there is to go on from."""
+    last = find_last_checkpoint(folder.parent) or find_last_checkpoint(folder)
+    kept = f"{last.name} is whole" if last else "there is no checkpoint yet"
+    return OSError(f"{folder} could not be saved: {error}. Is the disk full? Make room, then use --resume; {kept}.")
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:
@@ -618,7 +623,12 @@ def train(
     )
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
     # As the Trainer calls it itself: otherwise it would push at once, before the model is evaluated.
-    trainer.save_model(_internal_call=True)
+    try:
+        trainer.save_model(_internal_call=True)
+    except Exception as error:
+        if is_write_error(error):
+            raise explain_write_error(error, output_dir) from error
+        raise
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
     metrics = {}
