@@ -25,6 +25,7 @@ from transformers import WhisperConfig
 from transformers import WhisperFeatureExtractor
 from transformers import WhisperForConditionalGeneration
 from transformers import pipeline
+from transformers.modeling_outputs import CausalLMOutput
 
 from conftest import SAMPLING_RATE
 from conftest import voice
@@ -32,6 +33,12 @@ from echo_hf import EchoAutomaticSpeechRecognitionPipeline
 from echo_hf import EchoForConditionalGeneration
 from echo_hf import EchoForCTC
 from echo_hf import EchoTokenizer
+from echo_hf import pipeline_echo
+from echo_hf.segmentation_echo import read_blocks
+from echo_hf.segmentation_echo import runs
+from echo_hf.transcription import BUNDLED_CHECKPOINT
+from echo_hf.transcription import BUNDLED_RECORDINGS
+from echo_hf.transcription import find_audio_files
 
 TASK = "automatic-speech-recognition"
 
@@ -185,44 +192,137 @@ def test_bad_audio_is_named(either, tmp_path):
         either("missing.wav")
 
 
-def test_timestamps_need_ctc(recognizer, checkpoint):
+def check_chunks(result: dict, seconds: float, joint: str = ""):
+    """The chunks are the text, and their times are in order and within the audio."""
+    assert joint.join(chunk["text"] for chunk in result["chunks"]) == result["text"]
+    times = [time for chunk in result["chunks"] for time in chunk["timestamp"]]
+    assert times == sorted(times) and times[0] >= 0 and times[-1] <= seconds
+
+
+def test_timestamps_that_are_not_known(recognizer, ctc_recognizer, checkpoint):
+    with pytest.raises(ValueError, match="return_timestamps='char'"):
+        recognizer(voice(1.0), return_timestamps="char")
+    with pytest.raises(ValueError, match="return_timestamps='sentence'.*'char'"):
+        ctc_recognizer(voice(1.0), return_timestamps="sentence")
     with pytest.raises(ValueError, match="return_timestamps"):
-        recognizer(voice(1.0), return_timestamps=True)
-    with pytest.raises(ValueError, match="return_timestamps"):
-        pipeline(TASK, model=str(checkpoint), return_timestamps="word")
+        pipeline(TASK, model=str(checkpoint), return_timestamps="char")
+
+
+@pytest.mark.parametrize("ctc_head", [True, False])
+def test_timestamps_of_generated_text(ctc_head, checkpoint, recognizer):
+    model = EchoForConditionalGeneration.from_pretrained(checkpoint, ctc_loss_weight=0.3 if ctc_head else 0.0)
+    assert (model.ctc_head is not None) == ctc_head
+    parts = {"tokenizer": recognizer.tokenizer, "feature_extractor": recognizer.feature_extractor}
+    timed = pipeline(TASK, model=model, **parts)
+    model.generation_config.suppress_tokens = [
+        token for token in range(259) if timed.tokenizer.convert_ids_to_tokens(token) not in ("Ġ", *"abcdefghij")
+    ]
+    # A text of as many letters as can be told apart, and of more than 15 frames hold: then attention has to do.
+    for seconds in (2.0, 0.6):
+        audio = voice(seconds)
+        plain = timed(audio)
+        words = timed(audio, return_timestamps="word")
+        assert words["text"].strip() == plain["text"].strip() and len(words["text"]) > 15
+        check_chunks(words, seconds)
+        assert [chunk["text"].split() for chunk in words["chunks"]] == [[word] for word in plain["text"].split()]
+        assert timed(audio, return_timestamps=True) == {
+            **plain,
+            "chunks": [{"text": plain["text"], "timestamp": (0.0, seconds)}],
+        }
+        several = timed([audio, voice(0.9, 200), audio], return_timestamps="word", batch_size=2)
+        assert several[0] == several[2] == words
+        beams = timed(audio, return_timestamps="word", generate_kwargs={"num_beams": 3})
+        assert beams["text"].strip() == timed(audio, generate_kwargs={"num_beams": 3})["text"].strip()
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_words_are_where_ctc_heard_them(recognizer, monkeypatch):
+    tokenizer = recognizer.tokenizer
+    text = "low é"
+    path = [0, 0, *tokenizer.encode("low", add_special_tokens=False), 0, 0, 0, 0]
+    path += [*tokenizer.encode(" ", add_special_tokens=False), 0, *tokenizer.encode("é", add_special_tokens=False)]
+    path += [0] * (50 - len(path))
+
+    def certain(hidden_states):
+        logits = torch.zeros(1, hidden_states.shape[1], recognizer.model.config.vocab_size)
+        logits[0, torch.arange(50), torch.tensor(path)] = 20.0
+        return logits
+
+    ids = torch.tensor([tokenizer.encode(text)])
+    monkeypatch.setattr(recognizer.model, "generate", lambda **kwargs: ids)
+    monkeypatch.setattr(recognizer.model.ctc_head, "forward", certain)
+    result = recognizer(voice(2.0), return_timestamps="word")
+    assert result["text"] == text
+    frames = [(chunk["text"], *np.round(np.divide(chunk["timestamp"], 0.04)).tolist()) for chunk in result["chunks"]]
+    assert frames == [("low", 2, 5), (" é", 11, 13)]
+
+
+def test_words_are_where_attention_was(recognizer, checkpoint, monkeypatch):
+    model = EchoForConditionalGeneration.from_pretrained(checkpoint, ctc_loss_weight=0.0)
+    tokenizer = recognizer.tokenizer
+    timed = pipeline(TASK, model=model, tokenizer=tokenizer, feature_extractor=recognizer.feature_extractor)
+    ids = tokenizer.encode("low é")  # of 6 tokens, and the end of sequence
+    stretches = [(0, 3), (3, 8), (8, 12), (20, 21), (21, 30), (30, 41), (45, 50)]
+
+    def attend(features, attention_mask, tokens):
+        weights = np.zeros((len(tokens) + 1, 50))
+        for row, (start, stop) in enumerate(stretches):
+            weights[row, start:stop] = 1.0 / (stop - start)
+        return weights
+
+    monkeypatch.setattr(model, "generate", lambda **kwargs: torch.tensor([ids]))
+    monkeypatch.setattr(timed, "_cross_attention", attend)
+    result = timed(voice(2.0), return_timestamps="word")
+    frames = [(chunk["text"], *np.round(np.divide(chunk["timestamp"], 0.04)).tolist()) for chunk in result["chunks"]]
+    assert frames == [("low", 0, 12), (" é", 21, 41)]
+
+
+def test_attention_is_that_of_generating(recognizer):
+    features = recognizer.feature_extractor(voice(1.0), sampling_rate=SAMPLING_RATE, return_tensors="pt")
+    ids = recognizer.model.generate(**features)
+    tokens = [token for token in ids[0].tolist() if token > 2]
+    with torch.no_grad():
+        weights = recognizer._cross_attention(features["input_features"], features["attention_mask"], tokens)
+    assert weights.shape == (len(tokens) + 1, 25)
+    np.testing.assert_allclose(weights.sum(axis=1), 1.0, atol=1e-5)
+    assert recognizer.model.config._attn_implementation == "sdpa"
 
 
 def test_ctc_timestamps(ctc_recognizer):
     result = ctc_recognizer(voice(2.0), return_timestamps="char")
-    assert "".join(chunk["text"] for chunk in result["chunks"]) == result["text"] == by_hand(ctc_recognizer, voice(2.0))
-    times = [time for chunk in result["chunks"] for time in chunk["timestamp"]]
-    assert times == sorted(times) and times[0] >= 0 and times[-1] <= 2.0
-    with pytest.raises(ValueError, match="word"):
-        ctc_recognizer(voice(2.0), return_timestamps=True)
+    assert result["text"] == by_hand(ctc_recognizer, voice(2.0))
+    check_chunks(result, 2.0)
+    result = ctc_recognizer(voice(2.0), return_timestamps=True)
+    assert result["chunks"] == [{"text": result["text"], "timestamp": (0.0, 2.0)}]
 
 
-def test_ctc_timestamps_of_a_known_path(ctc_recognizer):
+def test_ctc_timestamps_of_a_known_path(ctc_recognizer, monkeypatch):
     # One frame of 40 ms each, but two for "e"; between the words a space, a blank and a character of three bytes.
     o, e = (ctc_recognizer.tokenizer.encode(letter, add_special_tokens=False)[0] for letter in "oe")
     space = ctc_recognizer.tokenizer.encode(" ", add_special_tokens=False)[0]
     euro = ctc_recognizer.tokenizer.encode("€", add_special_tokens=False)
     path = [0, o, 0, e, e, space, 0, *euro, o]
-    outputs = [{"tokens": torch.tensor([path[:6]]), "is_last": False}, {"tokens": torch.tensor([path[6:]])}]
-    result = ctc_recognizer.postprocess(outputs, return_timestamps="word")
+    logits = torch.nn.functional.one_hot(torch.tensor([path + [0] * (25 - len(path))]), 259)
+    monkeypatch.setattr(ctc_recognizer.model, "forward", lambda *args, **kwargs: CausalLMOutput(logits=logits))
+    result = ctc_recognizer(voice(1.0), return_timestamps="word")
     assert result["text"] == "oe €o"
     words = [(chunk["text"], *np.round(np.divide(chunk["timestamp"], 0.04)).tolist()) for chunk in result["chunks"]]
     assert words == [("oe", 1, 5), ("€o", 7, 11)]
 
 
-def test_chunks_of_ctc_join_to_the_whole(ctc_recognizer):
-    # The chunks' frames that are kept are as many as the whole recording's, so times stay true.
+def test_stride_of_ctc(ctc_recognizer):
+    # Frames of the stride help to hear the others and give no text.
     audio = voice(3.01)
-    chunked = ctc_recognizer(audio, chunk_length_s=1.0, return_timestamps="char")
-    assert chunked["text"] == "".join(chunk["text"] for chunk in chunked["chunks"])
-    assert 2.0 < chunked["chunks"][-1]["timestamp"][1] <= 3.04
-    assert ctc_recognizer(audio, chunk_length_s=1.0, return_timestamps="char", batch_size=3) == chunked
-    path = {"raw": audio, "sampling_rate": SAMPLING_RATE, "stride": (0, SAMPLING_RATE)}
-    assert ctc_recognizer(path, return_timestamps="char")["chunks"][-1]["timestamp"][1] <= 2.04
+    whole = ctc_recognizer(audio, return_timestamps="char")
+    given = {"raw": audio, "sampling_rate": SAMPLING_RATE, "stride": (SAMPLING_RATE, SAMPLING_RATE // 2)}
+    inner = ctc_recognizer(given, return_timestamps="char")
+    assert 0 < len(inner["text"]) < len(whole["text"]) and inner["text"] in whole["text"]
+    assert inner["chunks"][-1]["timestamp"][1] <= 1.56  # 39 of 76 frames
+
+
+def test_stride_needs_ctc(recognizer):
+    with pytest.raises(ValueError, match="EchoForCTC"):
+        recognizer({"raw": voice(1.0), "sampling_rate": SAMPLING_RATE, "stride": (0, 100)})
 
 
 def test_last_chunk_may_be_a_few_samples(either):
@@ -236,6 +336,175 @@ def test_any_sampling_rate_of_a_stride(ctc_recognizer):
     audio = voice(2.0)
     given = {"raw": soxr.resample(audio, SAMPLING_RATE, 8000), "sampling_rate": 8000, "stride": (0, 8000)}
     assert ctc_recognizer(given, return_timestamps="char")["chunks"][-1]["timestamp"][1] <= 1.0
+
+
+# Long recordings -----------------------------------------------------------------------------------------------------
+
+
+def silence(seconds: float) -> np.ndarray:
+    return np.zeros(round(seconds * SAMPLING_RATE), np.float32)
+
+
+def test_utterances_with_pauses_say_what_each_says_alone(either):
+    # The quarter of a second that segments keep of a pause is in the utterances.
+    utterances = [
+        np.concatenate([silence(0.25), voice(seconds, f0), silence(0.25)])
+        for seconds, f0 in ((1.0, 100), (0.7, 200), (1.3, 150), (0.5, 250))
+    ]
+    alone = [either(utterance)["text"].strip() for utterance in utterances]
+    assert len(set(alone)) > 1 and all(alone)
+    audio = np.concatenate([part for utterance in utterances for part in (silence(1.0), utterance)])
+    assert either(audio, chunk_length_s=0)["text"] != " ".join(alone), "or the next line shows nothing"
+    result = either(audio, chunk_length_s=2, return_timestamps=True)
+    assert result["text"] == " ".join(alone)
+    check_chunks(result, len(audio) / SAMPLING_RATE)
+    start = 0.0
+    for chunk, utterance in zip(result["chunks"], utterances, strict=True):
+        assert chunk["timestamp"] == pytest.approx(
+            (start + 1.0, start + 1.0 + len(utterance) / SAMPLING_RATE), abs=0.02
+        )
+        start += 1.0 + len(utterance) / SAMPLING_RATE
+    assert either(audio, chunk_length_s=2, return_timestamps=True, batch_size=3) == result
+    words = either(audio, chunk_length_s=2, return_timestamps="word", batch_size=2)
+    assert words["text"] == result["text"]
+    if either.type == "seq2seq":
+        check_chunks(words, len(audio) / SAMPLING_RATE)
+
+
+def test_several_long_recordings_at_once(either, tmp_path):
+    first = np.concatenate([voice(1.0, 100), silence(2.0), voice(1.5, 200)])
+    second = np.concatenate([silence(1.0), voice(4.0, 150)])
+    soundfile.write(tmp_path / "first.wav", first, SAMPLING_RATE, subtype="FLOAT")
+    recordings = [str(tmp_path / "first.wav"), second, {"raw": first, "sampling_rate": SAMPLING_RATE, "speaker": 7}]
+    options = {"chunk_length_s": 2, "return_timestamps": True}
+    single = [either(recording, **options) for recording in recordings]
+    assert [len(result["chunks"]) for result in single] == [2, 3, 2]
+    assert single[2] == {**single[0], "speaker": [7]}
+    batch = either(recordings[:2], batch_size=4, **options)
+    assert batch == single[:2]
+
+
+NOTES = {"do": 110.0, "re": 147.0, "mi": 196.0, "fa": 262.0, "sol": 349.0}
+NOTE_SECONDS, BREATH_SECONDS = 0.42, 0.1  # a breath is too short to be a pause
+
+
+def sing(notes: list[str]) -> np.ndarray:
+    times = np.arange(round(NOTE_SECONDS * SAMPLING_RATE)) / SAMPLING_RATE
+    sung = [
+        0.2 * sum(np.sin(2 * np.pi * k * NOTES[note] * times) / k for k in range(1, 6)).astype(np.float32)
+        for note in notes
+    ]
+    return np.concatenate([part for note in sung for part in (note, silence(BREATH_SECONDS))])
+
+
+@pytest.fixture
+def solfege(recognizer, monkeypatch):
+    """A pipeline that names the notes it hears by their F0, and mishears those that are cut. Its `batches` are the
+    shapes of what it was given."""
+    recognizer.batches = []
+    tokenizer = recognizer.tokenizer
+
+    def listen(features, attention_mask, with_times, generate_kwargs):
+        recognizer.batches.append(tuple(features.shape))
+        for row, mask in zip(features, attention_mask):
+            f0 = row[: int(mask.sum()), -1].numpy()
+            tokens, spans = [], []
+            for start, stop in runs(f0 > 0):
+                pitch = np.median(f0[start:stop])
+                name = min(NOTES, key=lambda note: abs(np.log(NOTES[note] / pitch)))
+                if stop - start < 38:
+                    name = "hm"
+                for token in tokenizer.encode(" " + name, add_special_tokens=False):
+                    tokens.append(token)
+                    spans.append((start // 4, -(-stop // 4)))
+            yield tokens, spans if with_times else None
+
+    monkeypatch.setattr(recognizer, "_generate", listen)
+    yield recognizer
+    del recognizer.batches
+
+
+@pytest.mark.parametrize("kinds", [1, 2, 5])
+def test_without_pauses_no_word_is_lost_or_doubled(kinds, solfege):
+    generator = np.random.default_rng(kinds)
+    notes = generator.choice(list(NOTES)[:kinds], 70).tolist()  # of one kind: "do do do do ..."
+    audio = sing(notes)
+    result = solfege(audio, chunk_length_s=8, return_timestamps="word", batch_size=2)
+    assert result["text"] == " ".join(notes)
+    check_chunks(result, len(audio) / SAMPLING_RATE)
+    for index, chunk in enumerate(result["chunks"]):
+        start = index * (NOTE_SECONDS + BREATH_SECONDS)
+        assert chunk["timestamp"] == pytest.approx((start, start + NOTE_SECONDS), abs=0.1)
+    assert len(solfege.batches) > 2 and max(shape[0] for shape in solfege.batches) == 2
+    assert max(shape[1] for shape in solfege.batches) <= 800, "never more frames than 8 s hold"
+    segments = solfege(audio, chunk_length_s=8, return_timestamps=True)
+    assert segments["text"] == solfege(audio, chunk_length_s=8)["text"] == " ".join(notes)
+    check_chunks(segments, len(audio) / SAMPLING_RATE)
+
+
+def test_twenty_seconds_are_the_limit_if_nothing_is_said(solfege):
+    notes = ["do", "mi"] * 30
+    assert solfege(sing(notes[:38]))["text"].split() == notes[:38]
+    assert solfege.batches.pop()[1] > 1900
+    assert solfege(sing(notes))["text"].split() == notes
+    assert [frames <= 2000 for _, frames, _ in solfege.batches] == [True, True]
+
+
+def test_silence_is_not_sent_to_the_model(either, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("There is nothing to recognise.")
+
+    monkeypatch.setattr(either.model, "forward", never)
+    hush = (1e-4 * np.random.default_rng(0).standard_normal(5 * SAMPLING_RATE)).astype(np.float32)  # -80 dB
+    for audio in (silence(0.5), silence(600), hush):
+        assert either(audio, return_timestamps=True) == {"text": "", "chunks": []}
+    assert either([silence(1), silence(30)], batch_size=2) == [{"text": ""}] * 2
+
+
+def test_silence_among_speech_in_a_batch(either):
+    recordings = [silence(1.0), voice(1.0), silence(40.0), voice(0.5)]
+    expected = ["", either(voice(1.0))["text"], "", either(voice(0.5))["text"]]
+    for batch_size in (1, 2, 4):
+        assert [result["text"] for result in either(recordings, batch_size=batch_size)] == expected
+
+
+def test_progress_is_told_in_seconds_of_audio(recognizer, files):
+    told = []
+    recognizer(np.concatenate([voice(1.0), silence(70.3)]), progress=told.append)
+    assert sum(told) == pytest.approx(71.3) and len(told) > 1
+    told.clear()
+    recognizer(str(files["8khz"]), progress=told.append)
+    assert sum(told) == pytest.approx(1.0)
+
+
+def test_texts_that_are_cut_off_are_told_of(recognizer, monkeypatch):
+    told = []
+    monkeypatch.setattr(pipeline_echo.logger, "warning_once", told.append)
+    recognizer(voice(1.0), generate_kwargs={"max_new_tokens": 3})
+    assert len(told) == 1 and "chunk_length_s" in told[0]
+
+
+@pytest.mark.slow
+def test_the_bundled_recordings_in_one():
+    # Each alone has the same silence around it, and whole frames: where either changes, this checkpoint hears other
+    # words in these prompts.
+    recognizer = pipeline(TASK, model=str(BUNDLED_CHECKPOINT))
+    gap, spoken = silence(2.0), []
+    for path in find_audio_files(BUNDLED_RECORDINGS):
+        audio = np.concatenate([*read_blocks(path, SAMPLING_RATE)])
+        spoken.append(np.pad(audio, (0, -len(audio) % recognizer.feature_extractor.hop_length)))
+    alone = [recognizer(np.concatenate([gap, audio, gap]), chunk_length_s=5)["text"] for audio in spoken]
+    audio = np.concatenate([gap, *(part for audio in spoken for part in (audio, gap))])
+    result = recognizer(audio, return_timestamps="word", batch_size=2)
+    assert result["text"] == " ".join(alone) and len(set(alone)) == 5
+    check_chunks(result, len(audio) / SAMPLING_RATE)
+    # Every word lies where its recording does.
+    ends = np.cumsum([2.0 + len(part) / SAMPLING_RATE for part in spoken])
+    owners = [int(np.searchsorted(ends, chunk["timestamp"][0])) for chunk in result["chunks"]]
+    assert owners == [index for index, text in enumerate(alone) for _ in text.split()]
+
+
+# Other models --------------------------------------------------------------------------------------------------------
 
 
 def test_other_models_run_as_in_the_stock_pipeline(tmp_path):

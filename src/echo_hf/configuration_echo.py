@@ -37,6 +37,8 @@ CODE_FILES = (
     "tokenization_echo.py",
     "processing_echo.py",
     "modeling_echo.py",
+    "alignment_echo.py",
+    "segmentation_echo.py",
     "pipeline_echo.py",
 )
 
