@@ -282,6 +282,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def validate_yaml(self):
         errors = metadata_errors(json.loads(self.body)["content"])
+        if self.headers.get("Accept") == "text/plain":  # as `RepoCard.validate` asks
+            return self.answer("\n".join(errors).encode(), 400 if errors else 200)
         entries = [{"message": message} for message in errors]
         self.answer({"errors": entries, "warnings": []}, 400 if errors else 200)
 

@@ -278,9 +278,12 @@ def _describe_evaluation(
 
 def _quote(argument: str) -> str:
     """An argument as a shell takes it, with the user's own folder as `~`."""
-    home = str(Path.home())
-    if argument.startswith(home + "/"):
-        return "~/" + shlex.quote(argument.removeprefix(home + "/"))
+    home = str(Path.home()) + "/"
+    name, equals, value = argument.partition("=")
+    if name.startswith("--") and value.startswith(home):  # a shell knows `~` at the start of a word only
+        return f"{name} {_quote(value)}"
+    if argument.startswith(home):
+        return "~/" + shlex.quote(argument.removeprefix(home))
     return shlex.quote(argument)
 
 
