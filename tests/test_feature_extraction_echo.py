@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers.audio_utils import mel_filter_bank
 
 from echo_hf import feature_extraction_echo
+from echo_hf import pitch_echo
 from echo_hf.feature_extraction_echo import EchoFeatureExtractor
 from echo_hf.feature_extraction_echo import load_audio
 from echo_hf.feature_extraction_echo import log_mel_spectrogram
@@ -173,6 +174,32 @@ def test_a_batch_does_not_change_an_utterance():
             assert batch["attention_mask"][row].sum() == frames
             np.testing.assert_array_equal(batch["input_features"][row, :frames], alone[i])
             assert np.all(batch["input_features"][row, frames:] == 0)
+
+
+def test_a_batch_does_not_change_the_f0_of_a_batch_tracker():
+    extractor = EchoFeatureExtractor(f0_method="autocorrelation")
+    utterances = [as_float(voice(seconds, 120 + 90 * seconds)) for seconds in (0.13, 0.8, 0.01, 0.46)]
+    batch = extractor(utterances, sampling_rate=RATE)
+    for row, utterance in enumerate(utterances):
+        alone = extractor(utterance, sampling_rate=RATE)["input_features"][0]
+        np.testing.assert_allclose(batch["input_features"][row, : len(alone)], alone, rtol=1e-5)
+        assert np.all(batch["input_features"][row, len(alone) :] == 0)
+    assert np.all(np.abs(batch["input_features"][1, 5:75, -1] / 192 - 1) < 0.01)
+
+
+def test_the_device_is_where_a_batch_tracker_computes(monkeypatch):
+    extractor, devices = EchoFeatureExtractor(f0_method="autocorrelation"), []
+    track = pitch_echo.BATCH_TRACKERS["autocorrelation"]
+
+    def heard(*arguments, device):
+        devices.append(torch.device(device))
+        return track(*arguments, device="cpu")
+
+    monkeypatch.setitem(pitch_echo.BATCH_TRACKERS, "autocorrelation", heard)
+    for device in ("cpu", torch.device("cuda", 1)):
+        features = extractor(as_float(voice()), sampling_rate=RATE, device=device, return_tensors="pt")
+        assert features["input_features"].device == torch.device("cpu")
+    assert devices == [torch.device("cpu"), torch.device("cuda", 1)]
 
 
 def test_the_same_audio_in_other_types(extractor, reference):
@@ -436,7 +463,10 @@ def test_pickled_and_unchanged_by_use(extractor, reference):
     assert pickle.dumps(copy) == before  # or `datasets` would not find what it has cached
 
 
-def test_in_datasets_map_with_processes(extractor, reference):
+@pytest.mark.parametrize("f0_method", ["dio", "autocorrelation"])
+def test_in_datasets_map_with_processes(f0_method):
+    extractor = EchoFeatureExtractor(f0_method=f0_method)
+    reference = extractor(as_float(voice()), sampling_rate=RATE)["input_features"]
     rows = [{"bytes": wav_bytes(voice()), "path": None}, {"bytes": wav_bytes(voice(0.3)), "path": None}] * 2
     dataset = Dataset.from_dict({"audio": rows})
     mapped = dataset.map(
@@ -449,7 +479,7 @@ def test_in_datasets_map_with_processes(extractor, reference):
     mapped = mapped.with_format("numpy")
     assert [np.shape(mapped[i]["input_features"]) for i in range(4)] == [(50, 81), (30, 81)] * 2
     for i in (0, 2):
-        np.testing.assert_array_equal(mapped[i]["input_features"], reference[0])
+        np.testing.assert_allclose(mapped[i]["input_features"], reference[0], rtol=1e-5)
 
 
 def test_missing_rate_is_warned_of_once():

@@ -1,5 +1,6 @@
 """Pitch: known answers on synthetic voices, and each published formula against a plain transcription of it."""
 
+import os
 import subprocess
 import sys
 
@@ -7,10 +8,13 @@ import numpy as np
 import pytest
 
 from echo_hf import pitch_echo
+from echo_hf.metrics import f0_metrics
+from echo_hf.metrics import f0_test_signals
 from echo_hf.pitch_echo import accumulated_phase
 from echo_hf.pitch_echo import align_f0
 from echo_hf.pitch_echo import aperiodicity_code
 from echo_hf.pitch_echo import estimate_f0
+from echo_hf.pitch_echo import estimate_f0_batch
 from echo_hf.pitch_echo import normalise_pitch
 from echo_hf.pitch_echo import num_aperiodicity_bands
 from echo_hf.pitch_echo import pitch_per_token
@@ -21,6 +25,10 @@ def voice(f0, sampling_rate=16000, harmonics=8):
     """A harmonic tone; `f0` has the frequency in Hz at every sample."""
     phase = 2 * np.pi * np.cumsum(f0) / sampling_rate
     return 0.1 * sum(np.sin(k * phase) / k for k in range(1, harmonics + 1))
+
+
+TRACKERS = tuple(pitch_echo.TRACKERS)
+every_tracker = pytest.mark.parametrize("method", TRACKERS)
 
 
 def contour(seed=0, frames=137):
@@ -34,42 +42,48 @@ def contour(seed=0, frames=137):
 # F0 ------------------------------------------------------------------------------------------------------------------
 
 
+@every_tracker
 @pytest.mark.parametrize("sampling_rate", [8000, 16000, 22050])
 @pytest.mark.parametrize("frequency", [90.0, 200.0, 400.0])
-def test_f0_of_a_harmonic_tone_is_its_frequency(frequency, sampling_rate):
+def test_f0_of_a_harmonic_tone_is_its_frequency(frequency, sampling_rate, method):
     tone = voice(np.full(sampling_rate, frequency), sampling_rate)
-    f0 = estimate_f0(tone, sampling_rate, sampling_rate // 100)
+    f0 = estimate_f0(tone, sampling_rate, sampling_rate // 100, method)
     inner = f0[5:-5]
     assert f0.dtype == np.float64
     assert np.all(np.abs(inner / frequency - 1) < 0.01)
 
 
-def test_f0_follows_a_glide_at_the_time_of_each_frame():
+@every_tracker
+def test_f0_follows_a_glide_at_the_time_of_each_frame(method):
     true_f0 = np.linspace(120, 300, 32000)
-    f0 = estimate_f0(voice(true_f0), 16000, 160)
+    f0 = estimate_f0(voice(true_f0), 16000, 160, method)
     expected = true_f0[np.minimum(np.arange(len(f0)) * 160, 31999)]
     # One frame is 0.9 Hz here, so this bound would notice a shift of three frames.
     assert np.max(np.abs(f0 - expected)[10:-10]) < 2.5
 
 
-def test_f0_is_zero_where_there_is_no_voice():
+@every_tracker
+def test_f0_is_zero_where_there_is_no_voice(method):
     tone = voice(np.full(16000, 150.0))
-    f0 = estimate_f0(np.concatenate([np.zeros(16000), tone, np.zeros(16000)]), 16000, 160)
+    f0 = estimate_f0(np.concatenate([np.zeros(16000), tone, np.zeros(16000)]), 16000, 160, method)
     assert np.all(f0[:95] == 0) and np.all(f0[206:] == 0)
     assert np.all(f0[110:190] > 0)
-    assert np.all(estimate_f0(np.zeros(4000), 16000, 160) == 0)
+    assert np.all(estimate_f0(np.zeros(4000), 16000, 160, method) == 0)
 
 
-def test_f0_does_not_depend_on_the_level():
+@every_tracker
+def test_f0_does_not_depend_on_the_level(method):
     tone = voice(np.full(8000, 180.0))
-    np.testing.assert_allclose(estimate_f0(tone * 1e-3, 16000, 160), estimate_f0(tone, 16000, 160), atol=1e-3)
+    faint, loud = (estimate_f0(scale * tone, 16000, 160, method) for scale in (1e-3, 1.0))
+    np.testing.assert_allclose(faint, loud, atol=1e-3)
 
 
+@every_tracker
 @pytest.mark.parametrize(("sampling_rate", "hop_length"), [(16000, 160), (22050, 256), (11025, 128), (16000, 320)])
-def test_one_f0_value_a_hop_and_one_more(sampling_rate, hop_length):
+def test_one_f0_value_a_hop_and_one_more(sampling_rate, hop_length, method):
     noise = np.random.default_rng(0).normal(size=hop_length * 45)
     for samples in [hop_length * k for k in range(1, 45)] + [hop_length * 10 - 1, hop_length * 10 + 1]:
-        assert estimate_f0(noise[:samples], sampling_rate, hop_length).shape == (samples // hop_length + 1,)
+        assert estimate_f0(noise[:samples], sampling_rate, hop_length, method).shape == (samples // hop_length + 1,)
 
 
 def test_dio_and_stonemask_at_the_hop_as_published():
@@ -79,43 +93,47 @@ def test_dio_and_stonemask_at_the_hop_as_published():
     np.testing.assert_array_equal(estimate_f0(audio, 16000, 160), pyworld.stonemask(audio, f0, times, 16000))
 
 
-def test_long_audio_in_pieces_is_as_in_one_go(monkeypatch):
+@every_tracker
+def test_long_audio_in_pieces_is_as_in_one_go(monkeypatch, method):
     true_f0 = 180 + 40 * np.sin(np.arange(16000 * 6) / 3000)
     audio = voice(true_f0) * (np.sin(np.arange(16000 * 6) / 5000) > -0.5)  # with pauses
-    whole = estimate_f0(audio, 16000, 160)
+    whole = estimate_f0(audio, 16000, 160, method)
     monkeypatch.setattr(pitch_echo, "CHUNK_SECONDS", 1.0)
     monkeypatch.setattr(pitch_echo, "CONTEXT_SECONDS", 0.5)
-    pieces = estimate_f0(audio, 16000, 160)
+    pieces = estimate_f0(audio, 16000, 160, method)
     assert np.array_equal(pieces > 0, whole > 0) and 0.5 < np.mean(whole > 0) < 0.9
     np.testing.assert_allclose(pieces, whole, atol=0.01)
 
 
-def test_a_coarse_grid_is_tracked_on_a_fine_one():
+@every_tracker
+def test_a_coarse_grid_is_tracked_on_a_fine_one(method):
     # A voiced sound of 40 ms is two frames of 20 ms, which DIO would discard.
     audio = np.zeros(16000)
     audio[8000:8960] = voice(np.full(960, 200.0))
-    fine, coarse = estimate_f0(audio, 16000, 160), estimate_f0(audio, 16000, 320)
+    fine, coarse = (estimate_f0(audio, 16000, hop_length, method) for hop_length in (160, 320))
     np.testing.assert_array_equal(coarse, fine[::2])
     assert coarse.max() > 0
 
 
+@every_tracker
 @pytest.mark.parametrize("frames", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("kind", ["silence", "tone", "noise"])
-def test_very_short_audio(frames, kind):
+def test_very_short_audio(frames, kind, method):
     samples = 160 * frames
     audio = {
         "silence": np.zeros(samples),
         "tone": voice(np.full(samples, 200.0)),
         "noise": np.random.default_rng(0).normal(size=samples),
     }[kind]
-    f0 = estimate_f0(audio, 16000, 160)
+    f0 = estimate_f0(audio, 16000, 160, method)
     assert f0.shape == (frames + 1,) and np.isfinite(f0).all()
     assert np.isfinite(spectral_envelope_code(audio, f0, 16000, 160)).all()
     assert np.isfinite(aperiodicity_code(audio, f0, 16000, 160)).all()
 
 
+@every_tracker
 @pytest.mark.parametrize("kind", ["constant", "click", "square", "tiny", "huge"])
-def test_odd_signals_give_finite_f0(kind):
+def test_odd_signals_give_finite_f0(kind, method):
     square = np.sign(np.sin(2 * np.pi * 150 * np.arange(8000) / 16000))
     audio = {
         "constant": np.ones(8000),
@@ -124,7 +142,7 @@ def test_odd_signals_give_finite_f0(kind):
         "tiny": 1e-30 * square,
         "huge": 1e30 * square,
     }[kind]
-    f0 = estimate_f0(audio, 16000, 160)
+    f0 = estimate_f0(audio, 16000, 160, method)
     assert np.isfinite(f0).all() and np.all((f0 == 0) | ((f0 > 50) & (f0 < 600)))
 
 
@@ -175,6 +193,148 @@ def test_a_failed_import_of_pyworld_names_the_remedy(monkeypatch, tmp_path):
 def test_the_module_imports_neither_pyworld_nor_torch():
     code = "import sys, echo_hf.pitch_echo; assert not {'pyworld', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# The autocorrelation tracker -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def test_signals():
+    return f0_test_signals()
+
+
+@pytest.mark.parametrize(
+    "name", ["clean", "20 dB", "10 dB", "5 dB", "0 dB", "no fundamental", "telephone", "telephone, 10 dB"]
+)
+def test_autocorrelation_is_no_worse_than_dio(name, test_signals):
+    waveform, f0 = test_signals[name]
+    dio = f0_metrics(f0, estimate_f0(waveform, 16000, 160, "dio"))
+    result = f0_metrics(f0, estimate_f0(waveform, 16000, 160, "autocorrelation"))
+    assert result["gpe"] <= dio["gpe"] and result["gpe"] < 0.02
+    assert result["vde"] <= dio["vde"] + 0.002 and result["vde"] < 0.025  # two frames more, of a thousand
+    # DIO with StoneMask is exact to 0.4 cents on clean voice. Nobody hears two cents, a fiftieth of a semitone.
+    assert result["cents"] < 2.0 or result["cents"] <= dio["cents"]
+
+
+def hum(frequency, equal=False):
+    times = np.arange(16000) / 16000
+    return sum(0.05 / (1 if equal else k) * np.sin(2 * np.pi * frequency * k * times + k * k) for k in range(1, 11))
+
+
+NO_VOICE = {
+    "silence": np.zeros(16000),
+    "offset": np.full(16000, 0.3),
+    "offset with noise": 0.3 + 0.001 * np.random.default_rng(0).normal(size=16000),
+    "white noise": 0.1 * np.random.default_rng(1).normal(size=48000),
+    "hum of 50 Hz": hum(50.0),
+    "hum of 50 Hz, harmonics as loud": hum(50.0, equal=True),
+    "hum of 60 Hz": hum(60.0),
+    "hum of 60 Hz, harmonics as loud": hum(60.0, equal=True),
+    "hum with offset and noise": 0.1 + hum(50.0) + 0.003 * np.random.default_rng(2).normal(size=16000),
+    "click": np.eye(1, 16000, 8000)[0],
+}
+
+
+@pytest.mark.parametrize("kind", NO_VOICE)
+def test_autocorrelation_hears_no_voice_where_there_is_none(kind):
+    f0 = estimate_f0(NO_VOICE[kind], 16000, 160, "autocorrelation")
+    # At its ends, hum is no longer known for what it is: fewer than two periods are left in the window.
+    assert np.count_nonzero(f0) <= (3 if "hum" in kind else 0.005 * len(f0))
+
+
+def test_autocorrelation_refuses_tones_outside_the_range():
+    times = np.arange(8000) / 16000
+    frequencies = [30.0, 50.0, 62.0, *np.arange(510.0, 2000.0, 35.0), *np.arange(2000.0, 8000.0, 470.0)]
+    tracks = estimate_f0_batch(
+        [np.sin(2 * np.pi * frequency * times) for frequency in frequencies], 16000, 160, "autocorrelation"
+    )
+    for frequency, f0 in zip(frequencies, tracks):
+        assert np.count_nonzero(f0[3:-3]) == 0, frequency
+    tracks = estimate_f0_batch([np.sin(2 * np.pi * f * times) for f in (80, 240, 490)], 16000, 160, "autocorrelation")
+    for frequency, f0 in zip((80, 240, 490), tracks):
+        assert np.all(np.abs(f0[3:-3] / frequency - 1) < 0.01)
+
+
+def test_autocorrelation_within_a_narrower_range():
+    tone = voice(np.full(16000, 150.0))
+    assert np.all(estimate_f0(tone, 16000, 160, "autocorrelation", f0_min=200.0)[5:-5] == 0)
+    assert np.all(estimate_f0(tone, 16000, 160, "autocorrelation", f0_max=120.0)[5:-5] == 0)
+    low = estimate_f0(voice(np.full(16000, 50.0)), 16000, 160, "autocorrelation", f0_min=40.0)
+    high = estimate_f0(voice(np.full(16000, 900.0)), 16000, 160, "autocorrelation", f0_max=1000.0)
+    assert np.all(np.abs(low[8:-8] / 50 - 1) < 0.01) and np.all(np.abs(high[8:-8] / 900 - 1) < 0.01)
+
+
+@pytest.mark.parametrize("level", [1e-30, 1.0, 1e30])
+def test_a_batch_does_not_change_an_f0(level, test_signals):
+    waveform = level * test_signals["10 dB"][0]
+    utterances = [waveform[start:stop] for start, stop in [(0, 40000), (40000, 40001), (70000, 90777), (5000, 5700)]]
+    for method in TRACKERS:
+        alone = [estimate_f0(utterance, 16000, 160, method) for utterance in utterances]
+        for order in ([0, 1, 2, 3], [3, 2, 0, 1]):
+            batch = estimate_f0_batch([utterances[i] for i in order], 16000, 160, method)
+            for i, f0 in zip(order, batch):
+                np.testing.assert_array_equal(f0 > 0, alone[i] > 0)
+                np.testing.assert_allclose(f0, alone[i], rtol=1e-5)
+
+
+def test_frames_are_correlated_a_part_at_a_time(test_signals, monkeypatch):
+    waveform = test_signals["10 dB"][0]
+    whole = estimate_f0(waveform, 16000, 160, "autocorrelation")
+    monkeypatch.setattr(pitch_echo, "CORRELATION_FRAMES", 37)
+    parts = estimate_f0(waveform, 16000, 160, "autocorrelation")
+    np.testing.assert_array_equal(parts > 0, whole > 0)
+    np.testing.assert_allclose(parts, whole, rtol=1e-5)
+
+
+def test_several_threads_change_nothing(monkeypatch, test_signals):
+    waveform = test_signals["20 dB"][0]
+    utterances = [waveform[start : start + 20000] for start in range(0, 160000, 20000)]
+    monkeypatch.setattr(pitch_echo, "_num_threads", lambda: 4)
+    for threaded, utterance in zip(estimate_f0_batch(utterances, 16000, 160), utterances):
+        np.testing.assert_array_equal(threaded, estimate_f0(utterance, 16000, 160))
+
+
+def test_autocorrelation_takes_whole_numbers_and_float32(test_signals):
+    pcm = np.round(test_signals["clean"][0][:20000] * 32768 / 2).astype(np.int16)
+    pcm[5] = -32768  # whose absolute value does not fit
+    expected = estimate_f0(pcm / 32768, 16000, 160, "autocorrelation")
+    assert np.count_nonzero(expected) > 50
+    for given in (pcm, pcm.astype(np.float32) / 32768):
+        np.testing.assert_array_equal(estimate_f0(given, 16000, 160, "autocorrelation"), expected)
+
+
+def test_a_failed_import_of_torch_names_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ImportError, match="pip install torch"):
+        estimate_f0(np.zeros(1600), 16000, 160, "autocorrelation")
+
+
+def test_autocorrelation_in_a_process_forked_after_torch_has_used_threads():
+    code = """
+import os, signal, numpy as np, torch
+from echo_hf.pitch_echo import estimate_f0
+torch.set_num_threads(2)
+matrix = torch.randn(600, 600)
+(matrix @ matrix).sin().sum()
+audio = np.random.default_rng(0).normal(size=160000)
+f0 = estimate_f0(audio, 16000, 160, "autocorrelation")
+child = os.fork()
+if child == 0:
+    signal.alarm(30)  # if it waits for threads that were not forked
+    same = np.array_equal(estimate_f0(audio, 16000, 160, "autocorrelation") > 0, f0 > 0)
+    os._exit(0 if same else 1)
+assert os.waitpid(child, 0)[1] == 0 and torch.get_num_threads() == 2
+"""
+    if not hasattr(os, "fork"):
+        pytest.skip("there is no fork on this system")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_fast_dio_agrees_with_dio(test_signals):
+    waveform, f0 = test_signals["20 dB"]
+    dio, fast = (estimate_f0(waveform, 16000, 160, method) for method in ("dio", "dio_fast"))
+    result = f0_metrics(dio, fast)
+    assert result["gpe"] == 0 and result["vde"] < 0.06 and 0 < result["cents"] < 20
 
 
 # Alignment -----------------------------------------------------------------------------------------------------------

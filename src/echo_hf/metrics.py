@@ -344,8 +344,8 @@ def synthetic_voice(f0: np.ndarray, sampling_rate: int = 16000, seed: int = 0, f
     positions = 0.5 + 0.5 * np.sin(2.0 * np.pi * rates * times[:, None] + phases)
     centres = lowest + (highest - lowest) * positions  # (samples, formants)
     # Runs of voice begin and end within 10 ms.
-    fade = np.hanning(sampling_rate // 100 + 2)[1:-1]
-    loudness = np.convolve(f0 > 0, fade / fade.sum(), mode="same") * (f0 > 0)
+    fade = np.hanning(2 * (sampling_rate // 200) + 3)[1:-1]  # an odd number: as much before as after
+    loudness = np.convolve(f0 > 0, fade / fade.sum())[len(fade) // 2 :][: len(f0)] * (f0 > 0)
     cycles = np.cumsum(f0) / sampling_rate
     waveform = np.zeros(len(f0))
     lowest_f0 = f0[f0 > 0].min(initial=HIGHEST_HARMONIC)
