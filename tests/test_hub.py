@@ -24,6 +24,7 @@ import json, sys
 import torch
 from huggingface_hub import HfApi
 from echo_hf import EchoForConditionalGeneration, EchoProcessor
+from echo_hf.transcription import load_checkpoint
 
 folder, home = sys.argv[1:]
 model, processor = EchoForConditionalGeneration.from_pretrained(folder), EchoProcessor.from_pretrained(folder)
@@ -67,6 +68,14 @@ report["folder"] = api.upload_folder(repo_id="someone/folder", folder_path=folde
 report["wrong token"] = fail(model.push_to_hub, "someone/echo", token="hf_wrong")
 report["whoami"] = [api.whoami()["name"], fail(api.whoami, token="hf_wrong")]
 report["not mine"] = fail(model.push_to_hub, "another/echo")
+# By the package, which is stricter than the library.
+model, _ = load_checkpoint("someone/sharded")
+report["by name"] = weights()
+api.create_repo("someone/pickled")
+api.upload_file(path_or_fileobj=folder + "/config.json", path_in_repo="config.json", repo_id="someone/pickled")
+api.upload_file(path_or_fileobj=b"pickle", path_in_repo="pytorch_model.bin", repo_id="someone/pickled")
+report["pickled"] = fail(load_checkpoint, "someone/pickled")
+report["nothing"] = fail(load_checkpoint, "someone/nothing")
 report["no model"] = fail(EchoForConditionalGeneration.from_pretrained, "someone/nothing")
 report["no revision"] = fail(EchoForConditionalGeneration.from_pretrained, "someone/echo", revision="v9")
 print(json.dumps(report))
@@ -265,10 +274,45 @@ def test_who_may_not_push_is_told_why(pushed):
     assert kind == "HfHubHTTPError" and "403 Forbidden" in message and "another/echo" in message
 
 
+def test_a_wrong_token_ends_a_run_before_it_trains(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import close_session
+
+    from echo_hf.training import DataArguments
+    from echo_hf.training import train
+    from test_training import model_arguments
+    from test_training import trainer_arguments
+
+    soundfile.write(tmp_path / "one.wav", voice(0.4), RATE)
+    (tmp_path / "one.txt").write_text("one")
+    data = DataArguments(train_data=[str(tmp_path)], cache_dir=str(tmp_path / "cache"))
+    with Hub({TOKEN: "someone"}) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)
+        close_session()
+        arguments = trainer_arguments(tmp_path / "run", push_to_hub=True, hub_token="hf_wrong")
+        with pytest.raises(HfHubHTTPError, match="(?s)401.*Invalid credentials"):
+            train(model_arguments(), data, arguments)
+        assert not server.repos
+    close_session()
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
 @pytest.mark.slow
 def test_what_is_not_there_is_named(pushed):
     assert pushed["no model"][0] == "OSError" and "someone/nothing" in pushed["no model"][1]
     assert pushed["no revision"][0] == "OSError" and "v9" in pushed["no revision"][1]
+
+
+@pytest.mark.slow
+def test_the_package_loads_by_name_and_no_pickle(hub, pushed):
+    assert pushed["by name"] == pushed["second"][1]
+    kind, message = pushed["pickled"]
+    assert kind == "ValueError" and "someone/pickled" in message and "pytorch_model.bin only, a pickle" in message
+    assert hub.count("GET", "/storage/someone/pickled/") == 0
+    assert pushed["nothing"][0] == "ValueError" and "someone/nothing" in pushed["nothing"][1]
 
 
 @pytest.mark.slow
@@ -278,6 +322,7 @@ def test_a_run_pushes_its_card_and_its_weights(hub, trained):
     for name in ("model.safetensors", "config.json", "README.md", "run_summary.json", "pipeline_echo.py"):
         assert files[name] == (trained / name).read_bytes()
     summary = json.loads(files["run_summary.json"])
+    assert 'model="someone/trained", trust_remote_code=True' in files["README.md"].decode()
     card = metadata_of(files["README.md"].decode())
     assert (card["license"], card["language"]) == ("cc-by-4.0", ["en", "ga"])
     assert card["pipeline_tag"] == "automatic-speech-recognition"
@@ -293,7 +338,8 @@ def test_a_run_pushes_its_card_and_its_weights(hub, trained):
 def test_neither_pickles_nor_tokens_are_pushed(hub, pushed, trained):
     for repo in hub.repos.values():
         for commit in repo.history():
-            assert not [path for path in commit.files if path.endswith(PICKLES)]
+            if repo is not hub.repos["someone/pickled"]:
+                assert not [path for path in commit.files if path.endswith(PICKLES)]
             assert not [path for path, blob in commit.files.items() if TOKEN.encode() in blob.content]
             assert not [path for path in commit.files if path.startswith("checkpoint-")]
     assert not [path for path in trained.iterdir() if path.suffix in PICKLES]

@@ -136,6 +136,8 @@ def test_every_number_is_from_the_run(finished):
         assert piece in text
     assert "chose the best" not in text and "bf16" not in text
     assert "jane/digits" not in text and "/data" not in text, "where files lie is nobody's business"
+    resumed = build_model_card(finished(resumed_from="checkpoint-9")).text
+    assert "those since `checkpoint-9` in 11.0 minutes." in resumed and "loss" not in resumed
     assert "chose the best of the run's checkpoints" in build_model_card(finished(best_checkpoint="checkpoint-9")).text
 
 
@@ -164,7 +166,7 @@ def test_the_command_can_be_pasted_and_holds_no_secret(finished, monkeypatch):
     monkeypatch.setenv("HOME", "/home/jane")
     command = ["--train_data", "/home/jane/my speech/a.jsonl", "--config_overrides", '{"dropout": 0.1}']
     text = build_model_card(finished(command)).text
-    line = re.search("```bash\n(.*)\n```", text)[1]
+    line = re.search("```bash\n(echo-hf .*)\n```", text)[1]
     assert "/home/jane" not in line
     words = [word.replace("~", "/home/jane") for word in shlex.split(line)]
     assert words == ["echo-hf", "train", *command]
@@ -202,6 +204,7 @@ def test_the_trainer_takes_what_the_librarys_trainer_takes(finished):
         def __init__(self, folder):
             self.args = trainer_arguments(folder)
             self.card_arguments = CardArguments(card_license="mit", card_language=["en"])
+            self.hub_model_id = "jane/digits-small"
 
         def is_world_process_zero(self):
             return True
@@ -220,4 +223,4 @@ def test_the_trainer_takes_what_the_librarys_trainer_takes(finished):
     assert (card.data.license, card.data.language, card.data.base_model) == ("mit", ["ga"], "jane/echo")
     assert card.data.datasets == ["jane/digits"] and "mine" in card.data.tags
     assert card.data.eval_results[0].dataset_name == "Digits of Jane" and card.text.lstrip().startswith(MARK)
-    assert "# Digits\n" in card.text
+    assert "# Digits\n" in card.text and 'model="jane/digits-small", trust_remote_code=True' in card.text

@@ -77,6 +77,7 @@ def build_model_card(
     arguments: CardArguments | None = None,
     model_name: str | None = None,
     base_model: str | None = None,
+    repo_id: str | None = None,
 ) -> ModelCard:
     """
     The card of a trained model.
@@ -88,6 +89,7 @@ def build_model_card(
         model_name (`str`, *optional*): title of the card; the folder's name if not given.
         base_model (`str`, *optional*): name on the Hub of the model that was trained further; by default what the
             run started from, if that is such a name.
+        repo_id (`str`, *optional*): name on the Hub of the model itself, `owner/name`, for the example of its use.
 
     Returns:
         `huggingface_hub.ModelCard`: its `validate()` asks the Hub whether the metadata is right, `save(path)` writes
@@ -152,7 +154,7 @@ def build_model_card(
         f"# {name}",
         _describe_model(config, summary),
         "## Use",
-        _describe_use(config, name),
+        _describe_use(repo_id or name),
         "## Training data",
         _describe_data(train),
         "## Training",
@@ -169,6 +171,7 @@ def write_model_card(
     arguments: CardArguments | None = None,
     model_name: str | None = None,
     base_model: str | None = None,
+    repo_id: str | None = None,
 ) -> bool:
     """
     Writes [`build_model_card`]'s card to `README.md` in the folder, unless there is one that was written by hand.
@@ -179,7 +182,7 @@ def write_model_card(
     path = Path(folder) / CARD_FILE
     if path.is_file() and MARK not in path.read_text(encoding="utf-8"):
         return False
-    build_model_card(folder, arguments, model_name, base_model).save(path)
+    build_model_card(folder, arguments, model_name, base_model, repo_id).save(path)
     return True
 
 
@@ -207,16 +210,17 @@ def _describe_model(config: EchoConfig, summary: dict[str, Any]) -> str:
     )
 
 
-def _describe_use(config: EchoConfig, name: str) -> str:
+def _describe_use(name: str) -> str:
+    where = "" if "/" in name else f"`{name}` is this folder, or `owner/name` on the Hub. "
     return (
+        "```bash\npip install torch transformers pyworld-prebuilt soundfile soxr\n```\n\n"
         "```python\n"
         "from transformers import pipeline\n\n"
         f'transcribe = pipeline("{TASK}", model="{name}", trust_remote_code=True)\n'
         'transcribe("recording.flac")["text"]\n'
         "```\n\n"
-        f"`{name}` is this folder, or `owner/name` on the Hub. The weights are safetensors; `trust_remote_code=True`"
-        " runs the Python files beside them, so fix the `revision` that you have read. Where the package `echo_hf` is"
-        " installed, `import echo_hf` takes its place."
+        f"{where}The weights are safetensors; `trust_remote_code=True` runs the Python files beside them, so give the"
+        " `revision` that you have read. Where the package `echo_hf` is installed, `import echo_hf` takes its place."
     )
 
 
@@ -234,11 +238,13 @@ def _describe_training(summary: dict[str, Any], settings: dict[str, Any], comman
         line = " ".join(map(_quote, ["echo-hf", "train", *command]))
         parts.append(f"```bash\n{line}\n```")
     if summary:
-        parts.append(
-            f"{summary['steps']:,} steps ({summary['epochs']:g} epochs) in {summary['seconds'] / 60:.1f} minutes"
-            + (f", resumed from `{summary['resumed_from']}` on the way" if summary.get("resumed_from") else "")
-            + f". Mean training loss {summary['train_loss']:.4f}."
-        )
+        text = f"{summary['steps']:,} steps ({summary['epochs']:g} epochs)"
+        minutes = f"{summary['seconds'] / 60:.1f} minutes"
+        if summary.get("resumed_from"):  # the Trainer's time and mean loss begin anew then
+            text += f", those since `{summary['resumed_from']}` in {minutes}."
+        else:
+            text += f" in {minutes}. Mean training loss {summary['train_loss']:.4f}."
+        parts.append(text)
     if settings:
         seed, data_seed = settings.get("seed"), settings.get("data_seed")
         parts.append(f"Seed {seed}" + (f", of the data's order {data_seed}." if data_seed is not None else "."))

@@ -251,7 +251,7 @@ class EchoTrainer(Seq2SeqTrainer):
             card_tags=[*(self.card_arguments.card_tags or []), *(as_list(tags) or [])],
             card_samples=self.card_arguments.card_samples,
         )
-        write_model_card(self.args.output_dir, given, model_name=model_name, base_model=finetuned_from)
+        write_model_card(self.args.output_dir, given, model_name, finetuned_from, self.hub_model_id)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
