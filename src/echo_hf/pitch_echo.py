@@ -38,13 +38,12 @@ BANDWIDTH = 3.2  # times the highest F0: the harmonics it hears (1600 Hz), which
 FILTER_SECONDS = 0.006  # length of the filter before the sampling rate is lowered
 LAG_STEPS = 2  # lags to a sample of the lower rate
 OCTAVE_COST = 0.05  # correlation that a lag twice as long must be better by; a period fits twice as well as once
-OUTSIDE_OCTAVES = (
-    0.05  # by which lags of tones above the range are favoured: a tone fits them and their multiples alike
-)
+OUTSIDE_OCTAVES = 0.05  # by which lags under the range are favoured: a tone fits its own and their multiples alike
 NEIGHBOUR_WEIGHT = 0.25  # of the frame before and of that after, where a lag is chosen
 VOICED_CORRELATION = 0.45  # at least, of a voiced frame; white noise reaches 0.35
 PEAK_RANGE = 50.0  # dB; quieter than this under the largest sample of the utterance is unvoiced
 ONSET_RANGE = 10.0  # dB; so is what is quieter than this under the loudest frame up to two away: it is not yet there
+LEAST_OVERLAP = 0.01  # share of the frame's energy by which its correlation is divided at least
 CORRELATION_FRAMES = 1024  # held at a time: 4 MB
 FILTER_OUTPUTS = 32  # samples filtered by one row of a matrix product
 
@@ -201,13 +200,14 @@ def track_autocorrelation_batch(
     hop = frame_period * sampling_rate / 1000.0 / decimation  # samples of the lower rate
     gap = width // 2 + math.ceil(half_filter / decimation) + 2  # samples of the lower rate, silent
 
-    # Lay the utterances and their frames behind one another. An empty frame (centre -1) stands on either side of each.
+    # Lay the utterances and their frames behind one another. Two empty frames (centre -1) stand on either side of
+    # each: as far as a frame looks for louder neighbours.
     lengths = [-(-len(waveform) // decimation) for waveform in waveforms]
     begins = np.cumsum([gap] + [length + gap for length in lengths])
     row = decimation * FILTER_OUTPUTS
     rows = -(-int(begins[-1]) // FILTER_OUTPUTS)
     packed = np.zeros(rows * row + 2 * half_filter, dtype=np.float32)
-    centres, thresholds, counts = [[-1]], [[1.0]], []
+    centres, thresholds, counts = [[-1, -1]], [[1.0, 1.0]], []
     for waveform, begin in zip(waveforms, begins):
         waveform = np.asarray(waveform)
         waveform = waveform if waveform.dtype in (np.float32, np.float64) else waveform.astype(np.float64)
@@ -216,9 +216,9 @@ def track_autocorrelation_batch(
         first = half_filter + int(begin) * decimation
         packed[first : first + len(waveform)] = np.ldexp(waveform, -exponent)
         counts.append(int(len(waveform) / decimation / hop + 1e-6) + 1)
-        centres += [begin + np.floor(np.arange(counts[-1]) * hop + 0.5), [-1]]
+        centres += [begin + np.floor(np.arange(counts[-1]) * hop + 0.5), [-1, -1]]
         quietest = max(float(mantissa) ** 2 * 10.0 ** (-PEAK_RANGE / 10.0), 1e-12)
-        thresholds += [np.full(counts[-1], quietest), [1.0]]
+        thresholds += [np.full(counts[-1], quietest), [1.0, 1.0]]
     centres = np.concatenate(centres).astype(np.int64)
 
     with torch.inference_mode():
@@ -241,17 +241,15 @@ def track_autocorrelation_batch(
         voiced &= (energy > 10.0 ** (-ONSET_RANGE / 10.0) * nearby) & (energy > tensor(np.concatenate(thresholds)))
         # A voiced frame alone is none: 10 ms are one or two periods.
         beside = torch.nn.functional.pad(voiced, (1, 1))
-        f0 = torch.where(voiced & (beside[:-2] | beside[2:]), f0, 0.0).double().cpu().numpy()
-    ends = np.cumsum(np.array(counts) + 1)
+        f0 = torch.where(voiced & (beside[:-2] | beside[2:]), f0, 0.0).cpu().double().numpy()
+    ends = np.cumsum(np.array(counts) + 2)
     return [f0[end - count : end] for end, count in zip(ends, counts)]
 
 
 def _strongest_lags(torch, windows, centres, exists, tables):
     """Lag (in steps), correlation there, and energy (mean square of the middle 10 ms) of frames; each `(frames,)`."""
-    device, width, lags, n_fft, shortest = (
-        windows.device,
-        *(tables[name] for name in ("width", "lags", "n_fft", "shortest")),
-    )
+    device = windows.device
+    width, lags, n_fft, shortest = (tables[name] for name in ("width", "lags", "n_fft", "shortest"))
     taper, cosines, bias, costs = (
         torch.from_numpy(tables[name]).to(device) for name in ("window", "cosines", "bias", "costs")
     )
@@ -282,7 +280,9 @@ def _strongest_lags(torch, windows, centres, exists, tables):
             scale[:, step::LAG_STEPS] = torch.lerp(
                 scale[:, :-1:LAG_STEPS], scale[:, LAG_STEPS::LAG_STEPS], step / LAG_STEPS
             )
-        correlation = correlation / scale.clamp_(min=1e-15).mul_(bias)  # (frames, LAG_STEPS * lags + 1)
+        # Where the two hardly overlap, or there is silence, rounding would be divided by nothing.
+        scale = torch.maximum(scale, total.mul_(LEAST_OVERLAP)).clamp_(min=1e-15).mul_(bias)
+        correlation = correlation / scale  # (frames, LAG_STEPS * lags + 1)
         smooth = correlation * (1.0 - 2.0 * NEIGHBOUR_WEIGHT)
         smooth[1:].add_(correlation[:-1], alpha=NEIGHBOUR_WEIGHT)
         smooth[:-1].add_(correlation[1:], alpha=NEIGHBOUR_WEIGHT)
