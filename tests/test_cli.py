@@ -1,6 +1,7 @@
 """The commands do what they say, name what is wrong, and end with the right exit code."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import echo_hf
 from conftest import voice
 from echo_hf import transcription
 from echo_hf.cli import main
+from test_subtitles import parse_srt
+from test_subtitles import parse_vtt
 
 RATE = 16000
 
@@ -84,6 +87,9 @@ def test_help_is_quick_and_imports_no_framework():
         ["evaluate", "x", "--batch_size", "0"],
         ["evaluate", "x", "--control", "louder"],
         ["transcribe", "--unknown"],
+        ["transcribe", "--format", "doc"],
+        ["transcribe", "--timestamps", "letter"],
+        ["transcribe", "--chunk_length_s", "-1"],
         ["train"],
         ["train", "--output_dir", "x"],
         ["train", "--output_dir", "x", "--train_data", "y", "--unknown", "1"],
@@ -174,6 +180,98 @@ def test_transcribe_as_json_lines(capsys, recordings, checkpoint):
     code, out, err = run(capsys, "transcribe", recordings / "b.flac", *arguments)
     assert code == 0 and len(json.loads(out)["text"]) == 3
     assert "max_length" not in err
+
+
+@pytest.fixture
+def long_recording(tmp_path):
+    """25 seconds with three utterances in it, at 8 kHz."""
+    parts = [voice(1.0, 100, 8000), np.zeros(60000), voice(0.8, 200, 8000), np.zeros(120000), voice(0.7, 150, 8000)]
+    path = tmp_path / "long.flac"
+    soundfile.write(path, np.concatenate(parts), 8000)
+    return path
+
+
+@pytest.mark.parametrize("head", ["seq2seq", "ctc"])
+def test_times_in_all_formats(capsys, long_recording, recordings, checkpoint, ctc_checkpoint, head):
+    command = ("transcribe", long_recording, "--checkpoint", checkpoint if head == "seq2seq" else ctc_checkpoint)
+    code, out, _ = run(capsys, *command, "--json", "--timestamps", "segment")
+    report = json.loads(out)
+    assert code == 0 and report["seconds"] == 25.0 and len(report["chunks"]) == 3
+    assert " ".join(chunk["text"] for chunk in report["chunks"]) == report["text"]
+    times = [(chunk["start"], chunk["end"]) for chunk in report["chunks"]]
+    assert np.allclose(times, [(0.0, 1.25), (8.25, 9.55), (24.05, 25.0)], atol=0.05)
+    assert json.loads(run(capsys, *command, "--format", "json")[1]) == {
+        key: value for key, value in report.items() if key != "chunks"
+    }
+    code, out, _ = run(capsys, *command, "--timestamps", "segment")
+    lines = [re.fullmatch(r"(.*): \[(\S+) --> (\S+)\] (.*)", line).groups() for line in out.splitlines()]
+    assert [line[0] for line in lines] == [str(long_recording)] * 3
+    assert [line[3] for line in lines] == [chunk["text"] for chunk in report["chunks"]]
+    for format, parse in (("srt", parse_srt), ("vtt", parse_vtt)):
+        code, out, _ = run(capsys, *command, "--format", format)
+        cues = parse(out)
+        assert code == 0 and [text for _, _, text in cues] == [chunk["text"] for chunk in report["chunks"]]
+        assert np.allclose([cue[:2] for cue in cues], times, atol=0.001)
+    words = json.loads(run(capsys, *command, "--json", "--timestamps", "word")[1])
+    assert words["text"] == report["text"]
+    assert " ".join(chunk["text"] for chunk in words["chunks"]).split() == report["text"].split()
+    flat = [time for chunk in words["chunks"] for time in (chunk["start"], chunk["end"])]
+    assert flat == sorted(flat) and flat[-1] <= 25.0
+
+
+def test_transcripts_in_files(capsys, recordings, long_recording, checkpoint, tmp_path):
+    common = ("transcribe", recordings, long_recording, "--checkpoint", checkpoint)
+    code, out, err = run(capsys, *common, "--format", "srt")
+    assert code == 1 and out == "" and "--output_dir" in err
+    for format in ("text", "json", "srt", "vtt"):
+        folder = tmp_path / "out" / format
+        code, out, err = run(capsys, *common, "--format", format, "--output-dir", folder)
+        suffix = "txt" if format == "text" else format
+        assert code == 0 and out == "" and f"6 transcripts are in {folder}" in err
+        assert sorted(path.name for path in folder.iterdir()) == [f"{name}.{suffix}" for name in [*"abcde", "long"]]
+    text = json.loads((tmp_path / "out" / "json" / "long.json").read_text())["text"]
+    assert (tmp_path / "out" / "text" / "long.txt").read_text() == f"{text}\n"
+    assert parse_vtt((tmp_path / "out" / "vtt" / "a.vtt").read_text())[0][:2] == (0.0, 0.3)
+    assert len(parse_srt((tmp_path / "out" / "srt" / "long.srt").read_text())) == 3
+    write_voice(recordings / "sub" / "a.flac")
+    code, _, err = run(capsys, *common, "--output_dir", tmp_path / "second")
+    assert code == 1 and "a.wav" in err and "a.flac" in err and not (tmp_path / "second").exists()
+
+
+def test_length_of_segments(capsys, long_recording, checkpoint):
+    command = ("transcribe", long_recording, "--checkpoint", checkpoint, "--timestamps", "segment", "--json")
+    for length, number in ((0, 1), (30, 1), (20, 3), (0.5, None)):
+        code, out, _ = run(capsys, *command, "--chunk_length_s", length)
+        chunks = json.loads(out)["chunks"]
+        assert code == 0 and (len(chunks) == number or (number is None and len(chunks) >= 7))
+        assert not length or all(chunk["end"] - chunk["start"] <= length + 0.001 for chunk in chunks)
+
+
+def test_a_bar_tells_how_much_is_done_where_there_is_a_terminal(capsys, long_recording, recordings, checkpoint):
+    command = ("transcribe", long_recording, recordings, "--checkpoint", checkpoint)
+    code, expected, err = run(capsys, *command)
+    assert code == 0 and "of audio" not in err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+        code, out, err = run(capsys, *command)
+        assert code == 0 and out == expected
+        assert "100%" in err and "28/28 s of audio" in err and "e.mp3" in err
+        for claimed in (0.0, 1.0):  # by headers that are wrong
+            patch.setattr(transcription, "_claimed_seconds", lambda path, claimed=claimed: claimed)
+            code, out, err = run(capsys, *command)
+            assert code == 0 and out == expected and " of audio" in err
+
+
+def test_a_broken_file_among_long_ones(capsys, long_recording, recordings, checkpoint):
+    samples, _ = soundfile.read(long_recording)
+    samples[-100:] = np.nan
+    broken = long_recording.with_name("broken.wav")
+    soundfile.write(broken, samples, 8000, subtype="FLOAT")
+    common = ("transcribe", broken, recordings / "a.wav", long_recording, "--checkpoint", checkpoint)
+    code, out, err = run(capsys, *common)
+    assert code == 1 and out == "" and f"error: {broken}" in err and "NaN" in err
+    code, out, err = run(capsys, *common, "--skip_broken")
+    assert code == 0 and [Path(line.partition(": ")[0]).name for line in out.splitlines()] == ["a.wav", "long.flac"]
 
 
 def test_transcribe_with_a_ctc_checkpoint(capsys, recordings, ctc_checkpoint):

@@ -50,6 +50,8 @@ COMMON_OPTIONS = (
     "hub_model_id",
 )
 
+TRANSCRIPT_SUFFIXES = {"text": ".txt", "json": ".json", "srt": ".srt", "vtt": ".vtt"}  # of --format, for files
+
 VALUE_NAMES = {int: "N", float: "X"}  # of an option, in help
 
 DESCRIPTION = "Speech recognition whose attention knows the pitch of the voice."
@@ -111,7 +113,10 @@ TRANSCRIBE_EXAMPLES = """\
 examples:
   echo-hf transcribe                               the recordings that come with the package
   echo-hf transcribe talk.flac interviews/         a file, and all audio in a folder and below
-  echo-hf transcribe --checkpoint my-model --json *.wav > transcripts.jsonl
+  echo-hf transcribe --checkpoint my-model --format json *.wav > transcripts.jsonl
+  echo-hf transcribe lecture.mp3 --timestamps word
+  echo-hf transcribe film.flac --format srt > film.srt
+  echo-hf transcribe recordings/ --format vtt --output_dir subtitles
 """
 
 
@@ -229,7 +234,17 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-VALUE_NAMES[_positive] = "N"
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, got {text!r}")
+    return value
+
+
+VALUE_NAMES |= {_positive: "N", _seconds: "X"}
 
 
 def _new_parser(
@@ -705,13 +720,28 @@ def _add_transcribe(commands) -> None:
         help="write what is said in audio files",
         description=(
             "Write what is said in audio files of any sampling rate: WAV, FLAC, Ogg Vorbis and Opus, MP3, AIFF.\n"
-            "Each line of output is a path and its text, or with --json an object."
+            "Long ones are cut at pauses. Each line of output is a path and its text; --format gives JSON lines or\n"
+            "subtitles."
         ),
         epilog=TRANSCRIBE_EXAMPLES,
     )
     parser.add_argument("paths", nargs="*", help="files and folders (the recordings that come with the package)")
     _add_decoding(parser, batch_size=8)
-    parser.add_argument("--json", action="store_true", help="print JSON lines with path, text and seconds")
+    parser.add_argument("--timestamps", choices=["segment", "word"], help="tell when each segment or word was said")
+    parser.add_argument(
+        "--format",
+        choices=list(TRANSCRIPT_SUFFIXES),
+        default="text",
+        help="lines of text; JSON lines with path, text, seconds and chunks; subtitles as SubRip or WebVTT",
+    )
+    parser.add_argument("--json", action="store_const", const="json", dest="format", help="the same as --format json")
+    _add_both(parser, "output_dir", help="folder for one file a recording, instead of standard output")
+    _add_both(
+        parser,
+        "chunk_length_s",
+        type=_seconds,
+        help="longest segment in seconds, that of a subtitle too (20); 0 cuts nothing",
+    )
 
 
 def _transcribe(options) -> int:
@@ -724,6 +754,11 @@ def _transcribe(options) -> int:
     if not options.paths and not BUNDLED_RECORDINGS.is_dir():
         raise ValueError("This installation came without recordings; name files or folders to transcribe.")
     files = expand_paths(options.paths or [BUNDLED_RECORDINGS])
+    outputs = {}
+    if options.output_dir:
+        outputs = _output_files(options.output_dir, files, TRANSCRIPT_SUFFIXES[options.format])
+    elif len(files) > 1 and options.format in ("srt", "vtt"):
+        raise ValueError(f"Subtitles of {len(files)} files need a file each: name a folder with --output_dir.")
     model, processor = load_checkpoint(options.checkpoint, options.device)
     pipeline = EchoAutomaticSpeechRecognitionPipeline(
         model=model,
@@ -732,21 +767,66 @@ def _transcribe(options) -> int:
         device=model.device,
     )
     generate_options = _generate_options(options) if model.can_generate() else {}
+    timestamps = options.timestamps
+    if timestamps is None and options.format in ("srt", "vtt"):
+        timestamps = "segment"
+    length = {} if options.chunk_length_s is None else {"chunk_length_s": options.chunk_length_s}
     broken = 0
-    for transcript in transcribe_files(pipeline, files, options.batch_size, generate_options):
+    for transcript in transcribe_files(
+        pipeline, files, options.batch_size, generate_options, timestamps, show_progress=True, **length
+    ):
         if transcript.error is not None:
             broken += 1
             if not options.skip_broken:
                 raise ValueError(f"{transcript.path}: {transcript.error} (--skip_broken goes on with the others)")
             _tell(f"echo-hf: skipped {transcript.path}: {transcript.error}")
-        elif options.json:
-            line = {"path": str(transcript.path), "text": transcript.text, "seconds": transcript.seconds}
-            _write(json.dumps(line, ensure_ascii=False))
+        elif outputs:
+            content = _format_transcript(transcript, options.format, prefix="")
+            outputs[transcript.path].write_text(content, encoding="utf-8")
         else:
-            _write(f"{transcript.path}: {transcript.text}")
+            sys.stdout.write(_format_transcript(transcript, options.format, f"{transcript.path}: "))
+            sys.stdout.flush()
+    if outputs and broken < len(files):
+        _tell(f"echo-hf: {len(files) - broken} transcripts are in {options.output_dir}.")
     if broken:
         _tell(f"echo-hf: {broken} of {len(files)} files were skipped.")
     return 1 if broken == len(files) else 0
+
+
+def _output_files(folder: str, files: list[Path], suffix: str) -> dict[Path, Path]:
+    """Where the transcript of each file goes; the folder is made."""
+    outputs: dict[Path, Path] = {}
+    taken: dict[str, Path] = {}
+    for path in files:
+        other = taken.setdefault(path.stem, path)
+        if other is not path:
+            raise ValueError(f"{other} and {path} would have the same transcript in {folder}; do them one by one.")
+        outputs[path] = Path(folder) / f"{path.stem}{suffix}"
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return outputs
+
+
+def _format_transcript(transcript, format: str, prefix: str) -> str:
+    """A transcript as it is written, with its line breaks; `prefix` begins each line of text."""
+    from .subtitles import format_time
+    from .subtitles import to_srt
+    from .subtitles import to_vtt
+
+    if format == "srt":
+        return to_srt(transcript.chunks)
+    if format == "vtt":
+        return to_vtt(transcript.chunks)
+    if format == "json":
+        line = {"path": str(transcript.path), "text": transcript.text, "seconds": transcript.seconds}
+        if transcript.chunks is not None:
+            line["chunks"] = transcript.chunks
+        return json.dumps(line, ensure_ascii=False) + "\n"
+    if transcript.chunks is None:
+        return f"{prefix}{transcript.text}\n"
+    return "".join(
+        f"{prefix}[{format_time(chunk['start'])} --> {format_time(chunk['end'])}] {chunk['text']}\n"
+        for chunk in transcript.chunks
+    )
 
 
 # Benchmark -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Recognising many utterances with a finished checkpoint: prepared data in length-sorted batches, or files one by one.
+"""Recognising with a finished checkpoint: prepared utterances in length-sorted batches, or audio files of any length.
 
 For prepared data there are two controls. A model that listens does badly on both; one that only knows which texts are
 likely does not: `"zeroed"` replaces every feature, F0 too, by 0 at the same length, `"shuffled"` gives every utterance
@@ -8,6 +8,7 @@ Transcribing files needs nothing that the package's base install lacks, such as 
 """
 
 import os
+import sys
 from collections.abc import Iterable
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,9 +21,10 @@ import torch
 from tqdm.auto import tqdm
 
 from .checkpoint import load_model_and_processor
-from .feature_extraction_echo import load_audio
+from .pipeline_echo import LONGEST_SEGMENT
 from .pipeline_echo import EchoAutomaticSpeechRecognitionPipeline
 from .processing_echo import EchoProcessor
+from .segmentation_echo import read_blocks
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -170,12 +172,15 @@ class Transcript:
         path (`Path`): the file.
         text (`str`, *optional*): what was recognised; `None` if the file could not be used.
         seconds (`float`, *optional*): its duration.
+        chunks (`list[dict]`, *optional*): its segments or words, each with `"text"`, `"start"` and `"end"` (seconds);
+            with timestamps.
         error (`str`, *optional*): why it could not be used.
     """
 
     path: Path
     text: str | None = None
     seconds: float | None = None
+    chunks: list[dict[str, Any]] | None = None
     error: str | None = None
 
 
@@ -184,40 +189,146 @@ def transcribe_files(
     files: list[Path],
     batch_size: int = 8,
     generate_kwargs: dict[str, Any] | None = None,
+    timestamps: str | None = None,
+    chunk_length_s: float = LONGEST_SEGMENT,
+    show_progress: bool = False,
 ) -> Iterator[Transcript]:
     """
-    Transcripts of audio files of any sampling rate, in their order, as soon as a batch is done.
+    Transcripts of audio files of any length and sampling rate, in their order, as soon as each is done.
 
-    A file that cannot be used gives a [`Transcript`] with its `error`, and does not keep the others of its batch from
-    being transcribed.
+    Files that are no longer than a segment go through the model together, and of a longer one its segments. No more
+    than `batch_size` segments are in memory. A file that cannot be used gives a [`Transcript`] with its `error`, and
+    does not keep the others from being transcribed.
+
+    Args:
+        pipeline ([`EchoAutomaticSpeechRecognitionPipeline`]): the recogniser.
+        files (`list[Path]`): audio files.
+        batch_size (`int`, defaults to 8): segments at a time.
+        generate_kwargs (`dict`, *optional*): for `generate()`.
+        timestamps (`str`, *optional*): `"segment"` or `"word"`: what to tell the times of.
+        chunk_length_s (`float`, defaults to 20): longest segment in seconds; 0: a file is never cut.
+        show_progress (`bool`, defaults to `False`): whether a bar on standard error, if that is a terminal, tells how
+            much of the audio is done.
+
+    Raises:
+        `ValueError`: the kind of timestamps is not known.
     """
-    options = {"generate_kwargs": generate_kwargs} if generate_kwargs else {}
-    for start in range(0, len(files), batch_size):
-        done: dict[Path, Transcript] = {}
-        recordings: dict[Path, dict[str, Any]] = {}
-        for path in files[start : start + batch_size]:
+    kinds = {None: None, "segment": True, "word": "word"}
+    if timestamps not in kinds:
+        raise ValueError(f"timestamps must be 'segment' or 'word', got {timestamps!r}.")
+    options = {"batch_size": batch_size, "chunk_length_s": chunk_length_s, "return_timestamps": kinds[timestamps]}
+    if generate_kwargs:
+        options["generate_kwargs"] = generate_kwargs
+    rate = pipeline.feature_extractor.sampling_rate
+    with _ProgressBar(files, show_progress) as bar:
+
+        def finish(waiting: dict[Path, np.ndarray | str]) -> Iterator[Transcript]:
+            done = list(_transcribe_together(pipeline, waiting, options))
+            bar.advance(sum(transcript.seconds or 0.0 for transcript in done))
+            bar.clear()  # it would stand in the way of what the caller writes
+            yield from done
+
+        waiting: dict[Path, np.ndarray | str] = {}  # samples, or why there are none
+        for path in files:
+            bar.set_postfix_str(path.name, refresh=False)
             try:
-                samples, rate = load_audio(path)
-                recordings[path] = {"raw": samples, "sampling_rate": rate}
+                waiting[path] = _read_short(path, rate, chunk_length_s)
             except (OSError, ValueError) as error:
-                done[path] = Transcript(path, error=str(error))
-        try:
-            # Copies, as the pipeline may take out of a dict what it reads.
-            batch = [dict(recording) for recording in recordings.values()]
-            results = pipeline(batch, batch_size=batch_size, **options) if batch else []
-        except ValueError:  # one of them: alone, each shows whether it is the one
-            results = [_transcribe_alone(pipeline, recording, options) for recording in recordings.values()]
-        for (path, recording), result in zip(recordings.items(), results):
-            seconds = len(recording["raw"]) / recording["sampling_rate"]
-            done[path] = Transcript(path, result.get("text"), round(seconds, 3), result.get("error"))
-        yield from (done[path] for path in files[start : start + batch_size])
+                waiting[path] = str(error)
+            if waiting[path] is None:
+                del waiting[path]
+                yield from finish(waiting)
+                waiting = {}
+                transcript = _transcribe_long(pipeline, path, options, bar)
+                bar.clear()
+                yield transcript
+            elif len(waiting) == batch_size:
+                yield from finish(waiting)
+                waiting = {}
+        yield from finish(waiting)
 
 
-def _transcribe_alone(pipeline, recording: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+class _ProgressBar(tqdm):
+    """Seconds of audio done, of those that the files' headers claim. If they claim too few, the bar loses its end."""
+
+    def __init__(self, files: list[Path], show: bool):
+        show = show and sys.stderr.isatty()
+        super().__init__(
+            disable=not show,
+            total=round(sum(map(_claimed_seconds, files))) if show else None,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} s of audio [{elapsed}<{remaining}{postfix}]",
+        )
+        self.seconds = 0.0
+
+    def advance(self, seconds: float):
+        self.seconds += seconds
+        self.update(round(self.seconds) - self.n)
+
+
+def _claimed_seconds(path: Path) -> float:
+    """Duration as the file's header has it, for the progress bar alone: it may be wrong."""
+    import soundfile
+
     try:
-        return pipeline(dict(recording), **options)
-    except ValueError as error:
-        return {"error": str(error)}
+        return soundfile.info(path).duration
+    except soundfile.SoundFileError:
+        return 0.0
+
+
+def _read_short(path: Path, rate: int, longest: float) -> np.ndarray | None:
+    """Samples of a file at `rate` (Hz), or None if it is longer than `longest` seconds (0: no file is)."""
+    blocks, num_samples = [np.zeros(0, np.float32)], 0
+    for block in read_blocks(path, rate):
+        blocks.append(block)
+        num_samples += len(block)
+        if longest and num_samples > longest * rate:
+            return None
+    return np.concatenate(blocks)
+
+
+def _transcribe_together(pipeline, waiting: dict[Path, np.ndarray | str], options) -> Iterator[Transcript]:
+    rate = pipeline.feature_extractor.sampling_rate
+    recordings = {path: samples for path, samples in waiting.items() if not isinstance(samples, str)}
+    try:
+        batch = [{"raw": samples, "sampling_rate": rate} for samples in recordings.values()]
+        results = dict(zip(recordings, pipeline(batch, **options))) if batch else {}
+    except ValueError:  # one of them: alone, each shows whether it is the one
+        results = {}
+        for path, samples in recordings.items():
+            try:
+                results[path] = pipeline({"raw": samples, "sampling_rate": rate}, **options)
+            except ValueError as error:
+                waiting[path] = str(error)
+    for path, samples in waiting.items():
+        if isinstance(samples, str):
+            yield Transcript(path, error=samples)
+        else:
+            yield _transcript(path, len(samples) / rate, results[path])
+
+
+def _transcribe_long(pipeline, path: Path, options, bar) -> Transcript:
+    seconds = 0.0
+
+    def progress(more: float):
+        nonlocal seconds
+        seconds += more
+        bar.advance(more)
+
+    try:
+        result = pipeline(str(path), progress=progress, **options)
+    except (OSError, ValueError) as error:
+        return Transcript(path, error=str(error))
+    return _transcript(path, seconds, result)
+
+
+def _transcript(path: Path, seconds: float, result: dict[str, Any]) -> Transcript:
+    chunks = None
+    if "chunks" in result:
+        chunks = [
+            {"text": chunk["text"].strip(), "start": chunk["timestamp"][0], "end": chunk["timestamp"][1]}
+            for chunk in result["chunks"]
+        ]
+    return Transcript(path, result["text"], round(seconds, 3), chunks)
 
 
 __all__ = ["Transcript", "expand_paths", "find_audio_files", "load_checkpoint", "recognize", "transcribe_files"]

@@ -1,0 +1,55 @@
+"""Subtitles: texts with their times as SubRip (.srt) and WebVTT (.vtt).
+
+What the two ask for and a transcript may not keep is put right here: a cue is one line with something in it, ends after
+it begins, and holds nothing that a player would read as markup or as times.
+"""
+
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Any
+
+SHORTEST_CUE = 0.001  # seconds, the unit of both formats
+
+
+def format_time(seconds: float, decimal_mark: str = ".") -> str:
+    """Seconds as `HH:MM:SS.mmm`, with as many digits of hours as it takes, at least two."""
+    milliseconds = max(0, round(seconds * 1000))
+    minutes, milliseconds = divmod(milliseconds, 60_000)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:02d}:{minutes:02d}:{milliseconds // 1000:02d}{decimal_mark}{milliseconds % 1000:03d}"
+
+
+def to_srt(chunks: Iterable[Mapping[str, Any]]) -> str:
+    """
+    SubRip, the format of https://docs.fileformat.com/video/srt/: numbered cues with their times and text.
+
+    Args:
+        chunks: dicts with `"text"`, `"start"` and `"end"` (seconds), in the order of time. Those without text are left
+            out.
+
+    Returns:
+        `str`: the content of a file, empty if there is no text.
+    """
+    cues = [
+        f"{number}\n{format_time(start, ',')} --> {format_time(end, ',')}\n{text}\n"
+        for number, (text, start, end) in enumerate(_cues(chunks), start=1)
+    ]
+    return "\n".join(cues)
+
+
+def to_vtt(chunks: Iterable[Mapping[str, Any]]) -> str:
+    """WebVTT, https://www.w3.org/TR/webvtt1/. Arguments as of [`to_srt`]; without any text, the header alone."""
+    cues = []
+    for text, start, end in _cues(chunks):
+        escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+        cues.append(f"\n{format_time(start)} --> {format_time(end)}\n{escaped}\n")
+    return "WEBVTT\n" + "".join(cues)
+
+
+def _cues(chunks: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, float, float]]:
+    for chunk in chunks:
+        # An arrow in the text of a cue would be taken for its times.
+        text = " ".join(chunk["text"].split()).replace("-->", "->")
+        if text:
+            yield text, chunk["start"], max(chunk["end"], chunk["start"] + SHORTEST_CUE)
