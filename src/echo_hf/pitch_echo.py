@@ -44,7 +44,8 @@ VOICED_CORRELATION = 0.45  # at least, of a voiced frame; white noise reaches 0.
 PEAK_RANGE = 50.0  # dB; quieter than this under the largest sample of the utterance is unvoiced
 ONSET_RANGE = 10.0  # dB; so is what is quieter than this under the loudest frame up to two away: it is not yet there
 LEAST_OVERLAP = 0.01  # share of the frame's energy by which its correlation is divided at least
-CORRELATION_FRAMES = 1024  # held at a time: 4 MB
+CORRELATION_FRAMES = 512  # held at a time on the CPU, to stay in its cache
+ACCELERATOR_FRAMES = 16384  # held at a time elsewhere: about 100 MB
 FILTER_OUTPUTS = 32  # samples filtered by one row of a matrix product
 
 ENVELOPE_FRAMES = 1000  # frames of WORLD's full spectra held at a time (513 values each at 16 kHz)
@@ -256,8 +257,9 @@ def _strongest_lags(torch, windows, centres, exists, tables):
     middle = slice(width // 2 - round(0.005 * tables["rate"]), width // 2 + round(0.005 * tables["rate"]))
     around = torch.arange(-2, 3, device=device)
     lag, strength, energy = [], [], []
-    for start in range(0, len(centres), CORRELATION_FRAMES):
-        stop = min(start + CORRELATION_FRAMES, len(centres))
+    block = CORRELATION_FRAMES if device.type == "cpu" else ACCELERATOR_FRAMES
+    for start in range(0, len(centres), block):
+        stop = min(start + block, len(centres))
         before, after = min(start, 1), min(len(centres) - stop, 1)  # neighbours to be heard as well
         part = slice(start - before, stop + after)
         frames = windows[centres[part]] * exists[part, None]  # (frames, width)
@@ -295,8 +297,9 @@ def _strongest_lags(torch, windows, centres, exists, tables):
         sine = ((below + above) / here).clamp_(-1.0, 1.999).square_().mul_(-0.25).add_(1.0)  # squared
         height = (above - below).square_().mul_(0.25).div_(sine).addcmul_(here, here).sqrt_()
         is_peak = (here > below) & (here >= above) & (here > 0.0)
-        best, index = (height - costs).masked_fill_(~is_peak, -2.0).max(dim=1, keepdim=True)
-        strength.append(torch.where(best > -2.0, height.gather(1, index), 0.0)[:, 0])
+        # A peak that its cost brings to 0 is too low to be voiced, so 0 stands for no peak.
+        best, index = (height - costs).mul_(is_peak).max(dim=1, keepdim=True)
+        strength.append(torch.where(best > 0.0, height.gather(1, index), 0.0)[:, 0])
         # The frame's own peak is at most a step from that of the mean.
         index = index + shortest
         values = correlation.gather(1, (index + around).clamp(0, LAG_STEPS * lags))
