@@ -62,6 +62,22 @@ def tokenizer(request, byte_tokenizer, trained_tokenizer, tmp_path):
     return tokenizer
 
 
+def test_characters_of_the_text_are_one_token_each(tmp_path):
+    tokenizer = EchoTokenizer.from_characters(TEXTS)
+    for text in TEXTS:
+        assert len(tokenizer.encode(text, add_special_tokens=False)) == len(text)
+        assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.get_vocab() == tokenizer.get_vocab() and loaded.encode("ы") == tokenizer.encode("ы")
+    assert len(tokenizer.encode("\N{SNOWMAN}", add_special_tokens=False)) == 3  # not in the texts: its bytes
+
+
+def test_rare_characters_stay_bytes_where_there_is_no_room():
+    tokenizer = EchoTokenizer.from_characters(["aééè"], vocab_size=260)
+    assert [len(tokenizer.tokenize(character)) for character in "aéè"] == [1, 1, 2]
+
+
 def test_byte_vocabulary(byte_tokenizer):
     assert len(byte_tokenizer) == byte_tokenizer.vocab_size == 259
     assert sorted(byte_tokenizer.get_vocab().values()) == list(range(259))

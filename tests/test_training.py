@@ -102,14 +102,23 @@ def test_a_config_without_preset_has_the_mechanisms_of_echo_config():
     assert build_config(ModelArguments(preset="baseline", config_overrides="pitch_gate=true")).pitch_gate
 
 
-def test_vocabulary_is_bytes_or_merged_from_the_text():
+def test_vocabulary_is_of_bytes_characters_or_subwords():
     texts = ["the cat sat on the mat", "the hat"] * 5
-    assert len(build_tokenizer(texts)) == len(build_tokenizer(texts, 259)) == 259
-    assert len(build_tokenizer(texts, 262)) == 262
+    assert len(build_tokenizer(texts, "byte")) == len(build_tokenizer(texts, "byte", 259)) == 259
+    assert len(build_tokenizer(texts, "subword", 262)) == 262
+    assert len(build_tokenizer(texts)) == len(build_tokenizer(texts, "character")) == 259  # all of one byte
+    assert len(build_tokenizer([*texts, "да нет"])) == 264
     with pytest.raises(ValueError, match="at least 259"):
-        build_tokenizer(texts, 100)
+        build_tokenizer(texts, vocab_size=100)
+    for unit, size, message in (
+        ("subword", None, "needs a vocab_size"),
+        ("byte", 300, "259 with"),
+        ("word", None, "word"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_tokenizer(texts, unit, size)
     # A text too small for the vocabulary: the model gets as many tokens as there are.
-    model, processor = build_model_and_processor(model_arguments(vocab_size=5000), texts)
+    model, processor = build_model_and_processor(model_arguments(token_unit="subword", vocab_size=5000), texts)
     assert len(processor.tokenizer) == model.config.vocab_size < 5000
 
 
@@ -248,7 +257,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(manifest, tmp_path):
 def test_resuming_keeps_the_tokenizer_of_the_weights(manifest, tmp_path):
     data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"))
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
-    arguments = model_arguments(vocab_size=261)
+    arguments = model_arguments(token_unit="subword", vocab_size=261)
     train(arguments, data, trainer_arguments(tmp_path / "run", label_smoothing_factor=0.2, **settings))
     tokenizer = EchoTokenizer.from_pretrained(tmp_path / "run")
     manifest.write_text(manifest.read_text().replace("high", "zzzz"))  # another text, which makes other tokens
@@ -261,7 +270,9 @@ def test_text_can_be_trained_as_it_is_scored(manifest, tmp_path):
     lines = [json.loads(line) for line in manifest.read_text().splitlines()]
     manifest.write_text("\n".join(json.dumps({**line, "text": line["text"].title() + "!"}) for line in lines))
     data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"), normalize_text=True)
-    arguments = ModelArguments(config_overrides=TINY, feature_groups=TINY_FEATURES, vocab_size=262)
+    arguments = ModelArguments(
+        config_overrides=TINY, feature_groups=TINY_FEATURES, token_unit="subword", vocab_size=262
+    )
     train(arguments, data, trainer_arguments(tmp_path / "run"))
     merged = AutoProcessor.from_pretrained(tmp_path / "run").tokenizer.get_vocab()
     assert {"gh", "hi", "lo"} <= set(merged)  # as written, it would be merged with the capitals

@@ -1,9 +1,12 @@
 """The tokenizer of Echo: byte-level BPE, so that any text of any language has tokens and comes back exactly.
 
-`EchoTokenizer()` is the plain vocabulary of 3 special tokens and 256 bytes; `train_new_from_iterator` makes one with
-merged tokens besides. There is no unknown token. Text is text: "</s>" in a transcript is four characters, not its end.
+`EchoTokenizer()` is the plain vocabulary of 3 special tokens and 256 bytes. `from_characters` makes one that has a token
+for each character of several bytes besides, `train_new_from_iterator` one with tokens of several characters. There is
+no unknown token. Text is text: "</s>" in a transcript is four characters, not its end.
 """
 
+from collections import Counter
+from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
@@ -98,6 +101,41 @@ class EchoTokenizer(TokenizersBackend):
         added = self._tokenizer.encode("").ids
         self._add_bos_token = self.bos_token_id in added
         self._add_eos_token = self.eos_token_id in added
+
+    @classmethod
+    def from_characters(cls, texts: Iterable[str], vocab_size: int | None = None) -> "EchoTokenizer":
+        """A tokenizer with a token for each character of the texts that is several bytes, beside the single bytes.
+
+        Letters beyond ASCII then cost one token each, as the others do; bytes would be more than a CTC model has frames
+        for. Characters that are not in the texts stay several tokens.
+
+        Args:
+            texts (`Iterable[str]`): transcripts.
+            vocab_size (`int`, *optional*): most tokens there may be; rare characters are left to their bytes.
+
+        Example:
+
+        ```python
+        >>> from echo_hf import EchoTokenizer
+
+        >>> tokenizer = EchoTokenizer.from_characters(["да нет"])
+        >>> len(tokenizer), len(tokenizer.tokenize("да")), len(tokenizer.tokenize("ы"))
+        (264, 2, 2)
+
+        ```"""
+        plain = cls()
+        vocab, merges = plain.get_vocab(), []
+        to_byte_token = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
+        counts = Counter(character for text in texts for character in text)
+        for character, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+            token = to_byte_token(character)[0][0]  # one sign for each byte
+            new = [token[:end] for end in range(2, len(token) + 1) if token[:end] not in vocab]
+            if vocab_size is not None and len(vocab) + len(new) > vocab_size:
+                continue
+            for part in new:
+                vocab[part] = len(vocab)
+                merges.append((part[:-1], part[-1]))
+        return cls(vocab=vocab, merges=merges)
 
     def decode_ctc(self, token_ids: Any, **kwargs) -> str:
         """Text of a best path through CTC: repeated ids are one token, and blanks (`pad_token_id`) are none.

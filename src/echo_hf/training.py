@@ -68,6 +68,7 @@ logger = logging.get_logger(__name__)
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl")  # nothing of such a name is ever pushed
 BYTE_VOCABULARY = 259  # 3 special tokens and 256 bytes
+TOKEN_UNITS = ("byte", "character", "subword")
 
 # What `echo-hf train` sets where the Trainer's own default is meant for fine-tuning a large language model.
 TRAINING_DEFAULTS = {
@@ -112,12 +113,17 @@ class ModelArguments:
             "choices": list(SIZES),
         },
     )
-    vocab_size: int | None = field(
+    token_unit: str | None = field(
         default=None,
         metadata={
-            "help": "Number of tokens, from scratch: 259 (bytes, the default), or more for tokens of several bytes that"
-            " are frequent in the training text."
+            "help": "What a token is, from scratch: a character of the training text (the default), a byte, or a"
+            " subword, for which vocab_size is needed. CTC learns larger units later, and takes at most one a frame.",
+            "choices": list(TOKEN_UNITS),
         },
+    )
+    vocab_size: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens there may be, from scratch: at least 259 (bytes and special tokens)."},
     )
     feature_groups: str | None = field(
         default=None,
@@ -201,13 +207,16 @@ class EchoTrainer(Seq2SeqTrainer):
         card_arguments ([`CardArguments`], *optional*): what to say in the model card that cannot be measured.
 
     Raises:
-        `ValueError`: the `hub_strategy` would push the state of the optimizer.
+        `ValueError`: the processor is not the model's; or the `hub_strategy` would push the state of the optimizer.
     """
 
     def __init__(self, *args, train_collator: EchoDataCollator, card_arguments: CardArguments | None = None, **kwargs):
         settings = kwargs.get("args")
         if settings is not None and settings.push_to_hub:
             check_hub_strategy(settings)
+        processor, config = kwargs.get("processing_class"), getattr(kwargs.get("model"), "config", None)
+        if isinstance(processor, EchoProcessor) and isinstance(config, EchoConfig):
+            check_fit(processor, config)  # a token too many is an "index out of range" in the middle of training
         super().__init__(*args, **kwargs)
         self.train_collator = train_collator
         self.card_arguments = card_arguments or CardArguments()
@@ -391,18 +400,33 @@ def build_config(arguments: ModelArguments, label_smoothing: float = 0.0) -> Ech
     return EchoConfig.from_preset(arguments.preset or "baseline", size=arguments.size or "10m", **settings)
 
 
-def build_tokenizer(texts: Sequence[str], vocab_size: int | None = None) -> EchoTokenizer:
+def build_tokenizer(
+    texts: Sequence[str], token_unit: str | None = None, vocab_size: int | None = None
+) -> EchoTokenizer:
     """
-    The byte vocabulary, or byte pairs merged on the training text.
+    A tokenizer for the training text.
+
+    Args:
+        texts (`Sequence[str]`): training transcripts.
+        token_unit (`str`, *optional*): of `TOKEN_UNITS`; `"character"` if not given.
+        vocab_size (`int`, *optional*): most tokens there may be; needed for subwords, and not for bytes.
 
     Raises:
-        `ValueError`: `vocab_size` is smaller than the byte vocabulary.
+        `ValueError`: the unit is not known, or `vocab_size` does not go with it.
     """
-    vocab_size = vocab_size or BYTE_VOCABULARY
-    if vocab_size < BYTE_VOCABULARY:
+    token_unit = token_unit or "character"
+    if token_unit not in TOKEN_UNITS:
+        raise ValueError(f"token_unit must be one of {', '.join(TOKEN_UNITS)}, got {token_unit!r}.")
+    if vocab_size is not None and vocab_size < BYTE_VOCABULARY:
         raise ValueError(f"vocab_size must be at least {BYTE_VOCABULARY} (bytes and special tokens), got {vocab_size}.")
-    if vocab_size == BYTE_VOCABULARY:
+    if token_unit == "byte":
+        if vocab_size not in (None, BYTE_VOCABULARY):
+            raise ValueError(f"vocab_size is {BYTE_VOCABULARY} with bytes as tokens; leave it out, got {vocab_size}.")
         return EchoTokenizer()
+    if token_unit == "character":
+        return EchoTokenizer.from_characters(texts, vocab_size)
+    if vocab_size is None:
+        raise ValueError("token_unit subword needs a vocab_size, e.g. 1000.")
     tokenizer = EchoTokenizer().train_new_from_iterator(texts, vocab_size, show_progress=False)
     if len(tokenizer) < vocab_size:
         logger.warning(f"The training text gives {len(tokenizer)} tokens, fewer than the {vocab_size} asked for.")
@@ -437,12 +461,12 @@ def build_model_and_processor(
     """
     if arguments.model_name_or_path is None:
         config = build_config(arguments, label_smoothing)
-        tokenizer = build_tokenizer(texts, arguments.vocab_size)
+        tokenizer = build_tokenizer(texts, arguments.token_unit, arguments.vocab_size)
         config.vocab_size = len(tokenizer)
         processor = build_processor(config, tokenizer, arguments.f0_method)
         model = EchoForConditionalGeneration(config)
     else:
-        for name in ("preset", "size", "vocab_size", "feature_groups", "f0_method"):
+        for name in ("preset", "size", "token_unit", "vocab_size", "feature_groups", "f0_method"):
             if getattr(arguments, name) is not None:
                 raise ValueError(
                     f"{name} belongs to a new model, and {arguments.model_name_or_path} is trained further. Leave it"
@@ -598,7 +622,7 @@ def train(
     if model.config.ctc_loss_weight > 0 and (beyond := count_beyond_ctc(train_data, model.config)):
         logger.warning(
             f"{beyond} of {len(train_data.dataset)} utterances have more tokens than encoder frames, and the CTC loss"
-            " leaves them out. A larger vocab_size makes fewer tokens."
+            " leaves them out. Subwords are fewer tokens (token_unit); smaller stem_strides give more frames."
         )
 
     if data_arguments.diagnostics:
@@ -660,7 +684,9 @@ def train(
         trainer.create_model_card()
     if training_arguments.push_to_hub:
         try:
-            summary["pushed_to"] = str(trainer.push_to_hub().repo_url)
+            commit = trainer.push_to_hub()
+            if commit is not None:  # the first of several processes, which is the one that pushes
+                summary["pushed_to"] = str(commit.repo_url)
         except Exception as error:  # of the connection, the Hub or the file system; what was trained is safe from each
             raise OSError(
                 f"The model is trained and saved in {output_dir}, but could not be pushed: {error}. Push it later with:"
