@@ -12,8 +12,13 @@ import soundfile
 
 import echo_hf
 from conftest import voice
+from echo_hf import EchoFeatureExtractor
+from echo_hf import EchoProcessor
+from echo_hf import EchoTokenizer
+from echo_hf.data import EchoDataCollator
 from echo_hf.training import DataArguments
 from echo_hf.training import EchoTrainer
+from echo_hf.training import build_model_and_processor
 from echo_hf.training import find_last_checkpoint
 from echo_hf.training import train
 from echo_hf.transcription import load_checkpoint
@@ -263,3 +268,19 @@ def test_pushing_the_optimizers_pickle_is_refused_early(strategy, tmp_path):
     arguments = trainer_arguments(tmp_path, push_to_hub=True, hub_strategy=strategy)
     with pytest.raises(ValueError, match=f"'{strategy}' pushes the state of the optimizer, which is a pickle"):
         train(model_arguments(), DataArguments(train_data=["nowhere"]), arguments)
+
+
+def test_the_trainer_refuses_the_processor_of_another_model(tmp_path):
+    model, processor = build_model_and_processor(model_arguments(), ["low"])
+    more_tokens = EchoTokenizer().train_new_from_iterator(["aaaa bbbb cccc dddd"] * 9, 265)
+    for name, wrong in (
+        ("vocab_size", EchoProcessor(processor.feature_extractor, more_tokens)),
+        ("feature_groups", EchoProcessor(EchoFeatureExtractor(), processor.tokenizer)),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: the .* has .* the model"):
+            EchoTrainer(
+                model=model,
+                args=trainer_arguments(tmp_path),
+                processing_class=wrong,
+                train_collator=EchoDataCollator(processor),
+            )
