@@ -93,6 +93,8 @@ def test_levels_are_in_decibels():
     np.testing.assert_allclose(frame_levels(square, 100), 0.0, atol=1e-9)
     np.testing.assert_allclose(frame_levels(0.001 * square, 100), -60.0, atol=1e-9)
     assert frame_levels(np.zeros(250), 100).tolist() == [-120.0, -120.0]
+    np.testing.assert_allclose(frame_levels(0.001 * square + 0.1, 100), -60.0, atol=1e-6)
+    assert frame_levels(np.full(250, 0.5, np.float32), 100).tolist() == [-120.0, -120.0]
 
 
 def test_a_short_recording_is_one_segment_as_it_is():

@@ -136,9 +136,11 @@ def _finite(block: np.ndarray, name: str) -> np.ndarray:
 
 
 def frame_levels(waveform: np.ndarray, frame: int) -> np.ndarray:
-    """Level of each frame of `frame` samples: its mean power in dB, 0 at full scale, -120 at least. `(samples,)` to
-    `(samples // frame,)`, float64; samples behind the last whole frame are left out."""
+    """Level of each frame of `frame` samples: its mean power around its mean in dB, 0 at full scale, -120 at least.
+    `(samples,)` to `(samples // frame,)`, float64; samples behind the last whole frame are left out."""
     frames = waveform[: len(waveform) // frame * frame].reshape(-1, frame).astype(np.float64)
+    # A constant offset, which many cheap recorders add, is no sound.
+    frames -= frames.mean(axis=1, keepdims=True)
     return 10.0 * np.log10(np.maximum(np.einsum("ij,ij->i", frames, frames) / frame, 1e-12))
 
 
