@@ -1,12 +1,18 @@
-"""Every notebook runs from start to end, and is committed with its outputs."""
+"""Every notebook answers its question from start to end, within two minutes, and is committed with its outputs."""
 
+import json
+import re
+import time
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from echo_hf.transcription import BUNDLED_RECORDINGS
+
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+LONGEST = 120  # seconds
 
 
 def test_there_are_notebooks():
@@ -20,10 +26,37 @@ def test_notebook_was_committed_with_its_outputs(path):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert any(cell.outputs for cell in code)
     assert all(output.output_type != "error" for cell in code for output in cell.outputs)
+    texts = [
+        output.get("text") or json.dumps({k: v for k, v in output.get("data", {}).items() if k.startswith("text")})
+        for cell in code
+        for output in cell.outputs
+    ]
+    # Where it was run is nobody's business: no absolute path.
+    assert not re.search(r"(?<![\w.:/])/(?!s>)\w+/|[A-Z]:\\\\", "\n".join(texts))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_asks_a_question_and_defines_nothing(path):
+    notebook = nbformat.read(path, as_version=4)
+    title, rest = notebook.cells[0].source.split("\n", 1)
+    assert title.startswith("# ") and "?" in rest
+    source = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    assert not re.search(r"^\s*(def|class|while) ", source, re.MULTILINE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path):
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    started = time.monotonic()
+    NotebookClient(notebook, timeout=LONGEST, kernel_name="python3").execute()
+    assert time.monotonic() - started < LONGEST
+
+
+def test_recordings_have_their_texts():
+    """For training and evaluation the texts are in a manifest, for readers in a table."""
+    manifest = [json.loads(line) for line in (BUNDLED_RECORDINGS / "metadata.jsonl").read_text("utf-8").splitlines()]
+    table = (BUNDLED_RECORDINGS / "README.md").read_text("utf-8")
+    assert {row["file_name"] for row in manifest} == {path.name for path in BUNDLED_RECORDINGS.glob("*.ogg")}
+    for row in manifest:
+        assert f"| `{row['file_name']}` | {row['text']} |" in table

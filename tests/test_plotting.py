@@ -115,6 +115,15 @@ def test_angles_are_the_models_own(features):
     assert np.abs(differences.lines[2].get_ydata()).max() > 0.1
 
 
+def test_unwound_angles_of_frame_mode_are_position_times_frequency(features):
+    """Where F0 ends, an angle may jump by more than half a circle, and is then the standard one again."""
+    figure = plot_angles(tiny_model(rotary_theta=20.0), features.repeat(1, 4, 1), theta_mode="frame")
+    difference, f0 = figure.axes[1].lines[3].get_ydata(), np.nan_to_num(figure.axes[2].lines[0].get_ydata())
+    expected = np.arange(120) * ((20.0 + f0) ** (-6 / 36) - 20.0 ** (-6 / 36))
+    assert np.abs(np.diff(expected)).max() > np.pi
+    assert np.allclose(difference, expected, atol=1e-9)
+
+
 def test_angles_that_no_eye_can_follow_are_drawn_modulo_two_pi(features):
     model = tiny_model(rotary_frequencies="mel", rotary_theta=50000.0, theta_mode="frame")
     axis = plot_angles(model, features).axes[0]

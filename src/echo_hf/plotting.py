@@ -171,9 +171,9 @@ def plot_angles(model, input_features, theta_mode: str | None = None, title: str
     """Rotary angles of the first four channel pairs of the encoder: standard (thick; even pairs solid, odd ones dashed)
     against F0-adapted (thin), what lies between the two, and the F0 that did it.
 
-    Angles are drawn unwound where no pair turns by more than half a circle a frame, and modulo 2 pi otherwise, since
-    then nobody can tell from the angles how often they went round. The difference is the shortest way from one to the
-    other, 0 at the first frame: what is added to all angles alike means nothing to attention.
+    Angles are drawn unwound where no pair turns by more than half a circle a frame. Otherwise they are drawn modulo
+    2 pi, with the shortest way between standard and adapted, since how often they went round can then not be told. At
+    the first frame the two are made the same: what is added to all angles alike means nothing to attention.
 
     Args:
         model: an Echo model with an encoder.
@@ -195,17 +195,15 @@ def plot_angles(model, input_features, theta_mode: str | None = None, title: str
     figure = _new_figure(9, 7.5)
     encoder, f0, seconds = _encode_f0(model, input_features)
     theta_mode = _check_mode(theta_mode or encoder.config.theta_mode)
-    standard = _angles(encoder, f0, "none")[:, :ROTARY_PAIRS]
-    adapted = _angles(encoder, f0, theta_mode)[:, :ROTARY_PAIRS]
-    difference = adapted - standard
-    difference = (difference - difference[:1] + np.pi) % (2 * np.pi) - np.pi
     unwound = _fastest_turn(encoder, f0) < np.pi
-    if unwound:
-        standard, difference = np.unwrap(standard, axis=0), np.unwrap(difference, axis=0)
-    difference[np.abs(difference) < ROUNDING] = 0.0
-    adapted = standard + difference
+    standard = _angles(encoder, f0, "none", unwound)[:, :ROTARY_PAIRS]
+    adapted = _angles(encoder, f0, theta_mode, unwound)[:, :ROTARY_PAIRS]
+    difference = adapted - standard
+    difference -= difference[:1]
     if not unwound:
-        adapted %= 2 * np.pi
+        difference = (difference + np.pi) % (2 * np.pi) - np.pi
+    difference[np.abs(difference) < ROUNDING] = 0.0
+    adapted = standard + difference if unwound else (standard + difference) % (2 * np.pi)
     times = np.arange(len(f0)) * seconds
     axes = figure.subplots(3, 1, sharex=True, height_ratios=(2.2, 1.6, 1))
     colors = (BLACK, ORANGE, BLUE, PURPLE)
@@ -681,13 +679,18 @@ def _rotary(encoder, theta_mode: str):
     return rotary.requires_grad_(False)
 
 
-def _angles(encoder, f0: np.ndarray, theta_mode: str) -> np.ndarray:
-    """Angles in [0, 2 pi), `(S, C)`, float64."""
+def _angles(encoder, f0: np.ndarray, theta_mode: str, unwound: bool = False) -> np.ndarray:
+    """Angles, `(S, C)`, float64: in [0, 2 pi), or unwound, which is right where no pair turns by pi or more a frame."""
     import torch
 
-    f0_tensor = torch.from_numpy(f0)[None]
+    rotary, f0_tensor = _rotary(encoder, theta_mode), torch.from_numpy(f0)[None]
     positions = torch.arange(len(f0))[None]
-    return _rotary(encoder, theta_mode).angles(positions, f0_tensor, torch.ones_like(f0_tensor))[0].numpy()
+    if unwound and theta_mode != "phase":
+        # Theirs is the position times the angle at position 1; it may jump by any number of turns with F0.
+        turns = rotary.angles(torch.ones_like(positions), f0_tensor, torch.ones_like(f0_tensor))
+        return (positions[..., None] * turns)[0].numpy()
+    angles = rotary.angles(positions, f0_tensor, torch.ones_like(f0_tensor))[0].numpy()
+    return np.unwrap(angles, axis=0) if unwound else angles
 
 
 def _fastest_turn(encoder, f0: np.ndarray) -> float:
