@@ -255,8 +255,8 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
             options[self.model.main_input_name] = features
         ids = self.model.generate(attention_mask=attention_mask, **options)
         ids = ids["sequences"] if isinstance(ids, Mapping) else ids
-        ends = torch.as_tensor(self.model.config.eos_token_id, device=ids.device)
-        if not torch.isin(ids, ends).any(-1).all():
+        ends = self.model.config.eos_token_id
+        if ends is not None and not torch.isin(ids, torch.as_tensor(ends, device=ids.device)).any(-1).all():
             logger.warning_once(
                 "A transcript reached the longest length that generate() allows and was cut off. Shorter segments"
                 " (`chunk_length_s`) or a larger `max_new_tokens` keep all of it."
@@ -312,6 +312,8 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
                 joint = min(max(words[0].start if words else start + overlap / 2, start), start + overlap)
                 times[-1], start = (times[-1][0], joint), joint
             said = next((part for part in reversed(parts) if part), None)
+            while said and words and said[-1].text[-1].isspace() and words[0].text.isspace():
+                del words[0]
             if said and words and not dropped and needs_space(said[-1].text, words[0].text):
                 if self.type == "ctc":
                     words.insert(0, Word(" ", words[0].start, words[0].start))
