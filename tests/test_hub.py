@@ -156,7 +156,7 @@ def pushed(hub, checkpoint, tmp_path_factory):
     hub.drop("POST", "/someone/folder/commit/")
     home = tmp_path_factory.mktemp("author") / "home"
     done = run(hub, home, "-c", AUTHOR, checkpoint, home)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr[-3000:]
     assert not hub.faults
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -184,7 +184,7 @@ def trained(hub, tmp_path_factory):
     options += ["--push_to_hub", "--hub_model_id", "someone/trained", "--hub_token", TOKEN, "--report_to", "none"]
     options += ["--card_license", "cc-by-4.0", "--card_language", "en", "ga", "--card_eval_name", "six tones"]
     done = run(hub, folder / "home", "-m", "echo_hf.cli", "train", *options)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr[-3000:]
     assert f"Pushed to {hub.url}/someone/trained" in done.stdout
     return folder / "run"
 
@@ -198,7 +198,7 @@ def loaded(hub, pushed, trained, tmp_path_factory):
     wanted += [[f"someone/{name}", "main"] for name in ("sharded", "interrupted", "folder", "trained")]
     hub.drop("GET", "/storage/someone/echo/", after=100_000)
     done = run(hub, home, "-c", STRANGER, json.dumps(wanted), home.parent / "audio.npy", package=False)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr[-3000:]
     assert not hub.faults
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -203,14 +203,21 @@ class EchoTrainer(Seq2SeqTrainer):
     resume from (`optimizer.pt`, `scheduler.pt`, `rng_state.pth`) stays there and is never pushed.
 
     Args:
-        train_collator (`Callable`): makes a training batch; `data_collator` makes the others.
+        train_collator (`Callable`, *optional*): makes a training batch; `data_collator` makes the others, and all if
+            not given.
         card_arguments ([`CardArguments`], *optional*): what to say in the model card that cannot be measured.
 
     Raises:
         `ValueError`: the processor is not the model's; or the `hub_strategy` would push the state of the optimizer.
     """
 
-    def __init__(self, *args, train_collator: EchoDataCollator, card_arguments: CardArguments | None = None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        train_collator: EchoDataCollator | None = None,
+        card_arguments: CardArguments | None = None,
+        **kwargs,
+    ):
         settings = kwargs.get("args")
         if settings is not None and settings.push_to_hub:
             check_hub_strategy(settings)
@@ -218,7 +225,7 @@ class EchoTrainer(Seq2SeqTrainer):
         if isinstance(processor, EchoProcessor) and isinstance(config, EchoConfig):
             check_fit(processor, config)  # a token too many is an "index out of range" in the middle of training
         super().__init__(*args, **kwargs)
-        self.train_collator = train_collator
+        self.train_collator = train_collator or self.data_collator
         self.card_arguments = card_arguments or CardArguments()
 
     def get_train_dataloader(self):
@@ -723,4 +730,12 @@ def _describe(data: PreparedData, sources: list[str]) -> dict[str, Any]:
     }
 
 
-__all__ = ["TRAINING_DEFAULTS", "DataArguments", "ModelArguments", "find_last_checkpoint", "parse_overrides", "train"]
+__all__ = [
+    "TRAINING_DEFAULTS",
+    "DataArguments",
+    "EchoTrainer",
+    "ModelArguments",
+    "find_last_checkpoint",
+    "parse_overrides",
+    "train",
+]
