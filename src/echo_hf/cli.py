@@ -153,6 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_evaluate(commands)
     _add_plot(commands)
     _add_diagnose(commands)
+    _add_demo(commands)
     _add_transcribe(commands)
     _add_benchmark(commands)
     # The Trainer's options are known only once it is imported, so `train` parses what follows it by itself.
@@ -164,6 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "evaluate": lambda: _evaluate(options),
         "plot": lambda: _plot(options),
         "diagnose": lambda: _diagnose(options),
+        "demo": lambda: _demo(options),
         "transcribe": lambda: _transcribe(options),
         "benchmark": lambda: _benchmark(options),
     }
@@ -575,7 +577,7 @@ def _write_predictions(path: Path, dataset, hypotheses: dict[str, list[str]]) ->
 # Options that a kind of picture reads, beside input, output and title.
 PLOT_OPTIONS = {
     "utterance": ("checkpoint", "words"),
-    "pitch": ("checkpoint",),
+    "pitch": ("checkpoint", "words"),
     "angles": ("checkpoint", "theta_mode"),
     "similarity": ("checkpoint",),
     "bias": ("checkpoint", "strength", "layer", "head"),
@@ -600,7 +602,7 @@ def _add_plot(commands) -> None:
     parser.add_argument("--output", required=True, help="file to write: .png, .svg or .pdf")
     parser.add_argument("--title", help="put above the picture")
     parser.add_argument("--checkpoint", help="folder, or name on the Hub (the one that comes with the package)")
-    parser.add_argument("--words", action="store_true", help="utterance, alignment: write words at their times")
+    parser.add_argument("--words", action="store_true", help="utterance, pitch, alignment: write words at their times")
     parser.add_argument("--text", help="alignment: what was said (what the model writes)")
     _add_both(parser, "theta_mode", help="angles: mean, frame or phase (the checkpoint's)")
     parser.add_argument("--strength", type=float, help="bias: of the gaussian (the strongest the model has learned)")
@@ -643,7 +645,7 @@ def _draw_recording(options):
     if options.kind == "utterance":
         return plotting.plot_utterance(path, extractor, title, words)
     if options.kind == "pitch":
-        return plotting.plot_pitch(path, extractor, title)
+        return plotting.plot_pitch(path, extractor, title, words)
     waveform = extractor._read(path, path, extractor.sampling_rate, resample=True)
     features = processor(audio=waveform, sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_features"]
     if options.kind == "angles":
@@ -706,6 +708,36 @@ def _diagnose(options) -> int:
         _write(json.dumps(diagnostics.to_dict()))
     else:
         _write(diagnostics.table())
+    return 0
+
+
+# Demo ----------------------------------------------------------------------------------------------------------------
+
+
+def _add_demo(commands) -> None:
+    parser = _new_parser(
+        commands,
+        "demo",
+        arguments="[--checkpoint FOLDER]",
+        help="open a page to speak to a checkpoint",
+        description="Serve a page on this machine: record or drop audio, see its text, pitch and words.",
+        epilog="Nothing leaves this machine. Ctrl+C ends it.",
+    )
+    parser.add_argument("--checkpoint", help="folder, or name on the Hub (the one that comes with the package)")
+    parser.add_argument("--device", help="cpu, cuda, ... (the accelerator if there is one)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets others in")
+    parser.add_argument("--port", type=_positive, default=7860, help="port to listen at")
+
+
+def _demo(options) -> int:
+    from .demo import build_demo
+    from .demo import launch
+    from .transcription import load_checkpoint
+
+    demo = build_demo(*load_checkpoint(options.checkpoint, options.device))
+    address = launch(demo, options.host, options.port)
+    _tell(f"Open {address} in a browser; Ctrl+C ends it.")
+    demo.block_thread()
     return 0
 
 

@@ -97,6 +97,7 @@ def plot_pitch(
     audio,
     feature_extractor: EchoFeatureExtractor | None = None,
     title: str | None = None,
+    words: Sequence[Mapping[str, Any]] | None = None,
     harmonics: int = 5,
     max_frequency: float = 4000.0,
 ):
@@ -107,7 +108,7 @@ def plot_pitch(
     what the model is given.
 
     Args:
-        audio, feature_extractor, title: as in [`plot_utterance`].
+        audio, feature_extractor, title, words: as in [`plot_utterance`]; words are written above.
         harmonics (`int`, defaults to 5): multiples of F0 that are drawn, F0 itself among them; at least 1.
         max_frequency (`float`, defaults to 4000.0): Hz, top of the picture.
 
@@ -161,6 +162,8 @@ def plot_pitch(
     axis.set_xlabel("time (s)")
     axis.set_ylabel("frequency (Hz)")
     axis.legend(loc="upper right", framealpha=0.95)
+    if words:
+        _write_words_above(axis, words, len(waveform) / rate, "0.4")
     if not f0.any():
         axis.text(0.5, 0.9, "no voiced frame", ha="center", transform=axis.transAxes)
     _set_title(figure, title)
@@ -471,13 +474,7 @@ def plot_alignment(
     axis.set_xlabel("time (s)")
     axis.legend(loc="upper right", fontsize="small")
     if words:
-        top = axis.secondary_xaxis("top")
-        middles = [min(sum(word["timestamp"]) / 2, duration) for word in _check_words(words)]
-        top.set_xticks(middles, [word["text"].strip() for word in words], fontsize=8, rotation=30, ha="left")
-        for word in words:
-            for time in word["timestamp"]:
-                axis.axvline(time, color="white", linewidth=0.6, linestyle=":")
-        axis.set_xlim(0.0, duration)
+        _write_words_above(axis, words, duration, "white")
     _set_title(figure, title)
     return figure
 
@@ -600,6 +597,17 @@ def _write_words(axis, words: Sequence[Mapping[str, Any]], duration: float) -> N
         y = 0.27 - 0.12 * row
         axis.plot((start, end), (y - 0.02, y - 0.02), "|-", color=VERMILLION, linewidth=1.5, transform=place)
         axis.text(middle, y, text, ha="center", va="bottom", fontsize=8, transform=place, clip_on=True)
+
+
+def _write_words_above(axis, words: Sequence[Mapping[str, Any]], duration: float, color: str) -> None:
+    """Words at their middles above an axis, with dotted lines of that colour where each starts and ends."""
+    middles = [min(sum(word["timestamp"]) / 2, duration) for word in _check_words(words)]
+    top = axis.secondary_xaxis("top")
+    top.set_xticks(middles, [word["text"].strip() for word in words], fontsize=8, rotation=30, ha="left")
+    for word in words:
+        for time in word["timestamp"]:
+            axis.axvline(time, color=color, linewidth=0.8, linestyle=":")
+    axis.set_xlim(0.0, duration)
 
 
 def _draw_f0(axis, times: np.ndarray, f0: np.ndarray) -> None:

@@ -1,0 +1,106 @@
+"""A page on this machine to speak to a checkpoint and see what it heard. Needs gradio: `pip install "echo-hf[demo]"`.
+
+Nothing leaves the machine: no link is shared, no usage is reported, and the page asks no other server for fonts.
+"""
+
+import os
+from typing import Any
+
+from .pipeline_echo import EchoAutomaticSpeechRecognitionPipeline
+from .plotting import plot_pitch
+from .transcription import BUNDLED_RECORDINGS
+from .transcription import find_audio_files
+
+HOST, PORT = "127.0.0.1", 7860
+
+
+def build_demo(model, processor):
+    """
+    The page: audio from the microphone or a file in; text, F0 on the spectrogram and the times of words out.
+
+    Args:
+        model: [`EchoForConditionalGeneration`] or [`EchoForCTC`].
+        processor ([`EchoProcessor`]): the model's.
+
+    Returns:
+        `gradio.Blocks`: to be launched. Its one function has the name `recognize`.
+
+    Raises:
+        `ImportError`: gradio or matplotlib is not installed.
+    """
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+    try:
+        import gradio
+    except ImportError as error:
+        raise ImportError(f"The demo needs gradio ({error}): `pip install 'echo-hf[demo]'`.") from error
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"The demo needs matplotlib ({error}): `pip install 'echo-hf[demo]'`.") from error
+
+    pipeline = EchoAutomaticSpeechRecognitionPipeline(
+        model=model, tokenizer=processor.tokenizer, feature_extractor=processor.feature_extractor, device=model.device
+    )
+    has_pitch = "pitch" in processor.feature_extractor.feature_groups
+
+    def recognize(audio: str | None) -> tuple[str, Any, list[list[Any]]]:
+        if audio is None:
+            raise gradio.Error("Record something, or drop an audio file, first.")
+        try:
+            result = pipeline(audio, return_timestamps="word")
+            figure = plot_pitch(audio, processor.feature_extractor, words=result["chunks"]) if has_pitch else None
+        except ValueError as error:
+            raise gradio.Error(str(error)) from error
+        rows = [[chunk["text"].strip(), *(round(time, 2) for time in chunk["timestamp"])] for chunk in result["chunks"]]
+        return result["text"], figure, rows
+
+    with gradio.Blocks(title="Echo", analytics_enabled=False) as demo:
+        gradio.Markdown(
+            "# Echo\n"
+            "Record your voice or drop an audio file. What is written is what this checkpoint hears; how far to trust"
+            " it, its model card tells."
+        )
+        with gradio.Row():
+            with gradio.Column(scale=1):
+                audio = gradio.Audio(sources=["microphone", "upload"], type="filepath", label="speech", buttons=[])
+                button = gradio.Button("Transcribe", variant="primary")
+                if BUNDLED_RECORDINGS.is_dir():
+                    examples = [[str(path)] for path in find_audio_files(BUNDLED_RECORDINGS)]
+                    gradio.Examples(examples, inputs=audio, label="recordings to try", cache_examples=False)
+            with gradio.Column(scale=2):
+                text = gradio.Textbox(label="text", lines=2)
+                figure = gradio.Plot(show_label=False, visible=has_pitch)  # a label would cover words
+                table = gradio.Dataframe(headers=["word", "start (s)", "end (s)"], label="words", interactive=False)
+        button.click(recognize, audio, [text, figure, table], api_name="recognize")
+    return demo
+
+
+def launch(demo, host: str = HOST, port: int = PORT) -> str:
+    """
+    Serves the page, until the program ends.
+
+    Args:
+        demo (`gradio.Blocks`): of [`build_demo`].
+        host (`str`, defaults to this machine alone): name or address to listen at.
+        port (`int`, defaults to 7860): where.
+
+    Returns:
+        `str`: the page's address.
+
+    Raises:
+        `ValueError`: the port is taken.
+    """
+    import gradio
+
+    # The default theme would have the browser fetch its fonts from elsewhere.
+    theme = gradio.themes.Default(font=["sans-serif"], font_mono=["monospace"])
+    try:
+        _, address, _ = demo.launch(
+            server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, theme=theme
+        )
+    except OSError as error:
+        raise ValueError(f"The page cannot be served at {host}:{port} ({error}); try another --port.") from error
+    return address
+
+
+__all__ = ["build_demo", "launch"]
