@@ -446,7 +446,7 @@ def plot_alignment(
     seconds = config.inputs_to_logits_ratio / config.sampling_rate
     duration = weights.shape[1] * seconds
     labels = [_show_token(tokenizer, token) for token in ids]
-    figure = _new_figure(9, min(max(3.0, 0.9 + 0.17 * len(ids) + (0.5 if words else 0.0)), 40.0))
+    figure = _new_figure(9, min(max(3.0, 1.3 + 0.17 * len(ids) + (0.5 if words else 0.0)), 40.0))
     axis = figure.subplots()
     # Each row by its own brightest: a token that looks far around would otherwise be dark all over.
     image = axis.imshow(
@@ -458,7 +458,7 @@ def plot_alignment(
         extent=(0.0, duration, len(ids) - 0.5, -0.5),
         interpolation="nearest",
     )
-    figure.colorbar(image, ax=axis, label="attention, by the token's largest", pad=0.01)
+    figure.colorbar(image, ax=axis, label="share of the token's largest", pad=0.01)
     axis.plot(
         (weights.argmax(axis=1) + 0.5) * seconds,
         np.arange(len(ids)),
@@ -467,12 +467,12 @@ def plot_alignment(
         markeredgecolor="white",
         markersize=4,
         markeredgewidth=0.5,
-        label="largest",
+        label="where a token looks most",
     )
     axis.set_yticks(np.arange(len(ids)), labels, fontsize=8)
     axis.set_ylabel("token")
     axis.set_xlabel("time (s)")
-    axis.legend(loc="upper right", fontsize="small")
+    figure.legend(loc="outside lower center", fontsize="small")
     if words:
         _write_words_above(axis, words, duration, "white")
     _set_title(figure, title)
