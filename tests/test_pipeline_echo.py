@@ -587,6 +587,7 @@ report["modules"] = sorted({type(value).__module__.partition(".")[0] for value i
 recognizer = pipeline("automatic-speech-recognition", model=folder, **trust)
 report["pipeline"] = [type(recognizer).__name__, type(recognizer.model).__name__, recognizer.type]
 report["text"] = recognizer(audio)["text"]
+report["long"] = recognizer(audio, chunk_length_s=0.4, return_timestamps="word", batch_size=2)
 # Saved again, it is as good.
 loaded[head].save_pretrained(target)
 loaded["AutoProcessor"].save_pretrained(target)
@@ -651,6 +652,8 @@ def test_checkpoint_runs_where_the_package_is_not_installed(
     }
     assert report["pipeline"] == [type(native).__name__, type(native.model).__name__, native.type]
     assert report["text"] == report["text again"] == report["text third"] == native(voice(1.0))["text"]
+    long = native(voice(1.0), chunk_length_s=0.4, return_timestamps="word", batch_size=2)
+    assert report["long"] == json.loads(json.dumps(long))
     # What was saved without the package is the same to who has it.
     assert pipeline(TASK, model=str(tmp_path / "saved again"))(voice(1.0))["text"] == report["text"]
 
