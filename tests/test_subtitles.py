@@ -6,6 +6,7 @@ import re
 import pytest
 
 from echo_hf.subtitles import format_time
+from echo_hf.subtitles import group_cues
 from echo_hf.subtitles import to_srt
 from echo_hf.subtitles import to_vtt
 
@@ -62,6 +63,21 @@ def test_cues_come_back(write, parse):
     assert [text for _, _, text in cues] == ["Hello there.", "a < b & c > d", "two lines -> one", "Ünï 你好"]
     assert all(start < end for start, end, _ in cues)
     assert [(start, end) for start, end, _ in cues] == [(0, 1.5), (1.5, 1.501), (3600, 3725.25), (4000, 4001)]
+
+
+def test_words_become_cues_to_be_read():
+    words = [{"text": f"word{i}", "start": 0.5 * i, "end": 0.5 * i + 0.4} for i in range(40)]
+    words[7]["text"] = "end."
+    for word in words[20:]:
+        word["start"], word["end"] = word["start"] + 2, word["end"] + 2  # a pause before the twentieth
+    words += [{"text": "x" * 100, "start": 30, "end": 31}, {"text": "你", "start": 31, "end": 32}]
+    words += [{"text": "好", "start": 32, "end": 33}]
+    cues = group_cues(words)
+    assert " ".join(cue["text"] for cue in cues) == " ".join(word["text"] for word in words[:-1]) + "好"
+    assert [len(cue["text"].split()) for cue in cues] == [8, 12, 12, 8, 1, 1]
+    assert all(cue["end"] - cue["start"] <= 6 and len(cue["text"]) <= 84 for cue in cues[:4])
+    assert [(cue["start"], cue["end"]) for cue in cues[:2]] == [(0.0, 3.9), (4.0, 9.9)]
+    assert group_cues([]) == []
 
 
 def test_nothing_said():

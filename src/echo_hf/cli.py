@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterable
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -772,12 +773,13 @@ def _add_transcribe(commands) -> None:
         parser,
         "chunk_length_s",
         type=_seconds,
-        help="longest segment in seconds, that of a subtitle too (20); 0 cuts nothing",
+        help="longest segment in seconds (20); 0 cuts nothing",
     )
 
 
 def _transcribe(options) -> int:
     from .pipeline_echo import EchoAutomaticSpeechRecognitionPipeline
+    from .subtitles import group_cues
     from .transcription import BUNDLED_RECORDINGS
     from .transcription import expand_paths
     from .transcription import load_checkpoint
@@ -799,9 +801,11 @@ def _transcribe(options) -> int:
         device=model.device,
     )
     generate_options = _generate_options(options) if model.can_generate() else {}
+    # Subtitles are made of words, unless whole segments or single words are asked for.
     timestamps = options.timestamps
-    if timestamps is None and options.format in ("srt", "vtt"):
-        timestamps = "segment"
+    grouped = timestamps is None and options.format in ("srt", "vtt")
+    if grouped:
+        timestamps = "word"
     length = {} if options.chunk_length_s is None else {"chunk_length_s": options.chunk_length_s}
     broken = 0
     for transcript in transcribe_files(
@@ -812,7 +816,10 @@ def _transcribe(options) -> int:
             if not options.skip_broken:
                 raise ValueError(f"{transcript.path}: {transcript.error} (--skip_broken goes on with the others)")
             _tell(f"echo-hf: skipped {transcript.path}: {transcript.error}")
-        elif outputs:
+            continue
+        if grouped:
+            transcript = replace(transcript, chunks=group_cues(transcript.chunks))
+        if outputs:
             content = _format_transcript(transcript, options.format, prefix="")
             outputs[transcript.path].write_text(content, encoding="utf-8")
         else:

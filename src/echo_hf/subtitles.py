@@ -9,7 +9,14 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from typing import Any
 
+from .segmentation_echo import needs_space
+
 SHORTEST_CUE = 0.001  # seconds, the unit of both formats
+
+# What a viewer can read at a glance: about two lines of 42 characters.
+LONGEST_CUE = 6.0  # seconds
+LONGEST_TEXT = 84  # characters
+CUE_PAUSE = 0.8  # seconds between words that end a cue
 
 
 def format_time(seconds: float, decimal_mark: str = ".") -> str:
@@ -18,6 +25,30 @@ def format_time(seconds: float, decimal_mark: str = ".") -> str:
     minutes, milliseconds = divmod(milliseconds, 60_000)
     hours, minutes = divmod(minutes, 60)
     return f"{hours:02d}:{minutes:02d}:{milliseconds // 1000:02d}{decimal_mark}{milliseconds % 1000:03d}"
+
+
+def group_cues(words: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """
+    Words as cues to be read: of at most 6 seconds and 84 characters, unless one word is longer, and cut where there is
+    a pause of 0.8 seconds or a sentence ends.
+
+    Args:
+        words: dicts with `"text"` without white space around it, `"start"` and `"end"` (seconds), in the order of time.
+
+    Returns:
+        `list[dict]`: the cues, of the same form.
+    """
+    cues: list[dict[str, Any]] = []
+    for word in words:
+        cue = cues[-1] if cues else None
+        if cue is not None and not cue["text"].endswith((".", "?", "!", "\u3002", "\uff1f", "\uff01")):
+            text = cue["text"] + (" " if needs_space(cue["text"], word["text"]) else "") + word["text"]
+            is_near = word["start"] - cue["end"] < CUE_PAUSE
+            if is_near and word["end"] - cue["start"] <= LONGEST_CUE and len(text) <= LONGEST_TEXT:
+                cue.update(text=text, end=word["end"])
+                continue
+        cues.append({"text": word["text"], "start": word["start"], "end": word["end"]})
+    return cues
 
 
 def to_srt(chunks: Iterable[Mapping[str, Any]]) -> str:
