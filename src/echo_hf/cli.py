@@ -760,12 +760,13 @@ def _add_transcribe(commands) -> None:
     )
     parser.add_argument("paths", nargs="*", help="files and folders (the recordings that come with the package)")
     _add_decoding(parser, batch_size=8)
-    parser.add_argument("--timestamps", choices=["segment", "word"], help="tell when each segment or word was said")
+    parser.add_argument("--timestamps", choices=["segment", "word"], help="segment or word: tell when each was said")
     parser.add_argument(
         "--format",
         choices=list(TRANSCRIPT_SUFFIXES),
         default="text",
-        help="lines of text; JSON lines with path, text, seconds and chunks; subtitles as SubRip or WebVTT",
+        help="text; json: JSON lines with path, text, seconds and, with --timestamps, chunks; srt, vtt: subtitles, of"
+        " cues of up to 6 seconds unless --timestamps says else",
     )
     parser.add_argument("--json", action="store_const", const="json", dest="format", help="the same as --format json")
     _add_both(parser, "output_dir", help="folder for one file a recording, instead of standard output")
