@@ -247,7 +247,17 @@ def _seconds(text: str) -> float:
     return value
 
 
-VALUE_NAMES |= {_positive: "N", _seconds: "X"}
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}")
+    return value
+
+
+VALUE_NAMES |= {_positive: "N", _seconds: "X", _share: "X"}
 
 
 def _new_parser(
@@ -270,6 +280,12 @@ def _add_decoding(parser, batch_size: int) -> None:
     _add_both(parser, "batch_size", type=_positive, default=batch_size, help="recordings at a time")
     _add_both(
         parser, "num_beams", type=_positive, help="beams to search with (1, greedy, unless the checkpoint says else)"
+    )
+    _add_both(
+        parser,
+        "ctc_weight",
+        type=_share,
+        help="say of the CTC head beside the decoder's, from 0 to 1 (the checkpoint's; 0 decodes without it)",
     )
     _add_both(parser, "max_new_tokens", type=_positive, help="longest transcript in tokens (the checkpoint's)")
     parser.add_argument("--device", help="cpu, cuda, ... (the accelerator if there is one)")
@@ -489,8 +505,10 @@ def _add_evaluate(commands) -> None:
     _add_both(parser, "cache_dir", help="folder for computed features (in the cache of datasets)")
 
 
-def _generate_options(options) -> dict[str, int]:
+def _generate_options(options) -> dict[str, int | float]:
     given = {}
+    if options.ctc_weight is not None:
+        given["ctc_weight"] = options.ctc_weight
     if options.num_beams is not None:
         given["num_beams"] = options.num_beams
     if options.max_new_tokens is not None:

@@ -36,6 +36,7 @@ CODE_FILES = (
     "feature_extraction_echo.py",
     "tokenization_echo.py",
     "processing_echo.py",
+    "generation_echo.py",
     "modeling_echo.py",
     "alignment_echo.py",
     "segmentation_echo.py",
@@ -108,7 +109,7 @@ PRESETS = {
 }
 
 # Sizes by about the number of parameters they give with the byte vocabulary: layers, width, heads and inner width of a
-# deep encoder and a shallow decoder, which in the large sizes is narrower too, as all its weights are read once a token.
+# deep encoder and a shallow decoder; narrower too in the large sizes, as all of its weights are read once a token.
 SIZES = {
     "2m": {"encoder": (5, 144, 4, 384), "decoder": (1, 144, 4, 384)},
     "5m": {"encoder": (6, 208, 4, 560), "decoder": (2, 208, 4, 560)},
@@ -396,7 +397,7 @@ class EchoConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.encoder_attention_window is not None and self.encoder_attention_window < 1:
             raise ValueError(
-                f"encoder_attention_window must be at least 1 frame, or None for all, got {self.encoder_attention_window}."
+                f"encoder_attention_window must be at least 1, or None for all, got {self.encoder_attention_window}."
             )
         if not self.stem_strides or any(stride < 1 for stride in self.stem_strides):
             raise ValueError(f"stem_strides must be whole numbers above 0, got {self.stem_strides}.")

@@ -49,6 +49,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_echo import EchoConfig
+from .generation_echo import EchoCTCPrefixLogitsProcessor
 
 logger = logging.get_logger(__name__)
 
@@ -61,6 +62,7 @@ REGISTER_CENTRE = 150.0  # Hz, between low and high voices
 REGISTER_WIDTH = 0.5  # natural log units; e ** 0.5 is about nine semitones
 CONTOUR_FLOOR = 0.1  # natural log units; keeps a monotone's tiny wobble from being blown up to a contour
 BIAS_EPSILON = 1e-8  # as published
+DEFAULT_CTC_WEIGHT = 0.5  # in generate()
 
 TOKEN_PITCH_MIN, TOKEN_PITCH_LOW, TOKEN_PITCH_HIGH = 100.0, 71.0, 500.0  # Hz, as published
 
@@ -1168,6 +1170,9 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
             self.ctc_head = EchoOutputHead(config.encoder_hidden_size, config.vocab_size)
         # Left alone, generate() would stop at 20 tokens.
         self.generation_config.max_length = config.max_target_positions
+        self.generation_config.ctc_weight = DEFAULT_CTC_WEIGHT if self.ctc_head is not None else 0.0
+        # Else the library takes it for a copy of the model's config, and loses the weight when it is saved and loaded.
+        self.generation_config._from_model_config = False
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -1192,6 +1197,40 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """Decoder inputs for labels `(B, L)`, for collators that ask the model for them."""
         return shift_tokens_right(labels, self.config)
+
+    def _prepare_generation_config(self, generation_config, **kwargs):
+        # Only what the model's own settings hold may be given to generate(), and those of another making lack it.
+        if getattr(self.generation_config, "ctc_weight", None) is None:
+            self.generation_config.ctc_weight = DEFAULT_CTC_WEIGHT if self.ctc_head is not None else 0.0
+        return super()._prepare_generation_config(generation_config, **kwargs)
+
+    def _get_logits_processor(self, generation_config, *args, model_kwargs=None, **kwargs):
+        """Adds joint decoding with CTC, if `generation_config.ctc_weight` is above 0."""
+        processors = super()._get_logits_processor(generation_config, *args, model_kwargs=model_kwargs, **kwargs)
+        weight = generation_config.ctc_weight
+        if not weight:
+            return processors
+        if self.ctc_head is None:
+            raise ValueError(
+                f"ctc_weight is {weight}, and this model has no CTC head (its ctc_loss_weight is 0). Leave it out."
+            )
+        encoder_outputs = model_kwargs["encoder_outputs"]
+        logits = self.ctc_head(encoder_outputs[0])
+        mask = getattr(encoder_outputs, "attention_mask", None)
+        if mask is None:
+            mask = torch.ones(logits.shape[:2], device=logits.device, dtype=torch.long)
+        joint = EchoCTCPrefixLogitsProcessor(
+            logits,
+            mask,
+            self.config.pad_token_id,
+            self.config.bos_token_id,
+            generation_config._eos_token_tensor,
+            weight,
+            max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1),
+        )
+        # First of all: what others rule out must stay so.
+        processors.insert(0, joint)
+        return processors
 
     def _cross_entropy(
         self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None

@@ -1,6 +1,6 @@
 """The tokenizer of Echo: byte-level BPE, so that any text of any language has tokens and comes back exactly.
 
-`EchoTokenizer()` is the plain vocabulary of 3 special tokens and 256 bytes. `from_characters` makes one that has a token
+`EchoTokenizer()` is the plain vocabulary of 3 special tokens and 256 bytes. `from_characters` makes one with a token
 for each character of several bytes besides, `train_new_from_iterator` one with tokens of several characters. There is
 no unknown token. Text is text: "</s>" in a transcript is four characters, not its end.
 """

@@ -1,0 +1,173 @@
+"""Joint decoding: what the decoder would write next, weighed against what the encoder's CTC head has heard.
+
+The decoder alone may lose its place in long speech, repeat itself, or stop too soon. CTC cannot: it knows how much of
+the speech a transcript so far accounts for. So `generate()` takes both, for greedy search, beams and sampling alike.
+"""
+
+import torch
+from transformers import LogitsProcessor
+
+# Log-probability of what cannot be. Finite, as differences of infinities are not numbers.
+IMPOSSIBLE = -1e10
+
+
+def log_cumulative_products(factors: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """`x_t = a_t * (x_{t-1} + b_t)` for all t at once, `x` before the first being 0; all in logarithms.
+
+    Divided by the product of all factors so far, the recurrence is a running sum.
+
+    Args:
+        factors (`torch.Tensor` of shape `(rows, frames)`): log a.
+        inputs (`torch.Tensor` of shape `(rows, frames)`): log b.
+
+    Returns:
+        `torch.Tensor` of shape `(rows, frames)`: log x.
+    """
+    products = factors.cumsum(-1)
+    before = torch.nn.functional.pad(products[:, :-1], (1, 0))
+    return products + torch.logcumsumexp(inputs - before, dim=-1)
+
+
+class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
+    r"""
+    Scores of the next token by decoder and CTC together: `(1 - w) * log p_decoder + w * log p_CTC`.
+
+    `p_CTC` of token c after the transcript g is `psi(g c) / psi(g)`, with `psi(g)` the probability, summed over all
+    alignments, that the speech's transcript begins with g; for the end of sequence it is the probability that g is all
+    (Watanabe et al., "Hybrid CTC/Attention Architecture for End-to-End Speech Recognition", 2017, algorithm 2,
+    https://doi.org/10.1109/JSTSP.2017.2763455). With `r^n_t(g)` and `r^b_t(g)` the probabilities that the frames up to
+    t read g and end in its last token, or in a blank:
+
+        phi_t   = r^b_{t-1}(g) + (r^n_{t-1}(g) unless c is g's last token)
+        psi(gc) = sum_t phi_t p_t(c)
+        r^n_t(gc) = p_t(c) (r^n_{t-1}(gc) + phi_t)
+        r^b_t(gc) = p_t(blank) (r^b_{t-1}(gc) + r^n_{t-1}(gc))
+
+    A step costs frames times vocabulary for each row, with no loop over frames.
+
+    Args:
+        logits (`torch.Tensor` of shape `(rows, frames, vocab_size)`):
+            Of the CTC head, a row for each hypothesis: those of an utterance lie together.
+        mask (`torch.Tensor` of shape `(rows, frames)`):
+            1 for real frames, 0 for padding.
+        blank_token_id (`int`):
+            The blank; `pad_token_id` in Echo.
+        bos_token_id (`int`):
+            Begin of sequence, never to be written.
+        eos_token_ids (`torch.Tensor` of shape `(ends,)`):
+            Ends of sequence.
+        weight (`float`):
+            w, above 0; at 1 the decoder has no say.
+        num_hypotheses (`int`, defaults to 1):
+            Rows that each utterance has: beams, or samples.
+
+    Raises:
+        `ValueError`: the weight is not above 0 and at most 1.
+    """
+
+    def __init__(
+        self,
+        logits: torch.Tensor,
+        mask: torch.Tensor,
+        blank_token_id: int,
+        bos_token_id: int,
+        eos_token_ids: torch.Tensor,
+        weight: float,
+        num_hypotheses: int = 1,
+    ):
+        if not 0 < weight <= 1:
+            raise ValueError(f"ctc_weight must be above 0 and at most 1, got {weight}.")
+        dtype = torch.float32 if logits.device.type == "mps" else torch.float64  # sums of thousands of logarithms
+        log_probs = logits.to(dtype).log_softmax(-1)
+        # Frames of padding are blank for certain, which leaves every probability at the last real frame as it is.
+        log_probs = torch.where(mask[..., None] > 0, log_probs, IMPOSSIBLE)
+        log_probs[..., blank_token_id] = torch.where(mask > 0, log_probs[..., blank_token_id], 0.0)
+        self.log_probs = log_probs.clamp(min=IMPOSSIBLE)
+        self.blank_token_id = blank_token_id
+        self.bos_token_id = bos_token_id
+        self.eos_token_ids = eos_token_ids
+        self.weight = weight
+        self.num_hypotheses = num_hypotheses
+        self.input_ids = None  # of the last call
+        self.blanks = self.log_probs[..., blank_token_id]  # (rows, frames)
+        self._begin()
+
+    def _begin(self):
+        """The state of the empty transcript, for every row."""
+        rows, frames, _ = self.log_probs.shape
+        self.ends_in_token = self.blanks.new_full((rows, frames), IMPOSSIBLE)  # log r^n
+        self.ends_in_blank = self.blanks.cumsum(-1)  # log r^b
+        self.prefix = self.blanks.new_zeros(rows)  # log psi
+        self.last = torch.full((rows,), -1, device=self.blanks.device)
+
+    def _before(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """log r^n and log r^b one frame earlier, `(rows, frames)`."""
+        ends_in_token = torch.nn.functional.pad(self.ends_in_token[:, :-1], (1, 0), value=IMPOSSIBLE)
+        first = torch.where(self.last < 0, 0.0, IMPOSSIBLE)[:, None].to(self.blanks.dtype)
+        return ends_in_token, torch.cat((first, self.ends_in_blank[:, :-1]), dim=-1)
+
+    def _advance(self, tokens: torch.Tensor):
+        """Takes one more token for each row, `(rows,)`. An end of sequence or padding changes nothing."""
+        is_text = ~torch.isin(tokens, self.eos_token_ids)
+        is_text &= (tokens != self.blank_token_id) & (tokens != self.bos_token_id)
+        before_token, before_blank = self._before()
+        inputs = torch.where((tokens == self.last)[:, None], before_blank, torch.logaddexp(before_token, before_blank))
+        heard = self.log_probs.gather(2, tokens[:, None, None].expand(-1, self.log_probs.shape[1], 1)).squeeze(2)
+        ends_in_token = log_cumulative_products(heard, inputs)
+        arriving = torch.nn.functional.pad(ends_in_token[:, :-1], (1, 0), value=IMPOSSIBLE)
+        ends_in_blank = log_cumulative_products(self.blanks, arriving)
+        self.ends_in_token = torch.where(is_text[:, None], ends_in_token, self.ends_in_token)
+        self.ends_in_blank = torch.where(is_text[:, None], ends_in_blank, self.ends_in_blank)
+        self.prefix = torch.where(is_text, (inputs + heard).logsumexp(-1), self.prefix)
+        self.last = torch.where(is_text, tokens, self.last)
+
+    def _follow(self, input_ids: torch.LongTensor):
+        """Brings the state to these transcripts so far, `(rows, length)`: a step on from the last call's, of which each
+        continues any of its utterance's; otherwise from the beginning."""
+        known = self.input_ids
+        if known is not None and input_ids.shape[1] == known.shape[1] + 1:
+            # The rows of an utterance are its beams, which search reorders.
+            now, then = (ids.unflatten(0, (-1, self.num_hypotheses)) for ids in (input_ids[:, :-1], known))
+            same = (now[:, :, None] == then[:, None]).all(-1)  # (batch, beams, beams)
+            if same.any(-1).all():
+                first = torch.arange(0, len(known), self.num_hypotheses, device=known.device)[:, None]
+                parent = (same.to(torch.uint8).argmax(-1) + first).flatten()
+                for name in ("ends_in_token", "ends_in_blank", "prefix", "last"):
+                    setattr(self, name, getattr(self, name)[parent])
+                self._advance(input_ids[:, -1])
+                self.input_ids = input_ids
+                return
+        self._begin()
+        for tokens in input_ids[:, 1:].unbind(-1):  # the first is the begin of sequence
+            self._advance(tokens)
+        self.input_ids = input_ids
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(rows, length)`): transcripts so far, with the begin of sequence.
+            scores (`torch.FloatTensor` of shape `(rows, vocab_size)`): the decoder's, as logits or log-probabilities.
+
+        Returns:
+            `torch.FloatTensor` of shape `(rows, vocab_size)`: scores, logarithmic; minus infinity for the begin of
+            sequence and padding.
+        """
+        self._follow(input_ids)
+        before_token, before_blank = self._before()
+        inputs = torch.logaddexp(before_token, before_blank)
+        heard = (inputs[..., None] + self.log_probs).logsumexp(1)  # (rows, vocab_size), log psi(g c)
+        # A repeated token needs a blank between, or it would be the same.
+        last = self.last.clamp(min=0)[:, None]
+        repeated = self.log_probs.gather(2, last[:, None].expand(-1, self.log_probs.shape[1], 1)).squeeze(2)
+        repeated = (before_blank + repeated).logsumexp(-1, keepdim=True)
+        heard = heard.scatter(1, last, torch.where(self.last[:, None] >= 0, repeated, heard.gather(1, last)))
+        whole = torch.logaddexp(self.ends_in_token[:, -1], self.ends_in_blank[:, -1])
+        heard[:, self.eos_token_ids] = whole[:, None]
+        heard = (heard - self.prefix[:, None]).clamp(min=IMPOSSIBLE)
+        if self.weight < 1:
+            heard = self.weight * heard + (1 - self.weight) * scores.to(heard.dtype).log_softmax(-1)
+        heard[:, [self.blank_token_id, self.bos_token_id]] = -torch.inf
+        return heard.to(scores.dtype)
+
+
+__all__ = ["EchoCTCPrefixLogitsProcessor"]

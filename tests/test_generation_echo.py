@@ -1,0 +1,208 @@
+"""Joint decoding: CTC prefix probabilities against sums over all alignments, and what `generate()` makes of them."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from echo_hf import EchoConfig
+from echo_hf import EchoForConditionalGeneration
+from echo_hf.generation_echo import IMPOSSIBLE
+from echo_hf.generation_echo import EchoCTCPrefixLogitsProcessor
+from echo_hf.generation_echo import log_cumulative_products
+
+BLANK, BOS, EOS = 0, 1, 2
+VOCAB, FRAMES = 5, 5  # the blank, begin, end, and two letters: 3, 4
+
+
+def random_logits(rows=1, frames=FRAMES, seed=0):
+    return torch.randn(rows, frames, VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def processor(logits, mask=None, weight=1.0, num_hypotheses=1):
+    mask = torch.ones(logits.shape[:2], dtype=torch.long) if mask is None else mask
+    return EchoCTCPrefixLogitsProcessor(logits, mask, BLANK, BOS, torch.tensor([EOS]), weight, num_hypotheses)
+
+
+def collapse(path):
+    return tuple(token for token, _ in itertools.groupby(path) if token != BLANK)
+
+
+def transcripts(logits):
+    """Probability of each transcript, by going through every path."""
+    log_probs, found = logits.double().log_softmax(-1), {}
+    for path in itertools.product(range(VOCAB), repeat=len(log_probs)):
+        text = collapse(path)
+        found[text] = found.get(text, 0.0) + math.exp(sum(log_probs[t, token].item() for t, token in enumerate(path)))
+    return found
+
+
+@pytest.mark.parametrize("prefix", [(), (3,), (4, 4), (3, 4, 3), (3, 3, 3)])
+def test_scores_are_prefix_probabilities_summed_over_all_paths(prefix):
+    logits = random_logits()
+    found = transcripts(logits[0])
+    scores = processor(logits)(torch.tensor([[BOS, *prefix]]), torch.zeros(1, VOCAB))[0]
+
+    def beginning(text):
+        return sum(value for other, value in found.items() if other[: len(text)] == text)
+
+    for token in (3, 4):
+        expected = beginning((*prefix, token)) / beginning(prefix)
+        assert math.exp(scores[token].item()) == pytest.approx(expected, rel=1e-5, abs=1e-12)
+    assert math.exp(scores[EOS].item()) == pytest.approx(found.get(prefix, 0.0) / beginning(prefix), rel=1e-5)
+    assert scores[BLANK] == scores[BOS] == -torch.inf
+
+
+def test_scores_of_a_transcript_sum_up_to_its_ctc_likelihood():
+    logits, text = random_logits(frames=40), [3, 3, 4, 3, 4, 4]
+    joint, total = processor(logits), 0.0
+    for i in range(len(text) + 1):
+        scores = joint(torch.tensor([[BOS, *text[:i]]]), torch.zeros(1, VOCAB))[0].double()
+        total += scores[text[i] if i < len(text) else EOS].item()
+    expected = -torch.nn.functional.ctc_loss(
+        logits.double().log_softmax(-1).transpose(0, 1), torch.tensor([text]), [40], [len(text)], reduction="sum"
+    )
+    assert total == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_recurrence_without_a_loop_equals_the_loop():
+    generator = torch.Generator().manual_seed(0)
+    factors = -20 * torch.rand(2, 300, generator=generator, dtype=torch.float64)
+    inputs = -50 * torch.rand(2, 300, generator=generator, dtype=torch.float64)
+    inputs[:, :7] = IMPOSSIBLE
+    value, expected = torch.full((2,), IMPOSSIBLE, dtype=torch.float64), []
+    for t in range(300):
+        value = factors[:, t] + torch.logaddexp(value, inputs[:, t])
+        expected.append(value)
+    result, expected = log_cumulative_products(factors, inputs), torch.stack(expected, 1)
+    torch.testing.assert_close(result[:, 7:], expected[:, 7:])
+    assert (result[:, :7] < IMPOSSIBLE / 2).all()
+
+
+def test_padding_does_not_change_scores():
+    logits = random_logits(frames=20)
+    padded = torch.cat((logits, random_logits(frames=9, seed=1)), dim=1)
+    mask = torch.tensor([[1] * 20 + [0] * 9])
+    prefix = torch.tensor([[BOS, 3, 4]])
+    alone, among = (joint(prefix, torch.zeros(1, VOCAB)) for joint in (processor(logits), processor(padded, mask)))
+    torch.testing.assert_close(alone, among)
+
+
+def test_reordered_beams_and_jumps_have_the_scores_of_their_own_texts():
+    logits = random_logits(frames=20).expand(3, -1, -1)
+    joint = processor(logits, num_hypotheses=3)
+    zeros = torch.zeros(3, VOCAB)
+    joint(torch.tensor([[BOS]] * 3), zeros)
+    joint(torch.tensor([[BOS, 3], [BOS, 4], [BOS, 3]]), zeros)
+    for texts in ([[BOS, 4, 3], [BOS, 4, 4], [BOS, 3, 4]], [[BOS, 4, 3, 3, 4], [BOS, 3, 3, 3, 3], [BOS, 4, 4, 3, EOS]]):
+        scores = joint(torch.tensor(texts), zeros)
+        for row, text in enumerate(texts):
+            fresh = processor(logits[:1])(torch.tensor([text]), zeros[:1])[0]
+            torch.testing.assert_close(scores[row], fresh)
+
+
+def test_weight_mixes_decoder_and_ctc():
+    logits, prefix = random_logits(), torch.tensor([[BOS, 3]])
+    decoder = torch.randn(1, VOCAB)
+    heard = processor(logits)(prefix, decoder)
+    mixed = processor(logits, weight=0.3)(prefix, decoder)
+    torch.testing.assert_close(mixed[:, 2:], 0.3 * heard[:, 2:] + 0.7 * decoder.log_softmax(-1)[:, 2:])
+
+
+@pytest.mark.parametrize("weight", [-0.1, 0.0, 1.5])
+def test_impossible_weights_are_refused(weight):
+    with pytest.raises(ValueError, match="ctc_weight"):
+        processor(random_logits(), weight=weight)
+
+
+# In generate() -------------------------------------------------------------------------------------------------------
+
+
+def tiny_model(**overrides):
+    torch.manual_seed(0)
+    settings = {"size": "2m", "encoder_num_hidden_layers": 1, "vocab_size": 12, "max_target_positions": 30}
+    model = EchoForConditionalGeneration(EchoConfig.from_preset("all", **{**settings, **overrides})).eval()
+    if model.ctc_head is not None:
+        torch.nn.init.normal_(model.ctc_head.weight, std=0.5)
+    return model
+
+
+def features(lengths=(200, 120)):
+    values = torch.rand(len(lengths), max(lengths), 81, generator=torch.Generator().manual_seed(0))
+    values[..., -1] *= 200
+    mask = torch.zeros(values.shape[:2], dtype=torch.long)
+    for row, length in enumerate(lengths):
+        mask[row, :length], values[row, length:] = 1, 0.0
+    return {"input_features": values, "attention_mask": mask}
+
+
+def test_ctc_alone_finds_the_most_likely_of_all_transcripts():
+    model = tiny_model(vocab_size=VOCAB)
+    inputs = features((20,))  # 5 encoder frames
+    with torch.no_grad():
+        logits = model.ctc_head(model.model.encoder(**inputs).last_hidden_state)[0]
+    logits[:, BOS] = -1e4  # is not written, so not searched for
+    logits[:, EOS] = -1e4
+    found = transcripts(logits)
+    with torch.no_grad():
+        model.ctc_head.bias[[BOS, EOS]] = -1e4
+    text = model.generate(**inputs, ctc_weight=1.0, num_beams=32, length_penalty=0.0, max_length=8)[0, 1:].tolist()
+    best = max(found, key=found.get)
+    assert tuple(token for token in text if token > EOS) == best
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_one_alone_is_decoded_as_among_others(settings):
+    model, inputs = tiny_model(), features()
+    together = model.generate(**inputs, ctc_weight=0.5, **settings)
+    count = settings.get("num_return_sequences", 1)
+    for row, length in enumerate((200, 120)):
+        alone = model.generate(
+            input_features=inputs["input_features"][row : row + 1, :length],
+            attention_mask=inputs["attention_mask"][row : row + 1, :length],
+            ctc_weight=0.5,
+            **settings,
+        )
+        expected = together[row * count : (row + 1) * count, : alone.shape[1]]
+        assert torch.equal(alone, expected)
+
+
+def test_the_weight_is_a_generation_setting_that_is_saved(tmp_path):
+    model, inputs = tiny_model(), features()
+    model.generation_config.ctc_weight = 0.0
+    plain = model.generate(**inputs)
+    joint = model.generate(**inputs, ctc_weight=0.9)
+    assert plain.shape != joint.shape or not torch.equal(plain, joint)
+    model.generation_config.ctc_weight = 0.9
+    model.save_pretrained(tmp_path)
+    loaded = EchoForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.generation_config.ctc_weight == 0.9
+    assert torch.equal(loaded.generate(**inputs), joint)
+
+
+def test_settings_of_another_making_do():
+    model, inputs = tiny_model(), features((80,))
+    expected = model.generate(**inputs, ctc_weight=0.3, max_length=9)
+    model.generation_config = GenerationConfig(max_length=9, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=BLANK)
+    assert torch.equal(model.generate(**inputs, ctc_weight=0.3, decoder_start_token_id=BOS), expected)
+    settings = GenerationConfig(ctc_weight=0.3, max_length=9, decoder_start_token_id=BOS)
+    assert torch.equal(model.generate(**inputs, generation_config=settings), expected)
+
+
+def test_assisted_and_sampled_generation_take_it_too():
+    model, inputs = tiny_model(), features((200,))
+    greedy = model.generate(**inputs, ctc_weight=0.7)
+    assert torch.equal(model.generate(**inputs, ctc_weight=0.7, assistant_model=tiny_model()), greedy)
+    torch.manual_seed(0)
+    sampled = model.generate(**inputs, ctc_weight=0.7, do_sample=True, num_return_sequences=3)
+    assert sampled.shape[0] == 3 and not (sampled[:, 1:] == BOS).any()
+
+
+def test_a_model_without_ctc_head_says_so():
+    model = tiny_model(ctc_loss_weight=0.0)
+    assert model.generation_config.ctc_weight == 0.0
+    model.generate(**features((40,)), max_length=4)
+    with pytest.raises(ValueError, match="no CTC head"):
+        model.generate(**features((40,)), ctc_weight=0.5)
