@@ -88,6 +88,7 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
         self.eos_token_ids = eos_token_ids
         self.weight = weight
         self.num_hypotheses = num_hypotheses
+        self.probs = self.log_probs[::num_hypotheses].exp()  # (batch, frames, vocab_size)
         self.input_ids = None  # of the last call
         self.blanks = self.log_probs[..., blank_token_id]  # (rows, frames)
         self._begin()
@@ -155,7 +156,11 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
         self._follow(input_ids)
         before_token, before_blank = self._before()
         inputs = torch.logaddexp(before_token, before_blank)
-        heard = (inputs[..., None] + self.log_probs).logsumexp(1)  # (rows, vocab_size), log psi(g c)
+        # log psi(g c), (rows, vocab_size): a product of matrices, scaled by the largest input, is a sum over frames.
+        # What underflows there is a transcript hundreds of decades less likely than others.
+        scale = inputs.amax(-1, keepdim=True)
+        share = (inputs - scale).exp().unflatten(0, (-1, self.num_hypotheses))  # (batch, hypotheses, frames)
+        heard = scale + (share @ self.probs).flatten(0, 1).log().clamp(min=IMPOSSIBLE)
         # A repeated token needs a blank between, or it would be the same.
         last = self.last.clamp(min=0)[:, None]
         repeated = self.log_probs.gather(2, last[:, None].expand(-1, self.log_probs.shape[1], 1)).squeeze(2)
