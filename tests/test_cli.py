@@ -13,7 +13,9 @@ import soundfile
 import echo_hf
 from conftest import voice
 from echo_hf import transcription
+from echo_hf.cli import _with_recipe
 from echo_hf.cli import main
+from echo_hf.training import build_config
 from test_subtitles import parse_srt
 from test_subtitles import parse_vtt
 
@@ -425,6 +427,47 @@ def test_train_resume_evaluate_transcribe(capsys, tones, tmp_path, monkeypatch):
     assert report["zeroed"]["wer"] >= 0.5, "and without the audio nothing does"
     code, out, _ = run(capsys, "transcribe", tones.parent / "3.wav", "--checkpoint", output_dir)
     assert code == 0 and out.strip().endswith(": high")
+
+
+def test_a_recipe_gives_options_that_the_command_line_overrides(tmp_path):
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(
+        '{"size": "2m", "normalize_text": true, "config_overrides": {"dropout": 0.1}, "train_data": ["a", "b"]}'
+    )
+    options = _with_recipe(["--recipe", str(recipe), "--size", "5m"])
+    assert options == [
+        *(
+            "--size",
+            "2m",
+            "--normalize_text",
+            "True",
+            "--config_overrides",
+            '{"dropout": 0.1}',
+            "--train_data",
+            "a",
+            "b",
+        ),
+        *("--size", "5m"),
+    ]
+    assert _with_recipe(["--size", "5m"]) == ["--size", "5m"]
+
+
+@pytest.mark.parametrize("content", [None, "{", "[1]"])
+def test_a_recipe_that_cannot_be_read_is_named(content, capsys, tmp_path):
+    recipe = tmp_path / "recipe.json"
+    if content is not None:
+        recipe.write_text(content)
+    code, _, err = run(capsys, "train", "--recipe", recipe, "--output_dir", tmp_path / "run")
+    assert code == 1 and f"recipe {recipe}" in err
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("recipes/*.json")), ids=lambda path: path.stem)
+def test_recipes_name_options_that_exist(path, capsys, manifest, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr("echo_hf.training.train", lambda *arguments, **_: seen.update(all=arguments) or sys.exit(3))
+    with pytest.raises(SystemExit, match="3"):
+        run(capsys, "train", "--recipe", path, "--train_data", manifest, "--output_dir", tmp_path / "run", "--use_cpu")
+    assert build_config(seen["all"][0]).ctc_loss_weight > 0
 
 
 def test_what_was_left_open_follows_from_the_rest():

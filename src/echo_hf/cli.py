@@ -74,6 +74,8 @@ examples:
     {"audio": "clips/0001.flac", "text": "hello world"}
   from a checkpoint, on a folder of audio files with a .txt of the same name beside each:
     echo-hf train --model_name_or_path my-model --train_data recordings/ --output_dir my-second-model
+  with the settings of a recipe:
+    echo-hf train --recipe recipes/bundled.json --train_data train.jsonl --output_dir my-model
   go on with a run that was interrupted (its options are remembered; those given again are changed):
     echo-hf train --resume --output_dir my-model
   curves of the losses and error rates:
@@ -323,6 +325,7 @@ def _train(arguments: list[str]) -> int:
     parser.add_argument("-h", "--help", action="store_true", help="show this help")
     _add_both(parser, "help_all", action="store_true", help="show this help with all options of the Trainer")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
+    parser.add_argument("--recipe", help="JSON file of options by name, as in recipes/; those given here come first")
     parser._optionals.title = "training (--help_all shows all options of the Trainer)"
     parser._action_groups.sort(key=lambda group: group is parser._optionals)  # data and model come first
     # None: not given. `_settle` decides these by the others.
@@ -337,6 +340,7 @@ def _train(arguments: list[str]) -> int:
         parser.print_help()
         return 0
 
+    arguments = _with_recipe(arguments)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--resume", action="store_true")
     _add_both(first, "output_dir")
@@ -351,7 +355,7 @@ def _train(arguments: list[str]) -> int:
         arguments = json.loads(command_file.read_text(encoding="utf-8")) + arguments
     namespace = parser.parse_args(arguments)
     settings = vars(namespace)
-    for name in ("help", "help_all", "resume"):
+    for name in ("help", "help_all", "resume", "recipe"):
         del settings[name]
     _settle(settings)
     try:
@@ -375,7 +379,8 @@ def _train(arguments: list[str]) -> int:
         hint = f"Go on with: echo-hf train --resume --output_dir {output_dir}" if saved else "Nothing was saved yet."
         _tell(f"echo-hf: interrupted. {hint}")
         return 130
-    _write(_training_report(summary))
+    if training.process_index == 0:
+        _write(_training_report(summary))
     return 0
 
 
@@ -425,6 +430,26 @@ def _settle(settings: dict[str, Any]) -> None:
         import torch
 
         settings["dataloader_pin_memory"] = torch.accelerator.is_available()
+
+
+def _with_recipe(arguments: list[str]) -> list[str]:
+    """The options of the file that `--recipe` names, if it is there, before the others, which so override them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe")
+    known, others = parser.parse_known_args(arguments)
+    if known.recipe is None:
+        return arguments
+    try:
+        options = json.loads(Path(known.recipe).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"recipe {known.recipe}: cannot be read as JSON ({error}).") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"recipe {known.recipe}: must be one JSON object of options by name.")
+    listed = []
+    for name, value in options.items():
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        listed += [f"--{name}", *map(str, values)]
+    return listed + others
 
 
 def _training_report(summary: dict[str, Any]) -> str:
