@@ -17,12 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import fields
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from accelerate.data_loader import BatchSamplerShard
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from transformers import Seq2SeqTrainer
@@ -31,8 +33,10 @@ from transformers import TrainerCallback
 from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import has_length
 from transformers.utils import PushInProgress
 from transformers.utils import logging
 from transformers.utils.hub import hf_api
@@ -228,12 +232,46 @@ class EchoTrainer(Seq2SeqTrainer):
         self.train_collator = train_collator or self.data_collator
         self.card_arguments = card_arguments or CardArguments()
 
+    def _get_train_sampler(self, train_dataset=None):
+        """The Trainer's, but for `group_by_length`: its sampler draws an order from the random state of the process.
+        Dropout moves that on at another pace in each process, so that from the second epoch on some utterances would be
+        heard twice and some never. Here seed and epoch give the order, the same for any number of processes with the
+        same total batch, within which lengths are alike."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        settings = self.args
+        if settings.train_sampling_strategy != "group_by_length" or not has_length(dataset):
+            return super()._get_train_sampler(train_dataset)
+        column = settings.length_column_name
+        has_column = column in (getattr(dataset, "column_names", None) or [])
+        return DistributedLengthGroupedSampler(
+            settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size,
+            dataset=dataset,
+            num_replicas=1,  # accelerate shares its batches out
+            rank=0,
+            seed=settings.seed if settings.data_seed is None else settings.data_seed,
+            lengths=dataset[column][:] if has_column else None,
+            model_input_name=self.model.main_input_name,
+        )
+
     def get_train_dataloader(self):
         collator, self.data_collator = self.data_collator, self.train_collator
         try:
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
         finally:
             self.data_collator = collator
+        shard = getattr(loader, "batch_sampler", None)
+        if isinstance(shard, BatchSamplerShard):
+            # A loader tells the epoch to samplers two layers down, and resuming within an epoch adds a third.
+            shard.sampler = shard.batch_sampler.sampler
+        return loader
+
+    def evaluation_loop(self, *args, **kwargs):
+        # Several processes fill their last batches with utterances they had before. `Seq2SeqTrainer` sets a function
+        # that gathers these too, and an error in one of them would count twice.
+        self.gather_function = partial(
+            self.accelerator.gather_for_metrics, use_gather_object=self.args.eval_use_gather_object
+        )
+        return super().evaluation_loop(*args, **kwargs)
 
     def create_model_card(
         self,
@@ -515,7 +553,7 @@ def check_checkpoint(folder: Path) -> None:
     Raises:
         `ValueError`: a file is missing or cut off; the message names it, and the checkpoint to go on from without it.
     """
-    if not (folder / "optimizer.pt").is_file():
+    if not any((folder / name).is_file() for name in ("optimizer.pt", "optimizer.bin")):  # the latter of FSDP
         raise ValueError(
             f"{folder} has no optimizer.pt, as after save_only_model, so that training cannot go on where it was."
             " Start a new run from its weights: --model_name_or_path."
@@ -528,7 +566,7 @@ def check_checkpoint(folder: Path) -> None:
             check_safetensors(path)
         for path in sorted(folder.glob("*.json")):
             read_json(path)
-        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        for name in ("optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth"):
             # PyTorch's files are archives, whose index comes last.
             if (folder / name).is_file() and not zipfile.is_zipfile(folder / name):
                 raise ValueError(f"{folder / name} is cut off or damaged.")
