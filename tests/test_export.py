@@ -1,0 +1,110 @@
+"""Exported graphs say what the model says, at lengths and batch sizes they were not made with."""
+
+import numpy as np
+import pytest
+import torch
+
+from echo_hf import EchoConfig
+from echo_hf import EchoForConditionalGeneration
+from echo_hf.export import DECODER_FILE
+from echo_hf.export import DecoderForExport
+from echo_hf.export import EncoderForExport
+from echo_hf.export import OnnxEcho
+from echo_hf.export import export_onnx
+from echo_hf.export import export_programs
+from echo_hf.export import min_frames
+
+SMALL = {"size": "2m", "encoder_num_hidden_layers": 1, "decoder_num_hidden_layers": 1, "stem_num_layers": 1}
+SMALL["max_target_positions"] = 24
+SHAPES = ((1, 11), (3, 20), (2, 101), (1, 302))  # batch, frames
+
+
+def make_model(preset="all", **overrides):
+    torch.manual_seed(0)
+    model = EchoForConditionalGeneration(EchoConfig.from_preset(preset, **{**SMALL, **overrides})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # what starts at 0, the mechanisms, shall act
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        model.proj_out.weight.normal_()
+    return model
+
+
+def make_inputs(model, batch, frames):
+    """Noise with a pitch that wanders, unvoiced at times; all but the first a few frames shorter."""
+    generator = torch.Generator().manual_seed(batch * frames)
+    features = 2 * torch.rand(batch, frames, model.config.num_feature_channels, generator=generator)
+    features[..., -1] = (100 + 200 * features[..., -1]) * (features[..., 0] > 0.5)
+    mask = torch.ones(batch, frames, dtype=torch.long)
+    mask[1:, frames - frames // 3 :] = 0
+    return {"input_features": features * mask[..., None], "attention_mask": mask}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "preset, overrides",
+    [
+        ("baseline", {}),
+        ("all", {"pitch_bias": "laplacian", "token_pitch": "median", "decoder_num_key_value_heads": 2}),
+    ],
+)
+@torch.no_grad()
+def test_exported_programs_equal_the_model(preset, overrides):
+    model = make_model(preset, **overrides)
+    encoder, decoder = (program.module() for program in export_programs(model))
+    for batch, frames in SHAPES:
+        inputs = make_inputs(model, batch, frames)
+        expected, got = EncoderForExport(model)(**inputs), encoder(**inputs)
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+        # Step after step, the decoder says what the whole model says of the whole sequence.
+        tokens = torch.randint(3, 259, (batch, 4))
+        tokens[:, 0] = model.config.decoder_start_token_id
+        whole = model(**inputs, decoder_input_ids=tokens, use_cache=False).logits
+        logits, keys, values, *heard = got
+        torch.testing.assert_close(logits, whole[:, 0], atol=1e-4, rtol=1e-4)
+        for t in range(1, 4):
+            names = ("cross_keys", "cross_values", "encoder_mask", "token_pitch")
+            step = {"input_ids": tokens[:, t : t + 1], "keys": keys, "values": values, **dict(zip(names, heard))}
+            eager = DecoderForExport(model)(**step)
+            logits, keys, values = decoder(**step)
+            torch.testing.assert_close((logits, keys, values), eager, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(logits, whole[:, t], atol=1e-4, rtol=1e-4)
+
+
+def test_windowed_attention_is_refused():
+    with pytest.raises(ValueError, match="encoder_attention_window cannot be exported"):
+        export_programs(make_model(encoder_attention_window=8))
+
+
+def test_a_folder_without_graphs_is_named(tmp_path):
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(FileNotFoundError, match="has no encoder.onnx; export_onnx"):
+        OnnxEcho(tmp_path)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_onnx_writes_what_the_model_writes(tmp_path):
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+    import onnxruntime
+
+    model = make_model(decoder_num_hidden_layers=2)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    exported = OnnxEcho(export_onnx(model, tmp_path), options)
+    assert (tmp_path / DECODER_FILE).is_file()
+    lengths = set()
+    for batch, frames in (*SHAPES, (1, 1), (2, min_frames(model) - 1)):
+        inputs = make_inputs(model, batch, frames)
+        arrays = {name: values.numpy() for name, values in inputs.items()}
+        tokens = exported.generate(**arrays)
+        expected = model.generate(**inputs, ctc_weight=0.0, do_sample=False)
+        np.testing.assert_array_equal(tokens, expected.numpy())
+        lengths.add(tokens.shape[1])
+        assert exported.generate(**arrays, max_length=5).shape[1] <= 5
+        if frames < min_frames(model):
+            continue
+        got = exported.encoder.run(None, arrays)
+        for theirs, ours in zip(got, EncoderForExport(model)(**inputs)):
+            np.testing.assert_allclose(theirs, ours.numpy(), atol=1e-4, rtol=1e-4)
+    assert max(lengths) > 5
