@@ -76,7 +76,7 @@ def alone(command, tmp_path_factory):
     return folder
 
 
-def launch(launcher: str, *arguments, options: tuple = ()) -> subprocess.CompletedProcess:
+def launch(launcher: str, *arguments, program: tuple = ("-m", "echo_hf.cli")) -> subprocess.CompletedProcess:
     """`echo-hf` in two processes on this machine, which talk by gloo."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -86,7 +86,7 @@ def launch(launcher: str, *arguments, options: tuple = ()) -> subprocess.Complet
         "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port"],
     }[launcher]
     done = subprocess.run(
-        [sys.executable, "-m", *command, str(port), *options, "-m", "echo_hf.cli", *map(str, arguments)],
+        [sys.executable, "-m", *command, str(port), *map(str, program), *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
@@ -156,3 +156,41 @@ def test_two_processes_train_resume_and_evaluate_as_one(command, alone, tmp_path
     assert_same_run(tmp_path / "run", alone)
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {path.name for path in alone.iterdir()}
+
+
+# accelerate shards models on accelerators only; told that there are some, it does so here.
+SHARDED_PROGRAM = """
+import sys
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from echo_hf.cli import main
+
+start = PartialState.__init__
+
+def start_as_on_accelerators(self, *args, **kwargs):
+    start(self, *args, **kwargs)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.MULTI_GPU
+
+PartialState.__init__ = start_as_on_accelerators
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_a_sharded_model_trains_resumes_and_is_saved_as_one(command, alone, tmp_path):
+    program, settings = tmp_path / "sharded.py", tmp_path / "fsdp.json"
+    program.write_text(SHARDED_PROGRAM)
+    settings.write_text(
+        json.dumps({"version": 2, "transformer_layer_cls_to_wrap": ["EchoEncoderLayer", "EchoDecoderLayer"]})
+    )
+    command = [*command, "--output_dir", tmp_path / "run", "--ddp_backend", "gloo", "--per_device_train_batch_size", 2]
+    command += ["--fsdp", "--fsdp_config", settings]
+    launch("torchrun", *command, "--max_steps", 3, program=[program])
+    assert (tmp_path / "run" / "checkpoint-3" / "pytorch_model_fsdp.bin").is_file()
+    launch("torchrun", *command, "--resume", program=[program])
+    assert_same_run(tmp_path / "run", alone)
+    # The model's own code is beside the weights, and none of PyTorch's.
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in alone.iterdir()}
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "run", alone)]
+    assert configs[0] == configs[1]

@@ -308,6 +308,9 @@ class EchoTrainer(Seq2SeqTrainer):
         write_model_card(self.args.output_dir, given, model_name, finetuned_from, self.hub_model_id)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if type(self.model).__module__.startswith("torch.distributed."):
+            # FSDP2 changes the model's class to one that PyTorch defines; its files would be saved as the model's code.
+            type(self.model)._auto_class = None
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
