@@ -1,8 +1,11 @@
 """Exported graphs say what the model says, at lengths and batch sizes they were not made with."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from transformers import TorchAoConfig
 
 from echo_hf import EchoConfig
 from echo_hf import EchoForConditionalGeneration
@@ -108,3 +111,49 @@ def test_onnx_writes_what_the_model_writes(tmp_path):
         for theirs, ours in zip(got, EncoderForExport(model)(**inputs)):
             np.testing.assert_allclose(theirs, ours.numpy(), atol=1e-4, rtol=1e-4)
     assert max(lengths) > 5
+
+
+# Quantised inference -------------------------------------------------------------------------------------------------
+
+
+def relative_error(model, other, inputs):
+    tokens = torch.randint(3, 259, (len(inputs["input_features"]), 6), generator=torch.Generator().manual_seed(0))
+    ours, theirs = (m(**inputs, decoder_input_ids=tokens).logits for m in (model, other))
+    return ((ours - theirs).norm() / ours.norm()).item()
+
+
+def test_no_matrix_of_a_few_columns_is_offered_to_quantisation():
+    """Libraries quantise whatever is an nn.Linear, and fail at one column."""
+    model = make_model()
+    columns = {name: m.in_features for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert len(columns) > 10 and min(columns.values()) >= 32, columns
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@torch.no_grad()
+def test_dynamic_quantisation_stays_close():
+    model = make_model()
+    quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {torch.nn.Linear}, dtype=torch.qint8)
+    inputs = make_inputs(model, 3, 101)
+    kinds = {type(module).__module__ for module in quantized.modules()}
+    assert any("quantized.dynamic" in kind for kind in kinds)
+    assert 0 < relative_error(model, quantized, inputs) < 0.1
+    assert quantized.generate(**inputs, max_new_tokens=4).shape[0] == 3
+
+
+@torch.no_grad()
+def test_weights_in_eight_bits_stay_close_and_are_saved(tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    model = make_model()
+    model.save_pretrained(tmp_path / "whole")
+    settings = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    quantized = EchoForConditionalGeneration.from_pretrained(tmp_path / "whole", quantization_config=settings).eval()
+    inputs = make_inputs(model, 3, 101)
+    assert 0 < relative_error(model, quantized, inputs) < 0.03
+    assert quantized.generate(**inputs, max_new_tokens=4).shape[0] == 3
+
+    quantized.save_pretrained(tmp_path / "small")
+    sizes = [(tmp_path / folder / "model.safetensors").stat().st_size for folder in ("small", "whole")]
+    assert sizes[0] < 0.5 * sizes[1]
+    again = EchoForConditionalGeneration.from_pretrained(tmp_path / "small").eval()
+    assert relative_error(quantized, again, inputs) == 0.0

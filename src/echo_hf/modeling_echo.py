@@ -566,9 +566,16 @@ class EchoAttention(nn.Module):
         return self.o_proj(output.reshape(*hidden_states.shape[:2], -1)), weights
 
 
-class EchoPitchProjection(nn.Linear):
-    """A linear map of pitch that starts at 0, so that what it is added to starts as if it were not there. A class of
-    its own because initialisation goes by class."""
+class EchoPitchProjection(nn.Module):
+    """A linear map of pitch without bias, `(..., pitch_channels)` to `(..., size)`, that starts at 0, so that what it
+    is added to starts as if it were not there. No `nn.Linear`: quantisation takes those, and fails at one column."""
+
+    def __init__(self, pitch_channels: int, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size, pitch_channels))
+
+    def forward(self, pitch: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(pitch.to(self.weight.dtype), self.weight)
 
 
 class EchoOutputHead(nn.Linear):
@@ -586,13 +593,13 @@ class EchoGatedMLP(nn.Module):
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-        self.pitch_proj = EchoPitchProjection(PITCH_CHANNELS, intermediate_size, bias=False) if sees_pitch else None
+        self.pitch_proj = EchoPitchProjection(PITCH_CHANNELS, intermediate_size) if sees_pitch else None
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor, pitch: torch.Tensor | None = None) -> torch.Tensor:
         gate = self.gate_proj(hidden_states)
         if self.pitch_proj is not None:
-            gate = gate + self.pitch_proj(pitch.to(hidden_states.dtype))
+            gate = gate + self.pitch_proj(pitch)
         return self.down_proj(self.activation(gate) * self.up_proj(hidden_states))
 
 
@@ -919,7 +926,7 @@ class EchoDecoder(EchoPreTrainedModel):
         super().__init__(config)
         size = config.decoder_hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, size, config.pad_token_id)
-        self.pitch_proj = EchoPitchProjection(1, size, bias=False) if config.token_pitch != "none" else None
+        self.pitch_proj = EchoPitchProjection(1, size) if config.token_pitch != "none" else None
         self.dropout = nn.Dropout(config.dropout)
         self.rotary_emb = EchoRotaryEmbedding(config, size // config.decoder_num_attention_heads)
         self.layers = nn.ModuleList(EchoDecoderLayer(config, i) for i in range(config.decoder_num_hidden_layers))
@@ -933,7 +940,7 @@ class EchoDecoder(EchoPreTrainedModel):
         span = (position_ids - 1).clamp(min=0).expand(token_pitch.shape[0], -1)
         inside = span < token_pitch.shape[1]
         pitch = token_pitch.gather(1, span.clamp(max=token_pitch.shape[1] - 1)) * inside
-        return self.pitch_proj(pitch[..., None].to(self.pitch_proj.weight.dtype))
+        return self.pitch_proj(pitch[..., None])
 
     @merge_with_config_defaults
     @capture_outputs
@@ -1199,9 +1206,12 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
         return shift_tokens_right(labels, self.config)
 
     def _prepare_generation_config(self, generation_config, **kwargs):
-        # Only what the model's own settings hold may be given to generate(), and those of another making lack it.
-        if getattr(self.generation_config, "ctc_weight", None) is None:
-            self.generation_config.ctc_weight = DEFAULT_CTC_WEIGHT if self.ctc_head is not None else 0.0
+        # Only what the model's own settings hold may be given to generate(), and those of another making lack it. Those
+        # of a checkpoint that is loaded without its CTC head have a weight, which then is nobody's wish.
+        if self.ctc_head is None:
+            self.generation_config.ctc_weight = 0.0
+        elif getattr(self.generation_config, "ctc_weight", None) is None:
+            self.generation_config.ctc_weight = DEFAULT_CTC_WEIGHT
         return super()._prepare_generation_config(generation_config, **kwargs)
 
     def _get_logits_processor(self, generation_config, *args, model_kwargs=None, **kwargs):
