@@ -200,6 +200,12 @@ def test_assisted_and_sampled_generation_take_it_too():
     assert sampled.shape[0] == 3 and not (sampled[:, 1:] == BOS).any()
 
 
+def test_a_checkpoint_without_its_ctc_head_generates(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    model = EchoForConditionalGeneration.from_pretrained(tmp_path, ctc_loss_weight=0.0)
+    assert model.generate(**features((40,)), max_length=4).shape[0] == 1
+
+
 def test_a_model_without_ctc_head_says_so():
     model = tiny_model(ctc_loss_weight=0.0)
     assert model.generation_config.ctc_weight == 0.0

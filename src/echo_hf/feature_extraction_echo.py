@@ -8,10 +8,13 @@ can be forked freely.
 
 import io
 import os
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from numbers import Number
+from typing import Any
 
 import numpy as np
 from transformers.audio_utils import mel_filter_bank
@@ -43,23 +46,32 @@ LARGEST_PHASE = np.nextafter(np.float32(2.0 * np.pi), np.float32(0.0))  # float3
 SMALLEST_DEVIATION = 1e-3  # of the envelope's code (natural logarithm of power)
 
 MAX_CHANNELS = 8  # the short axis of a 2-D array is its channels up to this many
+BLOCK_FRAMES = 1 << 19  # samples a channel read from a file at a time, 11 s at 48 kHz
+LOWEST_RATE, HIGHEST_RATE = 1000, 1_000_000  # Hz; a file that claims a rate beyond is broken
 SPECTROGRAM_FRAMES = 4096  # frames transformed at a time; the spectra of an hour of audio would take 1 GB
 AUDIO_KEYS = ("array", "raw", "bytes", "path")  # of a dict that holds audio, the first that is not None
 F0_GROUPS = ("phase", "envelope", "aperiodicity", "pitch")  # groups that are made from F0
 
 
-def load_audio(source) -> tuple[np.ndarray, int]:
-    """Reads an audio file with soundfile: WAV, FLAC, Ogg Vorbis and Opus, MP3.
+def is_file(source) -> bool:
+    """Whether `source` is what [`open_audio`] opens, rather than samples."""
+    return isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(source, "read")
+
+
+@contextmanager
+def open_audio(source) -> Iterator[tuple[Any, str]]:
+    """Opens an audio file with soundfile: WAV, FLAC, Ogg Vorbis and Opus, MP3.
 
     Args:
         source: a path (`str` or `os.PathLike`), the bytes of a file, or a file opened in binary mode.
 
     Returns:
-        float32 samples in [-1, 1], shape `(samples,)` or `(samples, channels)`, and the sampling rate in Hz.
+        A context of `soundfile.SoundFile` and what messages call it.
 
     Raises:
         `FileNotFoundError`: there is no such file.
-        `ValueError`: the source is empty or not audio that can be read; the message names it and the remedy.
+        `ValueError`: the source is empty, is not audio that can be read, or claims what no audio has; the message names
+            it and the remedy. So too for what reading within the context raises.
         `ImportError`: soundfile is not installed.
     """
     try:
@@ -77,11 +89,34 @@ def load_audio(source) -> tuple[np.ndarray, int]:
             raise ValueError(f"Nothing to read from {name}: open it in binary mode, positioned at its start.")
         source = io.BytesIO(content)
     try:
-        return soundfile.read(source, dtype="float32")
+        with soundfile.SoundFile(source) as file:
+            if not LOWEST_RATE <= file.samplerate <= HIGHEST_RATE:
+                raise ValueError(f"{name} claims a sampling rate of {file.samplerate} Hz. Its header must be wrong.")
+            yield file, name
     except soundfile.SoundFileError as error:
         raise ValueError(
             f"Cannot read {name} as audio ({error}). Convert it first, e.g. `ffmpeg -i INPUT -ac 1 OUTPUT.wav`."
         ) from error
+
+
+def load_audio(source) -> tuple[np.ndarray, int]:
+    """Reads an audio file whole.
+
+    Args:
+        source: as [`open_audio`] takes it.
+
+    Returns:
+        float32 samples in [-1, 1], shape `(samples,)` or `(samples, channels)`, and the sampling rate in Hz.
+
+    Raises:
+        `FileNotFoundError`, `ValueError`, `ImportError`: as [`open_audio`].
+    """
+    with open_audio(source) as (file, _):
+        # A block at a time: what the header claims of the length, which may be wrong, claims no memory.
+        blocks = [file.read(BLOCK_FRAMES, dtype="float32")]
+        while len(blocks[-1]) == BLOCK_FRAMES:
+            blocks.append(file.read(BLOCK_FRAMES, dtype="float32"))
+        return np.concatenate(blocks), file.samplerate
 
 
 def to_mono(samples, name: str = "audio") -> np.ndarray:
@@ -399,7 +434,7 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
             rate = recording.get("sampling_rate")
             if samples is None:
                 raise ValueError(f"{name} is a dict with {list(recording)}; it needs one of {', '.join(AUDIO_KEYS)}.")
-        if _is_file(samples):
+        if is_file(samples):
             try:
                 samples, rate = load_audio(samples)
             except (ValueError, FileNotFoundError) as error:
@@ -449,13 +484,9 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
         return np.concatenate([features[name] for name in groups], axis=1, dtype=np.float32)
 
 
-def _is_file(source) -> bool:
-    return isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(source, "read")
-
-
 def _as_batch(audio) -> tuple[list, bool]:
     """The recordings in `audio`, and whether it was a batch rather than one recording."""
-    if isinstance(audio, Sequence) and not _is_file(audio):
+    if isinstance(audio, Sequence) and not is_file(audio):
         if len(audio) == 0:
             raise ValueError("audio is empty: give at least one recording, of at least one sample.")
         return (list(audio), True) if not isinstance(audio[0], Number) else ([audio], False)

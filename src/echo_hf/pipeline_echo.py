@@ -25,13 +25,13 @@ from transformers.utils import logging
 from .alignment_echo import align_by_attention
 from .alignment_echo import align_by_ctc
 from .feature_extraction_echo import AUDIO_KEYS
+from .feature_extraction_echo import BLOCK_FRAMES
 from .feature_extraction_echo import F0_GROUPS
+from .feature_extraction_echo import is_file
 from .pitch_echo import estimate_f0
-from .segmentation_echo import BLOCK_FRAMES
 from .segmentation_echo import Segment
 from .segmentation_echo import Word
 from .segmentation_echo import group_words
-from .segmentation_echo import is_file
 from .segmentation_echo import join_overlap
 from .segmentation_echo import needs_space
 from .segmentation_echo import read_blocks

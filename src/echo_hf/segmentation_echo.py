@@ -5,8 +5,6 @@ stream of blocks into segments of at most a given length, and `join_overlap` fin
 cover the end of one segment and the begin of the next. All is numpy; soundfile and soxr are imported where needed.
 """
 
-import io
-import os
 import re
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -16,11 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .feature_extraction_echo import BLOCK_FRAMES
 from .feature_extraction_echo import MAX_CHANNELS
+from .feature_extraction_echo import open_audio
 from .feature_extraction_echo import to_mono
-
-BLOCK_FRAMES = 1 << 19  # samples a channel read at a time, 11 s at 48 kHz
-LOWEST_RATE, HIGHEST_RATE = 1000, 1_000_000  # Hz; a file that claims a rate beyond is broken
 
 SILENCE_LEVEL = -70.0  # dB under a full-scale square wave; no frame louder than this is speech
 NOISE_QUANTILE, SPEECH_QUANTILE = 0.1, 0.95  # of the levels of a stretch of audio: its background, and its speech
@@ -56,11 +53,6 @@ class Segment(NamedTuple):
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
-def is_file(source) -> bool:
-    """Whether `source` is what [`read_blocks`] reads, rather than samples."""
-    return isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(source, "read")
-
-
 def read_blocks(source, sampling_rate: int) -> Iterator[np.ndarray]:
     """
     One channel of an audio file, a block at a time, at any sampling rate. Memory does not grow with the file, nor with
@@ -80,31 +72,10 @@ def read_blocks(source, sampling_rate: int) -> Iterator[np.ndarray]:
             infinite samples; the message names it and the remedy.
         `ImportError`: soundfile, or soxr for another rate, is not installed.
     """
-    try:
-        import soundfile
-    except (ImportError, OSError) as error:  # OSError: the package is there, its libsndfile is not
-        raise ImportError(f"Reading audio files needs soundfile ({error}): `pip install soundfile`.") from error
-    if isinstance(source, (str, os.PathLike)):
-        name = os.fspath(source)
-        if not os.path.isfile(name):
-            raise FileNotFoundError(f"No audio file at {name!r}.")
-    else:
-        name = str(getattr(source, "name", f"<{type(source).__name__}>"))
-        content = source.read() if hasattr(source, "read") else bytes(source)
-        if not isinstance(content, bytes) or not content:
-            raise ValueError(f"Nothing to read from {name}: open it in binary mode, positioned at its start.")
-        source = io.BytesIO(content)
-    try:
-        with soundfile.SoundFile(source) as file:
-            if not LOWEST_RATE <= file.samplerate <= HIGHEST_RATE:
-                raise ValueError(f"{name} claims a sampling rate of {file.samplerate} Hz. Its header must be wrong.")
-            if file.channels > MAX_CHANNELS:
-                raise ValueError(f"{name} has {file.channels} channels; up to {MAX_CHANNELS} are averaged. Give one.")
-            yield from _resampled(_mono_blocks(file, name), file.samplerate, sampling_rate, name)
-    except soundfile.SoundFileError as error:
-        raise ValueError(
-            f"Cannot read {name} as audio ({error}). Convert it first, e.g. `ffmpeg -i INPUT -ac 1 OUTPUT.wav`."
-        ) from error
+    with open_audio(source) as (file, name):
+        if file.channels > MAX_CHANNELS:
+            raise ValueError(f"{name} has {file.channels} channels; up to {MAX_CHANNELS} are averaged. Give one.")
+        yield from _resampled(_mono_blocks(file, name), file.samplerate, sampling_rate, name)
 
 
 def _mono_blocks(file, name: str) -> Iterator[np.ndarray]:
