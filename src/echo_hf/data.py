@@ -25,6 +25,8 @@ import numpy as np
 import soundfile
 import torch
 from datasets import Dataset
+from datasets import IterableDataset
+from filelock import FileLock
 from transformers.utils import logging
 
 from .transcription import AUDIO_EXTENSIONS
@@ -387,6 +389,14 @@ def _compute_features(
     # The fingerprint is made here: the one that `datasets` makes of a function hangs on how Python pickles the
     # extractor, and it does not see which audio file changed.
     fingerprint = features_fingerprint(extractor, identities)
+    # `datasets` writes under another name and renames, so that a file is whole; the lock saves doing the same twice.
+    with FileLock(cache_dir / f"features-{fingerprint}.lock"):
+        return _map_features(table, extractor, skip_broken, num_proc, cache_dir, fingerprint)
+
+
+def _map_features(
+    table: Dataset, extractor, skip_broken: bool, num_proc: int | None, cache_dir: Path, fingerprint: str
+) -> Dataset:
     return table.map(
         _extract,
         batched=True,
@@ -446,6 +456,89 @@ def _extract(batch: dict[str, list], extractor, skip_broken: bool) -> dict[str, 
     return {"input_features": features, "length": [len(values) for values in features], "problem": problems}
 
 
+# Streams -------------------------------------------------------------------------------------------------------------
+
+
+def stream_dataset(
+    dataset: IterableDataset,
+    processor,
+    audio_column: str = "audio",
+    text_column: str = "text",
+    max_label_length: int | None = None,
+    min_seconds: float | None = None,
+    max_seconds: float | None = None,
+    skip_broken: bool = False,
+) -> IterableDataset:
+    """
+    Features and labels of a stream, computed as they are asked for and kept nowhere: for speech that is too much for
+    the disk, or not all there yet. Every epoch computes them again; [`prepare_dataset`] does it once.
+
+    Args:
+        dataset (`datasets.IterableDataset`): of `load_dataset(..., streaming=True)` or `to_iterable_dataset()`.
+        processor ([`EchoProcessor`]): its feature extractor and its tokenizer are used. Audio is resampled as needed.
+        audio_column (`str`, defaults to `"audio"`): column with audio, or with paths of audio files.
+        text_column (`str`, defaults to `"text"`): column with the transcript.
+        max_label_length (`int`, *optional*): longest transcript in tokens, begin and end of sequence counted.
+        min_seconds (`float`, *optional*): shorter audio is left out.
+        max_seconds (`float`, *optional*): longer audio is left out.
+        skip_broken (`bool`, defaults to `False`): whether a row that cannot be used is left out in silence. Otherwise
+            it is an error.
+
+    Returns:
+        `datasets.IterableDataset`: `input_features` (float32, `(frames, channels)`), `length` (frames) and `labels`.
+        It has as many shards as `dataset`, which are shared out over the workers of a `DataLoader`. Train on its
+        `.repeat(None)` with `max_steps`: resuming, the Trainer passes over as many batches as it had, and an epoch of
+        unknown length it takes for one of `max_steps`.
+
+    Raises:
+        `ValueError`: `dataset` is no stream, or lacks a column; when iterated, a row cannot be used.
+    """
+    if not isinstance(dataset, IterableDataset):
+        raise ValueError(f"A {type(dataset).__name__} is not a stream; make it one with `to_iterable_dataset()`.")
+    if dataset.column_names is None:  # known from the first row on, such as after `map`
+        dataset = dataset._resolve_features()
+    for column in (audio_column, text_column):
+        if column not in dataset.column_names:
+            raise ValueError(f"The stream has no column {column!r}, but {', '.join(dataset.column_names)}.")
+    limits = (max_label_length or math.inf, min_seconds or 0.0, max_seconds or math.inf)
+    return dataset.cast_column(audio_column, datasets.Audio(decode=False)).map(
+        _extract_stream,
+        batched=True,
+        batch_size=1,  # so that a row can be left out
+        remove_columns=dataset.column_names,
+        fn_kwargs={
+            "processor": processor,
+            "columns": (audio_column, text_column),
+            "limits": limits,
+            "skip_broken": skip_broken,
+        },
+    )
+
+
+def _extract_stream(batch: dict[str, list], processor, columns, limits, skip_broken: bool) -> dict[str, list]:
+    """One row, or none."""
+    (audio,), (text,) = (batch[column] for column in columns)
+    max_label_length, min_seconds, max_seconds = limits
+    file = _inspect(audio)
+    labels = processor.tokenizer(text or "")["input_ids"]
+    problem, features = file.problem, None
+    if problem is None and not (text or "").strip():
+        problem = "there is no text"
+    if problem is None and len(labels) > max_label_length:
+        problem = f"the text has {len(labels)} tokens, the model takes {max_label_length} (`max_target_positions`)"
+    if problem is None and min_seconds <= file.seconds <= max_seconds:
+        try:
+            features = np.asarray(processor.feature_extractor(audio, resample=True)["input_features"][0], np.float32)
+        except (OSError, RuntimeError, ValueError) as error:
+            problem = str(error)
+    if problem is not None and not skip_broken:
+        origin = file.path or f"The audio of {text!r}"
+        raise ValueError(f"{origin}: {problem}. Mend or remove it, or leave it out with `skip_broken`.")
+    if features is None:
+        return {"input_features": [], "length": [], "labels": []}
+    return {"input_features": [features], "length": [len(features)], "labels": [labels]}
+
+
 # Batches -------------------------------------------------------------------------------------------------------------
 
 
@@ -500,4 +593,5 @@ __all__ = [
     "features_fingerprint",
     "load_sources",
     "prepare_dataset",
+    "stream_dataset",
 ]
