@@ -1,12 +1,17 @@
 """Fine-tuning as people do it with Whisper: stock Trainer, a collator written by hand, adapters. None of Echo's own
 training code is used here, so that scripts made for other speech models run unchanged."""
 
+import json
 import logging
+import re
+import shutil
 import warnings
+from pathlib import Path
 
 import jiwer
 import numpy as np
 import pytest
+import soundfile
 import torch
 from datasets import Dataset
 from transformers import AutoModelForSpeechSeq2Seq
@@ -296,3 +301,35 @@ def test_adapter_gets_its_gradients_through_checkpointing(reentrant, tiny, speec
         assert gradient is not None and gradients[1][name] is not None, name
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
     assert all(gradient.any() for name, gradient in gradients[0].items() if "lora_B" in name)
+
+
+# The page ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_what_the_page_says_runs(tiny, tmp_path, monkeypatch):
+    """Training and adapters, as they are written there; test_export.py has what comes after."""
+    pytest.importorskip("peft")
+    page = (Path(__file__).parent.parent / "docs" / "fine_tuning.md").read_text(encoding="utf-8")
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "Trainer" in block]
+    assert len(blocks) == 2
+
+    shutil.copytree(tiny, tmp_path / "my-model")
+    for i in range(4):
+        soundfile.write(tmp_path / f"{i}.wav", voice(0.4 + 0.1 * i, (120, 240)[i % 2]), 16000)
+    lines = [json.dumps({"audio": f"{i}.wav", "text": TEXTS[i % 2]}) for i in range(4)] * 8  # an epoch of two steps
+    for name in ("train.jsonl", "dev.jsonl"):
+        (tmp_path / name).write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    names = {}
+    for block in blocks:
+        exec(block, names)  # the page is ours
+
+    inputs = names["processor"]([str(tmp_path / "0.wav")], return_tensors="pt")
+    before = AutoModelForSpeechSeq2Seq.from_pretrained("my-model").state_dict()
+    for folder in ("my-finetuned", "my-merged"):
+        model = AutoModelForSpeechSeq2Seq.from_pretrained(folder)
+        name = "model.encoder.layers.0.self_attn.q_proj.weight"
+        assert not torch.equal(model.state_dict()[name], before[name])
+        AutoProcessor.from_pretrained(folder).batch_decode(model.generate(**inputs))
