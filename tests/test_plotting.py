@@ -230,6 +230,8 @@ def test_learning_curves_have_the_word_error_rate_on_an_axis_of_its_own(tmp_path
         "evaluation loss": [[20, 2.5]],
     }
     assert rates.lines[0].get_xydata().tolist() == [[20, 80.0]] and "%" in rates.get_ylabel()
+    close = plot_learning_curves([{"step": step, "eval_wer": rate} for step, rate in ((10, 1.08), (20, 1.09))]).axes[1]
+    assert close.get_ylim()[0] == 0 and close.get_ylim()[1] > 112  # markers at 109% are not cut
     assert len(plot_learning_curves(LOG[:2]).axes) == 1
     with pytest.raises(ValueError, match="neither"):
         plot_learning_curves([])

@@ -512,7 +512,7 @@ def plot_learning_curves(log_history: str | PathLike | Iterable[Mapping[str, Any
         handles += _draw_log(axis, log_history, key, 1.0, color=color, linestyle=style, marker=marker, label=label)
     axis.set_xlabel("step")
     axis.set_ylabel("loss (nats a token)")
-    axis.set_ylim(bottom=0.0)
+    _start_at_zero(axis)
     axis.grid(color="0.9")
     if any(isinstance(entry.get("eval_wer"), int | float) for entry in log_history):
         right = axis.twinx()
@@ -528,7 +528,7 @@ def plot_learning_curves(log_history: str | PathLike | Iterable[Mapping[str, Any
         )
         right.set_ylabel("word error rate (%)", color=VERMILLION)
         right.tick_params(axis="y", colors=VERMILLION)
-        right.set_ylim(bottom=0.0)
+        _start_at_zero(right)
     if not handles:
         raise ValueError("log_history holds neither a loss nor a word error rate: was anything trained?")
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), fontsize="small")
@@ -622,6 +622,12 @@ def _draw_f0(axis, times: np.ndarray, f0: np.ndarray) -> None:
 def _draw_log(axis, log_history: list[Mapping[str, Any]], key: str, scale: float, **style) -> list:
     points = [(entry["step"], entry[key] * scale) for entry in log_history if isinstance(entry.get(key), int | float)]
     return axis.plot(*zip(*points), markersize=4, **style) if points else []
+
+
+def _start_at_zero(axis) -> None:
+    """The vertical axis from 0, with room above for whole markers, which may be large values close to each other."""
+    highest = max((max(line.get_ydata()) for line in axis.lines), default=0.0)
+    axis.set_ylim(0.0, 1.05 * highest if highest > 0 else 1.0)
 
 
 def _show_token(tokenizer, token: int) -> str:
