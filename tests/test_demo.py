@@ -1,7 +1,9 @@
 """The demo's page, served and asked as a browser asks it."""
 
+import shutil
 import socket
 import sys
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from conftest import voice
 from echo_hf.cli import main
 from echo_hf.demo import build_demo
 from echo_hf.demo import launch
+from echo_hf.transcription import BUNDLED_RECORDINGS
 from echo_hf.transcription import load_checkpoint
 
 SPEECH_RATE = 22050  # Hz, not the model's
@@ -52,6 +55,54 @@ def test_page_writes_draws_and_tells_times(tmp_path, ctc_checkpoint, monkeypatch
     assert table["headers"] == ["word", "start (s)", "end (s)"]
     assert [row[0] for row in table["data"]] == text.split()
     assert all(0 <= start < end <= 1.05 for _, start, end in table["data"])
+
+
+@pytest.mark.slow
+def test_page_in_a_browser(monkeypatch, capsys):
+    gradio = pytest.importorskip("gradio")
+    playwright = pytest.importorskip("playwright.sync_api")
+    browser_path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser_path is None:
+        pytest.skip("no Chromium is installed")
+    port, visited, seen = free_port(), [], {}
+
+    def use(demo):
+        """In place of waiting for Ctrl+C."""
+        with playwright.sync_playwright() as driver:
+            # Without its sandbox, which refuses to run as root; it opens no page but ours.
+            browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+            context = browser.new_context()
+            context.set_default_timeout(60_000)  # ms
+            context.on("request", lambda request: visited.append(request.url))
+            page = context.new_page()
+            page.goto(f"http://127.0.0.1:{port}")
+            transcribe = page.get_by_role("button", name="Transcribe")
+
+            transcribe.click()
+            page.get_by_text("Record something, or drop an audio file, first.").wait_for()
+
+            page.get_by_role("button", name="Upload file").click()
+            page.locator("input[type=file][accept*=audio]").set_input_files(BUNDLED_RECORDINGS / "es.ogg")
+            page.get_by_role("button", name="Play", exact=True).wait_for()  # the recording is there
+            transcribe.click()
+            # The page's own pictures are SVG.
+            page.wait_for_function(
+                "[...document.images].some(image => /^data:image.(?!svg)/.test(image.src) && image.naturalWidth > 0)"
+            )
+            page.get_by_role("gridcell").first.wait_for()
+            seen["text"] = page.get_by_label("text", exact=True).input_value()
+            seen["cells"] = page.get_by_role("gridcell").all_inner_texts()
+            browser.close()
+        demo.close()
+
+    monkeypatch.setattr(gradio.Blocks, "block_thread", use)
+    assert main(["demo", "--device", "cpu", "--port", str(port)]) == 0
+    assert seen["text"].strip()
+    words, starts, ends = (seen["cells"][column::3] for column in range(3))
+    assert [word.strip() for word in words] == seen["text"].split()[: len(words)]  # rows below the window wait there
+    assert all(0 <= float(start) < float(end) <= 3.3 for start, end in zip(starts, ends, strict=True))
+    assert {urlsplit(url).netloc for url in visited if not url.startswith(("data:", "blob:"))} == {f"127.0.0.1:{port}"}
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_missing_gradio_is_named(monkeypatch, ctc_checkpoint, capsys):

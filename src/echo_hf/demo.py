@@ -45,12 +45,12 @@ def build_demo(model, processor):
 
     def recognize(audio: str | None) -> tuple[str, Any, list[list[Any]]]:
         if audio is None:
-            raise gradio.Error("Record something, or drop an audio file, first.")
+            raise gradio.Error("Record something, or drop an audio file, first.", print_exception=False)
         try:
             result = pipeline(audio, return_timestamps="word")
             figure = plot_pitch(audio, processor.feature_extractor, words=result["chunks"]) if has_pitch else None
         except ValueError as error:
-            raise gradio.Error(str(error)) from error
+            raise gradio.Error(str(error), print_exception=False) from error
         rows = [[chunk["text"].strip(), *(round(time, 2) for time in chunk["timestamp"])] for chunk in result["chunks"]]
         return result["text"], figure, rows
 
@@ -71,7 +71,7 @@ def build_demo(model, processor):
                 text = gradio.Textbox(label="text", lines=2)
                 figure = gradio.Plot(show_label=False, visible=has_pitch)  # a label would cover words
                 table = gradio.Dataframe(headers=["word", "start (s)", "end (s)"], label="words", interactive=False)
-        button.click(recognize, audio, [text, figure, table], api_name="recognize")
+        button.click(recognize, audio, [text, figure, table], api_name="recognize", show_progress_on=text)
     return demo
 
 
