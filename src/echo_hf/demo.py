@@ -92,7 +92,7 @@ def launch(demo, host: str = HOST, port: int = PORT) -> str:
     """
     import gradio
 
-    # The default theme would have the browser fetch its fonts from elsewhere.
+    # The browser's own fonts: many of gradio's themes have it fetch theirs from elsewhere.
     theme = gradio.themes.Default(font=["sans-serif"], font_mono=["monospace"])
     try:
         _, address, _ = demo.launch(

@@ -10,10 +10,14 @@ from transformers.tokenization_utils_base import TextInput
 
 
 class EchoAudioKwargs(AudioKwargs, total=False):
+    """Options of [`EchoFeatureExtractor`] when a processor is called; `resample` is Echo's own."""
+
     resample: bool | None
 
 
 class EchoProcessorKwargs(ProcessingKwargs, total=False):
+    """Options of a processor's call, by the part that takes them: audio, text or all."""
+
     audio_kwargs: EchoAudioKwargs
 
 

@@ -116,7 +116,13 @@ def frame_levels(waveform: np.ndarray, frame: int) -> np.ndarray:
 
 
 def runs(mask: np.ndarray) -> list[tuple[int, int]]:
-    """First index and the index behind the last of each run of True in `mask`, shape `(frames,)`."""
+    """First index and the index behind the last of each run of True in `mask`, shape `(frames,)`.
+
+    Examples:
+
+    >>> runs(np.array([True, True, False, True]))
+    [(0, 2), (3, 4)]
+    """
     edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
     return list(zip(edges[::2].tolist(), edges[1::2].tolist()))
 
@@ -293,7 +299,13 @@ class Word(NamedTuple):
 
 
 def needs_space(left: str, right: str) -> bool:
-    """Whether two texts, neither empty, need a space between them."""
+    """Whether two texts, neither empty, need a space between them.
+
+    Examples:
+
+    >>> needs_space("good", "day"), needs_space("你", "好")
+    (True, False)
+    """
     if left[-1].isspace() or right[0].isspace():
         return False
     return not (UNSPACED_CHARACTER.match(left[-1]) and UNSPACED_CHARACTER.match(right[0]))

@@ -20,7 +20,13 @@ CUE_PAUSE = 0.8  # seconds between words that end a cue
 
 
 def format_time(seconds: float, decimal_mark: str = ".") -> str:
-    """Seconds as `HH:MM:SS.mmm`, with as many digits of hours as it takes, at least two."""
+    """Seconds as `HH:MM:SS.mmm`, with as many digits of hours as it takes, at least two.
+
+    Examples:
+
+    >>> format_time(3661.5), format_time(0.25, ",")
+    ('01:01:01.500', '00:00:00,250')
+    """
     milliseconds = max(0, round(seconds * 1000))
     minutes, milliseconds = divmod(milliseconds, 60_000)
     hours, minutes = divmod(minutes, 60)

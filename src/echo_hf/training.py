@@ -356,6 +356,7 @@ class EchoTrainer(Seq2SeqTrainer):
 
 
 def as_list(value: str | Sequence[str] | None) -> list[str] | None:
+    """One name or several as a list; None stays None."""
     return [value] if isinstance(value, str) else list(value) if value is not None else None
 
 
