@@ -97,7 +97,7 @@ def test_onnx_writes_what_the_model_writes(tmp_path):
     exported = OnnxEcho(export_onnx(model, tmp_path), options)
     assert (tmp_path / DECODER_FILE).is_file()
     lengths = set()
-    for batch, frames in (*SHAPES, (1, 1), (2, min_frames(model) - 1)):
+    for batch, frames in (*SHAPES, (2, min_frames(model) - 1)):
         inputs = make_inputs(model, batch, frames)
         arrays = {name: values.numpy() for name, values in inputs.items()}
         tokens = exported.generate(**arrays)
