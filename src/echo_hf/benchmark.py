@@ -175,12 +175,16 @@ def training_step(model, inputs: dict[str, Any], num_labels: int) -> Callable[[]
     return step
 
 
-def generation(model, inputs: dict[str, Any], num_tokens: int) -> Callable[[], Any]:
-    """Greedy `generate()` of so many tokens, neither fewer nor more, as one call."""
+def generation(model, inputs: dict[str, Any], num_tokens: int, ctc_weight: float = 0.0) -> Callable[[], Any]:
+    """Greedy `generate()` of so many tokens, neither fewer nor more, as one call; by the decoder alone, as the peers
+    have nothing else, unless Echo's `ctc_weight` says otherwise."""
+    settings = {"min_new_tokens": num_tokens, "max_new_tokens": num_tokens, "do_sample": False, "num_beams": 1}
+    if model.config.model_type == "echo":
+        settings["ctc_weight"] = ctc_weight
 
     def generate():
         with torch.inference_mode():
-            model.generate(**inputs, min_new_tokens=num_tokens, max_new_tokens=num_tokens, do_sample=False, num_beams=1)
+            model.generate(**inputs, **settings)
 
     return generate
 
@@ -286,10 +290,11 @@ def benchmark_generation(
     for length in seconds:
         for batch_size in batch_sizes:
             for count in num_tokens:
-                cases = {
-                    name: generation(model, model_inputs(model, length, batch_size, device, dtype), count)
-                    for name, model in models.items()
+                inputs = {
+                    name: model_inputs(model, length, batch_size, device, dtype) for name, model in models.items()
                 }
+                cases = {name: generation(model, inputs[name], count) for name, model in models.items()}
+                cases["Echo with CTC"] = generation(models["Echo"], inputs["Echo"], count, ctc_weight=0.5)
                 rows.append(
                     _against_peers({"seconds": length, "batch": batch_size, "tokens": count}, cases, rounds, device)
                 )
