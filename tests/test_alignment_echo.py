@@ -24,6 +24,13 @@ def test_a_known_path_through_ctc():
     assert spans.tolist() == [[2, 4], [5, 6], [6, 9], [10, 11]]
 
 
+@pytest.mark.parametrize("num_tokens", [63, 64, 200])
+def test_long_texts(num_tokens):
+    tokens = [1 + i % 5 for i in range(num_tokens)]
+    spans = align_by_ctc(log_probabilities([token for token in tokens for _ in range(2)]), tokens)
+    assert spans.tolist() == [[2 * i, 2 * i + 2] for i in range(num_tokens)]
+
+
 def test_ctc_finds_the_best_of_all_paths():
     generator = np.random.default_rng(0)
     for _ in range(60):

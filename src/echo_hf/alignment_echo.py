@@ -52,7 +52,7 @@ def align_by_ctc(log_probs: np.ndarray, tokens: Sequence[int], blank: int = 0) -
     path = np.empty(num_frames, dtype=int)
     for frame in range(num_frames - 1, -1, -1):
         path[frame] = state
-        state -= steps[frame, state]
+        state -= int(steps[frame, state])  # int8 would not hold the states of 64 tokens
     odd = np.arange(1, len(states), 2)
     return np.stack([np.searchsorted(path, odd, side="left"), np.searchsorted(path, odd, side="right")], axis=1)
 
