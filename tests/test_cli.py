@@ -389,6 +389,7 @@ def test_train_resume_evaluate_transcribe(capsys, tones, tmp_path, monkeypatch):
     options = ["--train_data", tones, "--eval_data", tones, "--output_dir", output_dir, "--cache_dir", cache]
     options += ["--config_overrides", TINY, "--feature_groups", '{"spectrogram": 20, "pitch": 1}', "--use_cpu"]
     options += ["--per_device_train_batch_size", "8", "--learning_rate", "5e-3", "--disable_tqdm", "true"]
+    options += ["--num_train_epochs", "60"]
 
     # Interrupted after two of the epochs, and resumed by name alone.
     from transformers import TrainerCallback
@@ -414,7 +415,7 @@ def test_train_resume_evaluate_transcribe(capsys, tones, tmp_path, monkeypatch):
     code, out, _ = run(capsys, "train", "--resume", "--output_dir", output_dir)
     assert code == 0
     summary = json.loads((output_dir / "run_summary.json").read_text())
-    assert summary["resumed_from"] == "checkpoint-4" and summary["steps"] == 60
+    assert summary["resumed_from"] == "checkpoint-4" and summary["steps"] == 120
     assert "WER" in out and "in 16 words" in out and f"Saved in {output_dir}" in out
     assert list((output_dir / "runs").rglob("events.out.tfevents*"))
 

@@ -200,6 +200,12 @@ def test_assisted_and_sampled_generation_take_it_too():
     assert sampled.shape[0] == 3 and not (sampled[:, 1:] == BOS).any()
 
 
+def test_without_an_end_it_goes_on():
+    model = tiny_model()
+    text = model.generate(**features((40,)), eos_token_id=None, max_length=20)
+    assert text.shape == (1, 20) and not (text[:, 1:] <= BOS).any()
+
+
 def test_a_checkpoint_without_its_ctc_head_generates(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     model = EchoForConditionalGeneration.from_pretrained(tmp_path, ctc_loss_weight=0.0)

@@ -1229,12 +1229,15 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
         mask = getattr(encoder_outputs, "attention_mask", None)
         if mask is None:
             mask = torch.ones(logits.shape[:2], device=logits.device, dtype=torch.long)
+        ends = generation_config._eos_token_tensor
+        if ends is None:  # whoever wants no end: none is scored
+            ends = torch.empty(0, dtype=torch.long, device=logits.device)
         joint = EchoCTCPrefixLogitsProcessor(
             logits,
             mask,
             self.config.pad_token_id,
             self.config.bos_token_id,
-            generation_config._eos_token_tensor,
+            ends,
             weight,
             max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1),
         )
