@@ -32,6 +32,7 @@ from .feature_extraction_echo import log_mel_spectrogram
 from .metrics import f0_metrics
 from .metrics import f0_test_signals
 from .metrics import synthetic_voice
+from .modeling_echo import DEFAULT_CTC_WEIGHT
 from .modeling_echo import EchoForConditionalGeneration
 from .pitch_echo import TRACKERS
 from .pitch_echo import estimate_f0
@@ -262,7 +263,8 @@ def benchmark_pitch(
     return rows
 
 
-def _echo_and_peers(device: torch.device, dtype: torch.dtype, size: str, compiled: bool) -> dict[str, Any]:
+def echo_and_peers(device: torch.device, dtype: torch.dtype, size: str, compiled: bool) -> dict[str, Any]:
+    """Echo with frames of 40 and of 80 ms, and its peers; made once, as what is compared is the same throughout."""
     models = {
         "Echo": echo_model("all", size, device, dtype),
         "Echo, 80 ms frames": echo_model("all", size, device, dtype, stem_strides=[2, 2, 2]),
@@ -275,17 +277,15 @@ def _echo_and_peers(device: torch.device, dtype: torch.dtype, size: str, compile
 
 
 def benchmark_generation(
+    models: dict[str, Any],
     rounds: int,
     device: torch.device,
     dtype: torch.dtype,
-    size: str = "27m",
     seconds: tuple[float, ...] = (2, 5, 10, 30),
     batch_sizes: tuple[int, ...] = (1, 8),
     num_tokens: tuple[int, ...] = (32, 64),
-    compiled: bool = False,
 ) -> list[dict[str, Any]]:
     """Milliseconds to transcribe, Echo and its peers; and the fastest peer's time as a multiple of Echo's."""
-    models = _echo_and_peers(device, dtype, size, compiled)
     rows = []
     for length in seconds:
         for batch_size in batch_sizes:
@@ -294,7 +294,9 @@ def benchmark_generation(
                     name: model_inputs(model, length, batch_size, device, dtype) for name, model in models.items()
                 }
                 cases = {name: generation(model, inputs[name], count) for name, model in models.items()}
-                cases["Echo with CTC"] = generation(models["Echo"], inputs["Echo"], count, ctc_weight=0.5)
+                cases["Echo with CTC"] = generation(
+                    models["Echo"], inputs["Echo"], count, ctc_weight=DEFAULT_CTC_WEIGHT
+                )
                 rows.append(
                     _against_peers({"seconds": length, "batch": batch_size, "tokens": count}, cases, rounds, device)
                 )
@@ -302,17 +304,15 @@ def benchmark_generation(
 
 
 def benchmark_training(
+    models: dict[str, Any],
     rounds: int,
     device: torch.device,
     dtype: torch.dtype,
-    size: str = "27m",
     seconds: float = 5,
     batch_size: int = 8,
     num_labels: int = 64,
-    compiled: bool = False,
 ) -> list[dict[str, Any]]:
     """Milliseconds of a training step, Echo and its peers; and the fastest peer's time as a multiple of Echo's."""
-    models = _echo_and_peers(device, dtype, size, compiled)
     cases = {
         name: training_step(model, model_inputs(model, seconds, batch_size, device, dtype), num_labels)
         for name, model in models.items()
@@ -451,18 +451,18 @@ def run_benchmark(
     }
     try:
         if {"generation", "training"} & set(sections):
-            models = _echo_and_peers(where, what, size, compiled=False)
+            models = echo_and_peers(where, what, size, compiled)
             results["parameters"] = {name: round(model.num_parameters() / 1e6, 1) for name, model in models.items()}
         for section in sections:
             report(section)
             settings = dict(short[section]) if quick else {}
             if section not in ("features", "f0"):
                 settings["dtype"] = what
-            if section in ("pitch", "generation", "training"):
+            if section == "pitch":
                 settings["size"] = size
             if section in ("generation", "training"):
-                settings["compiled"] = compiled
-            results[section] = functions[section](rounds, where, **settings)
+                settings["models"] = models
+            results[section] = functions[section](rounds=rounds, device=where, **settings)
     finally:
         logging.set_verbosity(verbosity)
     return results

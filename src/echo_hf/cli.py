@@ -239,21 +239,23 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _seconds(text: str) -> float:
+def _number(text: str) -> float:
+    """A number, or NaN, which is within no bounds."""
     try:
-        value = float(text)
+        return float(text)
     except ValueError:
-        value = math.nan
+        return math.nan
+
+
+def _seconds(text: str) -> float:
+    value = _number(text)
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number of seconds, got {text!r}")
     return value
 
 
 def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = _number(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}")
     return value
@@ -480,11 +482,10 @@ def _duration(seconds: float) -> str:
 
 def _rates(metrics: dict[str, Any]) -> str:
     """Rates with the counts they come from."""
+    from .metrics import RATE_COUNTS
+
     parts = []
-    for rate, errors, total, unit in (
-        ("wer", "word_errors", "reference_words", "words"),
-        ("cer", "character_errors", "reference_characters", "characters"),
-    ):
+    for rate, (errors, total, unit) in RATE_COUNTS.items():
         percent = "undefined" if math.isnan(metrics[rate]) else f"{100 * metrics[rate]:.2f}%"
         parts.append(f"{rate.upper()} {percent} ({metrics[errors]} errors in {metrics[total]} {unit})")
     return f"{', '.join(parts)}, {metrics['exact_utterances']} of {metrics['utterances']} utterances without error"
@@ -658,7 +659,7 @@ def _plot(options) -> int:
     output = Path(options.output).expanduser()
     if output.suffix.lower() not in PLOT_FORMATS:
         raise ValueError(f"--output {options.output}: pictures are written as png, svg, pdf; name a file so.")
-    for name in ("checkpoint", "words", "text", "theta_mode", "strength", "layer", "head"):
+    for name in dict.fromkeys(name for names in PLOT_OPTIONS.values() for name in names):
         if getattr(options, name) not in (None, False) and name not in PLOT_OPTIONS[options.kind]:
             raise ValueError(f"--{name} says nothing to a picture of the kind {options.kind}; leave it out.")
     figure = _draw_curves(options) if options.kind == "curves" else _draw_recording(options)
@@ -702,12 +703,9 @@ def _draw_recording(options):
 
 
 def _find_words(model, processor, path: str) -> list[dict[str, Any]]:
-    from .pipeline_echo import EchoAutomaticSpeechRecognitionPipeline
+    from .transcription import make_pipeline
 
-    pipeline = EchoAutomaticSpeechRecognitionPipeline(
-        model=model, tokenizer=processor.tokenizer, feature_extractor=processor.feature_extractor, device=model.device
-    )
-    return pipeline(path, return_timestamps="word")["chunks"]
+    return make_pipeline(model, processor)(path, return_timestamps="word")["chunks"]
 
 
 def _add_diagnose(commands) -> None:
@@ -822,11 +820,11 @@ def _add_transcribe(commands) -> None:
 
 
 def _transcribe(options) -> int:
-    from .pipeline_echo import EchoAutomaticSpeechRecognitionPipeline
     from .subtitles import group_cues
     from .transcription import BUNDLED_RECORDINGS
     from .transcription import expand_paths
     from .transcription import load_checkpoint
+    from .transcription import make_pipeline
     from .transcription import transcribe_files
 
     if not options.paths and not BUNDLED_RECORDINGS.is_dir():
@@ -838,12 +836,7 @@ def _transcribe(options) -> int:
     elif len(files) > 1 and options.format in ("srt", "vtt"):
         raise ValueError(f"Subtitles of {len(files)} files need a file each: name a folder with --output_dir.")
     model, processor = load_checkpoint(options.checkpoint, options.device)
-    pipeline = EchoAutomaticSpeechRecognitionPipeline(
-        model=model,
-        tokenizer=processor.tokenizer,
-        feature_extractor=processor.feature_extractor,
-        device=model.device,
-    )
+    pipeline = make_pipeline(model, processor)
     generate_options = _generate_options(options) if model.can_generate() else {}
     # Subtitles are made of words, unless whole segments or single words are asked for.
     timestamps = options.timestamps

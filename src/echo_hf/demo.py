@@ -6,10 +6,10 @@ Nothing leaves the machine: no link is shared, no usage is reported, and the pag
 import os
 from typing import Any
 
-from .pipeline_echo import EchoAutomaticSpeechRecognitionPipeline
 from .plotting import plot_pitch
 from .transcription import BUNDLED_RECORDINGS
 from .transcription import find_audio_files
+from .transcription import make_pipeline
 
 HOST, PORT = "127.0.0.1", 7860
 
@@ -38,9 +38,7 @@ def build_demo(model, processor):
     except ImportError as error:
         raise ImportError(f"The demo needs matplotlib ({error}): `pip install 'echo-hf[demo]'`.") from error
 
-    pipeline = EchoAutomaticSpeechRecognitionPipeline(
-        model=model, tokenizer=processor.tokenizer, feature_extractor=processor.feature_extractor, device=model.device
-    )
+    pipeline = make_pipeline(model, processor)
     has_pitch = "pitch" in processor.feature_extractor.feature_groups
 
     def recognize(audio: str | None) -> tuple[str, Any, list[list[Any]]]:

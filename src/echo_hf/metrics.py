@@ -15,6 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# Of each rate: how [`Score.to_dict`] calls its errors and its references, and the unit of both.
+RATE_COUNTS = {
+    "wer": ("word_errors", "reference_words", "words"),
+    "cer": ("character_errors", "reference_characters", "characters"),
+}
+
 # Typed for an apostrophe: typewriter, typographic and modifier letter (NFKC turns the full-width sign into the first).
 APOSTROPHES = "'\u2019\u02bc"
 # Tone letters (U+02E5 to U+02E9) are symbols to Unicode, but belong to the word in which they stand.

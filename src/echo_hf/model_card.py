@@ -20,6 +20,7 @@ from huggingface_hub import ModelCardData
 
 from .cli import COMMAND_FILE
 from .configuration_echo import EchoConfig
+from .metrics import RATE_COUNTS
 
 TRAINING_ARGUMENTS_FILE = "training_args.json"  # in output_dir: all settings of the Trainer but tokens
 SUMMARY_FILE = "run_summary.json"
@@ -265,11 +266,7 @@ def _describe_evaluation(
     rows = [
         f"| {RATES[rate]} | {value:.2f} | {metrics[errors]:,} in {metrics[total]:,} {unit} |"
         for rate, value in rates.items()
-        for errors, total, unit in [
-            ("word_errors", "reference_words", "words")
-            if rate == "wer"
-            else ("character_errors", "reference_characters", "characters")
-        ]
+        for errors, total, unit in [RATE_COUNTS[rate]]
         if errors in metrics and total in metrics
     ]
     text = f"On {name}{amount}, generated freely; texts are compared in lower case, without punctuation.\n\n"

@@ -1224,11 +1224,7 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"ctc_weight is {weight}, and this model has no CTC head (its ctc_loss_weight is 0). Leave it out."
             )
-        encoder_outputs = model_kwargs["encoder_outputs"]
-        logits = self.ctc_head(encoder_outputs[0])
-        mask = getattr(encoder_outputs, "attention_mask", None)
-        if mask is None:
-            mask = torch.ones(logits.shape[:2], device=logits.device, dtype=torch.long)
+        logits, mask = self._score_frames(model_kwargs["encoder_outputs"])
         ends = generation_config._eos_token_tensor
         if ends is None:  # whoever wants no end: none is scored
             ends = torch.empty(0, dtype=torch.long, device=logits.device)
@@ -1244,6 +1240,15 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
         # First of all: what others rule out must stay so.
         processors.insert(0, joint)
         return processors
+
+    def _score_frames(self, encoder_outputs: EchoEncoderOutput | tuple) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of the CTC head, `(B, S, vocab_size)`, and the mask of the encoder's frames, `(B, S)`; of encoder
+        states of another making all frames are real."""
+        logits = self.ctc_head(encoder_outputs[0])
+        mask = getattr(encoder_outputs, "attention_mask", None)
+        if mask is None:
+            mask = torch.ones(logits.shape[:2], device=logits.device, dtype=torch.long)
+        return logits, mask
 
     def _cross_entropy(
         self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
@@ -1335,10 +1340,7 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
             labels = ignore_padding(labels, self.config)
             result.ce_loss = result.loss = self._cross_entropy(logits, labels, num_items_in_batch)
             if self.ctc_head is not None:
-                result.ctc_logits = self.ctc_head(outputs.encoder_last_hidden_state)
-                encoder_mask = getattr(encoder_outputs, "attention_mask", None)
-                if encoder_mask is None:
-                    encoder_mask = torch.ones(result.ctc_logits.shape[:2], device=logits.device, dtype=torch.long)
+                result.ctc_logits, encoder_mask = self._score_frames(encoder_outputs)
                 result.ctc_loss = ctc_loss(result.ctc_logits, labels, encoder_mask, self.config, num_items_in_batch)
                 result.loss = torch.lerp(result.ce_loss, result.ctc_loss, self.config.ctc_loss_weight)
         return result

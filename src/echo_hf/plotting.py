@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from .feature_extraction_echo import EchoFeatureExtractor
+from .segmentation_echo import runs
 
 # The colour-blind safe palette of Okabe and Ito (https://jfly.uni-koeln.de/color/).
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
@@ -73,8 +74,7 @@ def plot_utterance(
     axes[2].set_ylabel("F0 (Hz)")
     axes[2].set_xlabel("time (s)")
     axes[2].set_xlim(0.0, duration)
-    edges = np.flatnonzero(np.diff(np.concatenate(([0], (f0 > 0).astype(int), [0]))))
-    for i, (start, end) in enumerate(edges.reshape(-1, 2)):
+    for i, (start, end) in enumerate(runs(f0 > 0)):
         for axis in (axes[0], axes[2]):
             label = "voiced" if i == 0 and axis is axes[2] else None
             axis.axvspan(start * frame, end * frame, color=SKY, alpha=0.25, linewidth=0, label=label)
@@ -659,10 +659,10 @@ def _encode_f0(model, input_features):
     """The encoder, F0 in Hz at its frames `(S,)`, and the seconds from one of them to the next."""
     import torch
 
+    from .diagnostics import find_module
     from .modeling_echo import align_f0
 
-    # By name: a checkpoint may have brought its own code.
-    encoder = next((module for module in model.modules() if type(module).__name__ == "EchoEncoder"), None)
+    encoder = find_module(model, "EchoEncoder")
     if encoder is None:
         raise ValueError(f"{type(model).__name__} is no Echo model with an encoder.")
     if "pitch" not in encoder.config.feature_groups:

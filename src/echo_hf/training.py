@@ -534,12 +534,13 @@ def build_model_and_processor(
 def find_last_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest complete `checkpoint-<step>` folder in `output_dir`, if there is one. A run that was killed while it
     saved leaves a folder without a readable `trainer_state.json`, which is written last."""
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
     found = [
         path
-        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.name.removeprefix("checkpoint-").isdigit() and _is_json(path / TRAINER_STATE_NAME)
+        for path in Path(output_dir).glob(f"{prefix}*")
+        if path.name.removeprefix(prefix).isdigit() and _is_json(path / TRAINER_STATE_NAME)
     ]
-    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+    return max(found, key=lambda path: int(path.name.removeprefix(prefix)), default=None)
 
 
 def _is_json(path: Path) -> bool:

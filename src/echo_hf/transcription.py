@@ -68,6 +68,13 @@ def load_checkpoint(checkpoint: str | Path | None = None, device: str | None = N
         raise ValueError(f"The model cannot run on {device!r}: {error}") from error
 
 
+def make_pipeline(model, processor: EchoProcessor) -> EchoAutomaticSpeechRecognitionPipeline:
+    """The speech recognition pipeline of a model, where the model is, and its processor; of [`load_checkpoint`]."""
+    return EchoAutomaticSpeechRecognitionPipeline(
+        model=model, tokenizer=processor.tokenizer, feature_extractor=processor.feature_extractor, device=model.device
+    )
+
+
 def recognize(
     model,
     processor: EchoProcessor,
@@ -331,4 +338,12 @@ def _transcript(path: Path, seconds: float, result: dict[str, Any]) -> Transcrip
     return Transcript(path, result["text"], round(seconds, 3), chunks)
 
 
-__all__ = ["Transcript", "expand_paths", "find_audio_files", "load_checkpoint", "recognize", "transcribe_files"]
+__all__ = [
+    "Transcript",
+    "expand_paths",
+    "find_audio_files",
+    "load_checkpoint",
+    "make_pipeline",
+    "recognize",
+    "transcribe_files",
+]
