@@ -340,15 +340,22 @@ def _check_rows(
             problems[index] = file.problem
         elif not min_seconds <= file.seconds <= max_seconds:
             outside[index] = f"{file.seconds:.2f} s is too {'short' if file.seconds < min_seconds else 'long'}"
-        elif text is None:
-            problems[index] = "there is no text"
-        elif not text.strip() and not allow_empty_text:
-            problems[index] = "the text is empty"
-        elif max_label_length is not None and len(labels[index]) > max_label_length:
-            problems[index] = (
-                f"the text has {len(labels[index])} tokens, the model takes {max_label_length} (`max_target_positions`)"
-            )
+        elif problem := _text_problem(text, labels[index], max_label_length, allow_empty_text):
+            problems[index] = problem
     return files, problems, outside
+
+
+def _text_problem(
+    text: str | None, labels: list[int], max_label_length: int | None, allow_empty_text: bool = False
+) -> str | None:
+    """Why a transcript cannot be used, or None."""
+    if text is None:
+        return "there is no text"
+    if not text.strip() and not allow_empty_text:
+        return "the text is empty"
+    if max_label_length is not None and len(labels) > max_label_length:
+        return f"the text has {len(labels)} tokens, the model takes {max_label_length} (`max_target_positions`)"
+    return None
 
 
 def _inspect(audio: dict[str, Any]) -> _AudioFile:
@@ -500,7 +507,7 @@ def stream_dataset(
     for column in (audio_column, text_column):
         if column not in dataset.column_names:
             raise ValueError(f"The stream has no column {column!r}, but {', '.join(dataset.column_names)}.")
-    limits = (max_label_length or math.inf, min_seconds or 0.0, max_seconds or math.inf)
+    limits = (max_label_length, min_seconds or 0.0, max_seconds or math.inf)
     return dataset.cast_column(audio_column, datasets.Audio(decode=False)).map(
         _extract_stream,
         batched=True,
@@ -521,11 +528,7 @@ def _extract_stream(batch: dict[str, list], processor, columns, limits, skip_bro
     max_label_length, min_seconds, max_seconds = limits
     file = _inspect(audio)
     labels = processor.tokenizer(text or "")["input_ids"]
-    problem, features = file.problem, None
-    if problem is None and not (text or "").strip():
-        problem = "there is no text"
-    if problem is None and len(labels) > max_label_length:
-        problem = f"the text has {len(labels)} tokens, the model takes {max_label_length} (`max_target_positions`)"
+    problem, features = file.problem or _text_problem(text, labels, max_label_length), None
     if problem is None and min_seconds <= file.seconds <= max_seconds:
         try:
             features = np.asarray(processor.feature_extractor(audio, resample=True)["input_features"][0], np.float32)

@@ -371,6 +371,11 @@ def to_surroundings(states: torch.Tensor, size: int) -> torch.Tensor:
     return states.unfold(2, 3 * size, size).permute(0, 2, 1, 4, 3).flatten(0, 1)
 
 
+def effective_window(window: int | None, frames: int) -> int | None:
+    """The window that so many frames attend within, or None for full attention, which it is where they all fit in."""
+    return window if window is not None and window < frames else None
+
+
 def window_mask(encoder_mask: torch.Tensor, size: int) -> torch.Tensor:
     """Which keys of its surroundings each frame of a block attends to: real ones up to `size` frames away, and itself.
 
@@ -542,9 +547,9 @@ class EchoAttention(nn.Module):
         if past_key_values is not None and not cached:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        if windowed := self.window is not None and self.window < query.shape[2]:
-            query = to_blocks(query, self.window)
-            key, value = to_surroundings(key, self.window), to_surroundings(value, self.window)
+        if window := effective_window(self.window, query.shape[2]):
+            query = to_blocks(query, window)
+            key, value = to_surroundings(key, window), to_surroundings(value, window)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -561,7 +566,7 @@ class EchoAttention(nn.Module):
             is_causal=self.is_causal,
             **kwargs,
         )
-        if windowed:
+        if window:
             output = output.reshape(hidden_states.shape[0], -1, *output.shape[2:])[:, : hidden_states.shape[1]]
         return self.o_proj(output.reshape(*hidden_states.shape[:2], -1)), weights
 
@@ -881,17 +886,16 @@ class EchoEncoder(EchoPreTrainedModel):
         hidden_states = self.dropout(hidden_states)
 
         cos, sin = self.rotary_emb(frames, hidden_states.dtype, f0, pitch, encoder_mask)
-        window = config.encoder_attention_window
-        windowed = window is not None and window < encoder_frames
+        window = effective_window(config.encoder_attention_window, encoder_frames)
         standardized_f0 = position_bias = None
         if config.pitch_bias == "gaussian":
             standardized_f0 = standardize_f0(f0, encoder_mask)
         elif config.pitch_bias == "laplacian":
             ours = theirs = standardize_f0(f0, encoder_mask)[:, None, :, None]  # (B, 1, S, 1)
-            if windowed:
+            if window:
                 ours, theirs = to_blocks(ours, window), to_surroundings(theirs, window)
             position_bias = torch.exp(-(ours - theirs.transpose(2, 3)).abs())  # (B, 1, S, S) or (B * N, 1, w, 3 * w)
-        if windowed:
+        if window:
             mask = window_mask(encoder_mask, window)
             if config._attn_implementation == "eager":
                 lowest = torch.finfo(hidden_states.dtype).min
@@ -1344,6 +1348,29 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
                 result.ctc_loss = ctc_loss(result.ctc_logits, labels, encoder_mask, self.config, num_items_in_batch)
                 result.loss = torch.lerp(result.ce_loss, result.ctc_loss, self.config.ctc_loss_weight)
         return result
+
+
+def mean_cross_attention(
+    model: EchoForConditionalGeneration, input_features: torch.Tensor, decoder_input_ids: torch.LongTensor
+) -> torch.Tensor:
+    """Where the decoder looked as it predicted each next token of one utterance: the mean of all heads and layers.
+
+    Args:
+        model ([`EchoForConditionalGeneration`]): attends eagerly meanwhile, as other attentions do not tell their
+            weights.
+        input_features (`torch.Tensor` of shape `(1, T, channels)`): without padding.
+        decoder_input_ids (`torch.LongTensor` of shape `(1, L)`): tokens, the first `decoder_start_token_id`.
+
+    Returns:
+        `torch.Tensor` of shape `(L, S)`, float32.
+    """
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        outputs = model(input_features, decoder_input_ids=decoder_input_ids, output_attentions=True)
+    finally:
+        model.set_attn_implementation(implementation)
+    return torch.stack(outputs.cross_attentions).float().mean(dim=(0, 1, 2))
 
 
 class EchoForCTC(EchoPreTrainedModel):

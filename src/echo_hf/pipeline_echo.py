@@ -28,6 +28,7 @@ from .feature_extraction_echo import AUDIO_KEYS
 from .feature_extraction_echo import BLOCK_FRAMES
 from .feature_extraction_echo import F0_GROUPS
 from .feature_extraction_echo import is_file
+from .modeling_echo import mean_cross_attention
 from .pitch_echo import estimate_f0
 from .segmentation_echo import Segment
 from .segmentation_echo import Word
@@ -285,14 +286,7 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
         """Mean attention over heads and layers of each token, and of the end of sequence, to the encoder's frames when
         it was predicted: `(tokens + 1, frames)`."""
         ids = torch.tensor([[self.model.config.decoder_start_token_id, *tokens]], device=self.model.device)
-        implementation = self.model.config._attn_implementation
-        self.model.set_attn_implementation("eager")  # the others do not tell their weights
-        try:
-            length = int(attention_mask.sum())
-            outputs = self.model(features[:, :length], decoder_input_ids=ids, output_attentions=True)
-        finally:
-            self.model.set_attn_implementation(implementation)
-        return torch.stack(outputs.cross_attentions).float().mean(dim=(0, 1, 2)).cpu().numpy()
+        return mean_cross_attention(self.model, features[:, : int(attention_mask.sum())], ids).cpu().numpy()
 
     # From tokens to a text and its times -----------------------------------------------------------------------------
 

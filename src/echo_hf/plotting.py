@@ -419,12 +419,14 @@ def plot_alignment(
     """
     import torch
 
+    from .modeling_echo import mean_cross_attention
+
     _new_figure(1, 1)  # so that a missing matplotlib is told before the model runs
     if not model.can_generate():
         raise ValueError(f"{type(model).__name__} has no decoder, and so no cross-attention to draw.")
     features = _one_utterance(model, input_features)
     config = model.config
-    was_training, attention = model.training, config._attn_implementation
+    was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
@@ -435,14 +437,10 @@ def plot_alignment(
                 ids = [token for token in tokenizer(text)["input_ids"] if token != config.bos_token_id]
             if not [token for token in ids if token not in tokenizer.all_special_ids]:
                 raise ValueError("The model wrote nothing for this utterance; give a text to align.")
-            model.set_attn_implementation("eager")  # the one that gives its weights
-            outputs = model(
-                input_features=features, labels=torch.tensor([ids], device=features.device), output_attentions=True
-            )
+            inputs = torch.tensor([[config.decoder_start_token_id, *ids[:-1]]], device=features.device)
+            weights = mean_cross_attention(model, features, inputs).cpu().numpy()  # (L, S)
     finally:
-        model.set_attn_implementation(attention)
         model.train(was_training)
-    weights = torch.stack(outputs.cross_attentions).float().mean(dim=(0, 1, 2)).cpu().numpy()  # (L, S)
     seconds = config.inputs_to_logits_ratio / config.sampling_rate
     duration = weights.shape[1] * seconds
     labels = [_show_token(tokenizer, token) for token in ids]
