@@ -13,6 +13,7 @@ from echo_hf import EchoForConditionalGeneration
 from echo_hf import EchoForCTC
 from echo_hf import EchoTokenizer
 from echo_hf.checkpoint import load_model_and_processor
+from echo_hf.checkpoint import parse_overrides
 from echo_hf.cli import main
 from echo_hf.training import ModelArguments
 from echo_hf.training import build_model_and_processor
@@ -129,6 +130,31 @@ def test_what_is_whole_loads_as_it_was_saved(checkpoint, ctc_checkpoint):
     # To train further, the decoder that a CTC checkpoint lacks is made.
     model, _ = load_model_and_processor(ctc_checkpoint, EchoForConditionalGeneration, dropout=0.2)
     assert type(model) is EchoForConditionalGeneration and model.config.dropout == 0.2
+
+
+def test_overrides_are_json_where_they_can_be():
+    assert parse_overrides(None) == parse_overrides(" ") == {}
+    assert parse_overrides("dropout=0.1, learn_theta=true,theta_mode=none,mask_time_length=5") == {
+        "dropout": 0.1,
+        "learn_theta": True,
+        "theta_mode": "none",
+        "mask_time_length": 5,
+    }
+    assert parse_overrides('{"stem_strides": [2, 1]}') == {"stem_strides": [2, 1]}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("dropot=0.1", r"no field 'dropot'\. Did you mean dropout"),
+        ("dropout", "'dropout' is not key=value"),
+        ("=1", "is not key=value"),
+        ("{dropout: 1}", "is not JSON"),
+    ],
+)
+def test_bad_overrides_are_named(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_overrides(text)
 
 
 def test_an_older_or_newer_transformers_alone_is_no_reason(checkpoint, tmp_path, monkeypatch):

@@ -34,7 +34,6 @@ from echo_hf.training import build_tokenizer
 from echo_hf.training import check_fit
 from echo_hf.training import count_beyond_ctc
 from echo_hf.training import find_last_checkpoint
-from echo_hf.training import parse_overrides
 from echo_hf.training import train
 
 TINY = "encoder_hidden_size=16,encoder_num_hidden_layers=1,decoder_hidden_size=16,encoder_num_attention_heads=2," + (
@@ -67,31 +66,6 @@ def model_arguments(**changes) -> ModelArguments:
 
 
 # Settings ------------------------------------------------------------------------------------------------------------
-
-
-def test_overrides_are_json_where_they_can_be():
-    assert parse_overrides(None) == parse_overrides(" ") == {}
-    assert parse_overrides("dropout=0.1, learn_theta=true,theta_mode=none,mask_time_length=5") == {
-        "dropout": 0.1,
-        "learn_theta": True,
-        "theta_mode": "none",
-        "mask_time_length": 5,
-    }
-    assert parse_overrides('{"stem_strides": [2, 1]}') == {"stem_strides": [2, 1]}
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("dropot=0.1", r"no field 'dropot'\. Did you mean dropout"),
-        ("dropout", "'dropout' is not key=value"),
-        ("=1", "is not key=value"),
-        ("{dropout: 1}", "is not JSON"),
-    ],
-)
-def test_bad_overrides_are_named(text, message):
-    with pytest.raises(ValueError, match=message):
-        parse_overrides(text)
 
 
 def test_a_config_without_preset_has_the_mechanisms_of_echo_config():

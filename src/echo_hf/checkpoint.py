@@ -5,7 +5,9 @@ a config that it does not know are kept and ignored, a generation config that is
 gives a model that runs and writes nonsense. Here they are errors, and so are pickled weights, which could run code.
 """
 
+import difflib
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,63 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path} is cut off or damaged ({error}): copy or download it again.") from error
 
 
+def parse_overrides(text: str | None) -> dict[str, Any]:
+    """
+    Fields of [`EchoConfig`] from one string.
+
+    Args:
+        text (`str`, *optional*): `"dropout=0.1,theta_mode=none"`, values read as JSON where they are and as text where
+            not; or a JSON object, which can also hold lists.
+
+    Returns:
+        `dict[str, Any]`: value of each field; empty without text.
+
+    Raises:
+        `ValueError`: not of that form, or no field of the config is called so; the message names the closest.
+    """
+    if not text or not text.strip():
+        return {}
+    if text.lstrip().startswith("{"):
+        overrides = parse_object(text, "config_overrides")
+    else:
+        overrides = {}
+        for item in text.split(","):
+            key, equals, value = (part.strip() for part in item.partition("="))
+            if not key or not equals:
+                raise ValueError(f"config_overrides: {item!r} is not key=value; write key=value,... or a JSON object.")
+            try:
+                overrides[key] = json.loads(value)
+            except json.JSONDecodeError:
+                overrides[key] = value
+    known = {entry.name for entry in fields(EchoConfig)}
+    for key in overrides:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=3)
+            hint = f" Did you mean {', '.join(close)}?" if close else ""
+            raise ValueError(f"config_overrides: EchoConfig has no field {key!r}.{hint}")
+    return overrides
+
+
+def parse_object(text: str, name: str) -> dict[str, Any]:
+    """
+    The JSON object that an option holds.
+
+    Args:
+        text (`str`): its text.
+        name (`str`): what an error calls the option.
+
+    Raises:
+        `ValueError`: it is no JSON, or no object.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}: {text!r} is not JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}: {text!r} is not a JSON object.")
+    return value
+
+
 def _copy_it(what: str) -> str:
     return f"copy {what} from where the model was trained, or save it again: processor.save_pretrained(folder)."
 
@@ -211,4 +270,4 @@ def _load_model(checkpoint: str | Path, config: EchoConfig, model_class):
     return model
 
 
-__all__ = ["check_fit", "check_safetensors", "load_model_and_processor", "read_json"]
+__all__ = ["check_fit", "check_safetensors", "load_model_and_processor", "parse_object", "parse_overrides", "read_json"]

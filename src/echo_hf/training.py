@@ -6,7 +6,6 @@ the checks that would otherwise fail late, and one setting that must not reach t
 the loss from the logits alone, and the CTC part would be lost; so `label_smoothing_factor` goes to the model's config.
 """
 
-import difflib
 import json
 import math
 import platform
@@ -16,7 +15,6 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
-from dataclasses import fields
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -46,6 +44,8 @@ from .augmentation import VoicePerturbation
 from .checkpoint import check_fit
 from .checkpoint import check_safetensors
 from .checkpoint import load_model_and_processor
+from .checkpoint import parse_object
+from .checkpoint import parse_overrides
 from .checkpoint import read_json
 from .configuration_echo import BASELINE
 from .configuration_echo import PRESETS
@@ -388,58 +388,11 @@ def explain_write_error(error: Exception, folder: Path) -> OSError:
     return OSError(f"{folder} could not be saved: {error}. Is the disk full? Make room, then use --resume; {kept}.")
 
 
-def parse_overrides(text: str | None) -> dict[str, Any]:
-    """
-    Fields of [`EchoConfig`] from one string.
-
-    Args:
-        text (`str`, *optional*): `"dropout=0.1,theta_mode=none"`, values read as JSON where they are and as text where
-            not; or a JSON object, which can also hold lists.
-
-    Returns:
-        `dict[str, Any]`: value of each field; empty without text.
-
-    Raises:
-        `ValueError`: not of that form, or no field of the config is called so; the message names the closest.
-    """
-    if not text or not text.strip():
-        return {}
-    if text.lstrip().startswith("{"):
-        overrides = _load_json(text, "config_overrides")
-    else:
-        overrides = {}
-        for item in text.split(","):
-            key, equals, value = (part.strip() for part in item.partition("="))
-            if not key or not equals:
-                raise ValueError(f"config_overrides: {item!r} is not key=value; write key=value,... or a JSON object.")
-            try:
-                overrides[key] = json.loads(value)
-            except json.JSONDecodeError:
-                overrides[key] = value
-    known = {entry.name for entry in fields(EchoConfig)}
-    for key in overrides:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=3)
-            hint = f" Did you mean {', '.join(close)}?" if close else ""
-            raise ValueError(f"config_overrides: EchoConfig has no field {key!r}.{hint}")
-    return overrides
-
-
-def _load_json(text: str, name: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}: {text!r} is not JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{name}: {text!r} is not a JSON object.")
-    return value
-
-
 def build_config(arguments: ModelArguments, label_smoothing: float = 0.0) -> EchoConfig:
     """The config of a new model; its `vocab_size` is set once the tokenizer is there."""
     settings: dict[str, Any] = {"label_smoothing": label_smoothing}
     if arguments.feature_groups:
-        settings["feature_groups"] = _load_json(arguments.feature_groups, "feature_groups")
+        settings["feature_groups"] = parse_object(arguments.feature_groups, "feature_groups")
     if arguments.preset is None:  # the config's own choice of mechanisms, which no preset names
         default = EchoConfig()
         settings |= {name: getattr(default, name) for name in BASELINE}
@@ -779,6 +732,5 @@ __all__ = [
     "EchoTrainer",
     "ModelArguments",
     "find_last_checkpoint",
-    "parse_overrides",
     "train",
 ]
