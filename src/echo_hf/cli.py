@@ -123,6 +123,12 @@ examples:
 """
 
 
+SYNTHESIZE_EXAMPLES = """\
+examples:
+  echo-hf synthesize --texts sentences.txt --language es --output_dir speech
+  echo-hf synthesize --texts train.jsonl --babble 3000 --exclude dev.jsonl test.jsonl --output_dir speech
+"""
+
 BENCHMARK_EXAMPLES = """\
 examples:
   echo-hf benchmark --threads 1                    everything, on one CPU thread
@@ -159,6 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_demo(commands)
     _add_transcribe(commands)
     _add_benchmark(commands)
+    _add_synthesize(commands)
     # The Trainer's options are known only once it is imported, so `train` parses what follows it by itself.
     command = next((index for index, item in enumerate(arguments) if not item.startswith("-")), len(arguments))
     end = command + 1 if arguments[command : command + 1] == ["train"] else len(arguments)
@@ -171,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "demo": lambda: _demo(options),
         "transcribe": lambda: _transcribe(options),
         "benchmark": lambda: _benchmark(options),
+        "synthesize": lambda: _synthesize(options),
     }
     try:
         return run[options.command]()
@@ -960,6 +968,70 @@ def _benchmark(options) -> int:
             _write(f"\n{name}\n\n{format_table(value)}")
         else:
             _write(f"{name}: {', '.join(f'{key} {item}' for key, item in value.items())}")
+    return 0
+
+
+# Synthesize ----------------------------------------------------------------------------------------------------------
+
+
+def _add_synthesize(commands) -> None:
+    parser = _new_parser(
+        commands,
+        "synthesize",
+        arguments="--texts FILE [FILE ...] --output_dir FOLDER",
+        help="make synthetic speech for pretraining",
+        description=(
+            "Speak texts with many voices of espeak-ng and flite (English), which must be installed. Writes FLAC files\n"
+            "and their manifest, train.jsonl. What is there from a run before is kept."
+        ),
+        epilog=SYNTHESIZE_EXAMPLES,
+    )
+    parser.add_argument(
+        "--texts", nargs="+", required=True, help="text files, one utterance a line, or manifests (.jsonl)"
+    )
+    _add_both(parser, "output_dir", required=True, help="folder for audio and manifest")
+    parser.add_argument("--language", default="en", help="language of texts that do not say theirs")
+    parser.add_argument("--babble", type=_positive, help="speak so many new sentences of the words of --texts instead")
+    _add_both(parser, "min_words", type=_positive, default=3, help="fewest words of a new sentence")
+    _add_both(parser, "max_words", type=_positive, default=9, help="most words of a new sentence")
+    parser.add_argument("--exclude", nargs="+", default=[], help="manifests or text files whose texts are not spoken")
+    parser.add_argument(
+        "--engine", nargs="+", default=["espeak-ng", "flite"], choices=["espeak-ng", "flite"], help="who speaks"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of new sentences, voices, pitch and pace")
+    _add_both(parser, "num_proc", type=_positive, default=1, help="engines that run at a time")
+    _add_both(
+        parser, "skip_broken", action="store_true", help="report what cannot be spoken and go on, instead of stopping"
+    )
+
+
+def _synthesize(options) -> int:
+    from .synthesis import babble
+    from .synthesis import leave_out
+    from .synthesis import read_lines
+    from .synthesis import synthesize
+
+    lines = read_lines(options.texts, options.language)
+    excluded = read_lines(options.exclude)
+    if options.babble:
+        lines = babble(lines, options.babble, options.min_words, options.max_words, excluded, options.seed)
+    elif excluded:
+        lines = leave_out(lines, excluded)
+    done = synthesize(
+        lines,
+        options.output_dir,
+        options.engine,
+        options.seed,
+        options.num_proc,
+        options.skip_broken,
+        show_progress=True,
+    )
+    for text, problem in done.skipped:
+        _tell(f"echo-hf: skipped {text!r}: {problem}")
+    _write(
+        f"{done.utterances} utterances ({done.seconds / 3600:.2f} h), {done.new} of them new,"
+        f" {len(done.skipped)} skipped: {done.manifest}"
+    )
     return 0
 
 
