@@ -17,6 +17,7 @@ from echo_hf.checkpoint import parse_overrides
 from echo_hf.cli import main
 from echo_hf.training import ModelArguments
 from echo_hf.training import build_model_and_processor
+from echo_hf.transcription import load_checkpoint
 
 WEIGHTS = "model.safetensors"
 
@@ -130,6 +131,51 @@ def test_what_is_whole_loads_as_it_was_saved(checkpoint, ctc_checkpoint):
     # To train further, the decoder that a CTC checkpoint lacks is made.
     model, _ = load_model_and_processor(ctc_checkpoint, EchoForConditionalGeneration, dropout=0.2)
     assert type(model) is EchoForConditionalGeneration and model.config.dropout == 0.2
+
+
+# The radius is left out, as it does nothing before it is trained, and so is the bias, whose projections are narrower.
+OFF = {
+    "theta_mode": "none",
+    "silence_scaling": False,
+    "pitch_gate": False,
+    "pitch_stem": False,
+    "token_pitch": "none",
+}
+
+
+@pytest.mark.parametrize("name", OFF)
+def test_a_mechanism_is_switched_off_without_a_word(name, checkpoint, caplog):
+    from transformers.utils import logging
+
+    whole, _ = load_model_and_processor(checkpoint)
+    logging.enable_propagation()
+    try:
+        model, _ = load_checkpoint(checkpoint, "cpu", **{name: OFF[name]})
+    finally:
+        logging.disable_propagation()
+    assert "UNEXPECTED" not in caplog.text
+    assert any("silence_logit" in key for key in model.state_dict()) == (name != "silence_scaling")
+    assert all(torch.equal(whole.state_dict()[name], value) for name, value in model.state_dict().items())
+    assert model.generation_config.suppress_tokens == whole.generation_config.suppress_tokens
+    torch.manual_seed(0)
+    features = torch.randn(1, 40, sum(model.config.feature_groups.values()))
+    features[..., -1] = 150.0  # Hz, and silent at the end
+    features[:, 20:] = 0.0
+    inputs = {"input_features": features, "decoder_input_ids": torch.tensor([[1, 70, 71]])}
+    with torch.no_grad():
+        assert not torch.allclose(model(**inputs).logits, whole.eval()(**inputs).logits, atol=1e-6)
+
+
+def test_what_the_weights_do_not_hold_cannot_be_switched_on(checkpoint, tmp_path):
+    load_model_and_processor(checkpoint, silence_scaling=False)[0].save_pretrained(tmp_path)
+    for name in ("processor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(checkpoint) / name, tmp_path)
+    with pytest.raises(ValueError, match="weights lack .*silence_logit .* or leave silence_scaling as it was saved"):
+        load_model_and_processor(tmp_path, silence_scaling=True)
+    with pytest.raises(ValueError, match="does not describe the weights.* or leave decoder_intermediate_size"):
+        load_model_and_processor(checkpoint, decoder_intermediate_size=200)
+    with pytest.raises(ValueError, match="config.json cannot be changed by theta_mode='of tomorrow'"):
+        load_model_and_processor(checkpoint, theta_mode="of tomorrow")
 
 
 def test_overrides_are_json_where_they_can_be():

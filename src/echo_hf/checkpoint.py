@@ -7,6 +7,8 @@ gives a model that runs and writes nonsense. Here they are errors, and so are pi
 
 import difflib
 import json
+from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,8 @@ def load_model_and_processor(checkpoint: str | Path, model_class=None, **overrid
         model_class (*optional*): [`EchoForConditionalGeneration`] or [`EchoForCTC`]. The one that was saved if not
             given, and then all of its weights have to be there; another one starts what it lacks at random, as the
             library does.
-        overrides: fields of the config to change.
+        overrides: fields of the config to change. The weights have to hold all that the config then asks for, in the
+            same shapes: a mechanism can be switched off, not on, unless `model_class` is given.
 
     Returns:
         The model, in float32 and on the CPU, and [`EchoProcessor`].
@@ -81,7 +84,7 @@ def load_model_and_processor(checkpoint: str | Path, model_class=None, **overrid
             f"{checkpoint}: {found} or tokenizer.json is not of the model in config.json. {error}"
             " Save the processor again that the model was trained with: processor.save_pretrained(folder)."
         ) from error
-    return _load_model(checkpoint, config, model_class), processor
+    return _load_model(checkpoint, config, model_class, overrides), processor
 
 
 def check_fit(processor: EchoProcessor, config: EchoConfig) -> None:
@@ -221,11 +224,19 @@ def _load_config(checkpoint: str | Path, path: str | None, overrides: dict[str, 
             f"{path} was saved with Transformers {version}, and {transformers.__version__} is installed. Update it if"
             " the model does not do what it should."
         )
+    invalid = (StrictDataclassError, TypeError, ValueError)
     try:
-        return EchoConfig.from_pretrained(checkpoint, **overrides)
-    except (StrictDataclassError, TypeError, ValueError) as error:
+        config = EchoConfig.from_pretrained(checkpoint)
+    except invalid as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: {reason}. If a newer version of echo_hf saved it: {update}") from error
+    if not overrides:
+        return config
+    try:
+        return EchoConfig.from_pretrained(checkpoint, **overrides)
+    except invalid as error:
+        changes = ", ".join(f"{name}={value!r}" for name, value in overrides.items())
+        raise ValueError(f"{path} cannot be changed by {changes}: {' '.join(str(error).split())}.") from error
 
 
 def _find_weights(checkpoint: str | Path, single: str | None) -> list[str]:
@@ -249,25 +260,40 @@ def _find_weights(checkpoint: str | Path, single: str | None) -> list[str]:
     return list(paths.values())
 
 
-def _load_model(checkpoint: str | Path, config: EchoConfig, model_class):
+def _load_model(checkpoint: str | Path, config: EchoConfig, model_class, overrides: dict[str, Any]):
     saved = EchoForCTC if (config.architectures or [""])[0] == "EchoForCTC" else EchoForConditionalGeneration
-    model, report = (model_class or saved).from_pretrained(
-        checkpoint, config=config, output_loading_info=True, ignore_mismatched_sizes=True
-    )
+    with _unreported() if overrides and model_class is None else nullcontext():
+        model, report = (model_class or saved).from_pretrained(
+            checkpoint, config=config, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    remedy = "Copy both from the same model"
+    remedy += f", or leave {', '.join(overrides)} as it was saved." if overrides else "."
     if report["mismatched_keys"]:
         name, in_file, in_config = sorted(report["mismatched_keys"])[0]
         raise ValueError(
             f"{checkpoint}: config.json does not describe the weights. {name} is {tuple(in_file)} in the file and"
-            f" {tuple(in_config)} by the config ({len(report['mismatched_keys'])} such in all). Copy both from the same"
-            " model."
+            f" {tuple(in_config)} by the config ({len(report['mismatched_keys'])} such in all). {remedy}"
         )
     if model_class is None and report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ValueError(
             f"{checkpoint}: its weights lack {missing[0]} and {len(missing) - 1} others of what config.json asks for."
-            " Copy both from the same model."
+            f" {remedy}"
         )
     return model
+
+
+@contextmanager
+def _unreported():
+    """Keeps the library from telling that a part which was switched off has weights, as if something were wrong. What
+    is wrong, missing or of another shape, is an error all the same."""
+    reporter = logging.get_logger("transformers.modeling_utils")
+    level = reporter.level
+    reporter.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        reporter.setLevel(level)
 
 
 __all__ = ["check_fit", "check_safetensors", "load_model_and_processor", "parse_object", "parse_overrides", "read_json"]

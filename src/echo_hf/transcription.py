@@ -39,7 +39,7 @@ CONTROLS = ("zeroed", "shuffled")
 AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64")
 
 
-def load_checkpoint(checkpoint: str | Path | None = None, device: str | None = None):
+def load_checkpoint(checkpoint: str | Path | None = None, device: str | None = None, **overrides):
     """
     A model, ready to recognise, and its processor.
 
@@ -47,6 +47,7 @@ def load_checkpoint(checkpoint: str | Path | None = None, device: str | None = N
         checkpoint (`str`, *optional*): folder, or name on the Hub; the checkpoint that comes with the package if not
             given.
         device (`str`, *optional*): e.g. `"cpu"` or `"cuda"`; the accelerator if there is one, when not given.
+        overrides: fields of the config to change, such as `silence_scaling=False` to measure what a mechanism does.
 
     Returns:
         [`EchoForConditionalGeneration`] or, if the checkpoint is of that class, [`EchoForCTC`]; and [`EchoProcessor`].
@@ -58,7 +59,7 @@ def load_checkpoint(checkpoint: str | Path | None = None, device: str | None = N
     checkpoint = BUNDLED_CHECKPOINT if checkpoint is None else checkpoint
     if checkpoint == BUNDLED_CHECKPOINT and not (BUNDLED_CHECKPOINT / "config.json").is_file():
         raise ValueError("This installation came without its checkpoint; name one, a folder or a name on the Hub.")
-    model, processor = load_model_and_processor(checkpoint)
+    model, processor = load_model_and_processor(checkpoint, **overrides)
     if device is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = accelerator.type if accelerator is not None else "cpu"
