@@ -228,6 +228,67 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(manifest, tmp_path):
         torch.testing.assert_close(resumed[name], values, msg=name)
 
 
+def test_weights_are_averaged_over_the_last_checkpoints_also_after_an_interruption(manifest, tmp_path):
+    """Not those before, and what was saved before an interruption counts as what was saved after it."""
+    data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"), average_checkpoints=3)
+    settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 4}
+    with pytest.raises(KeyboardInterrupt):
+        train(model_arguments(), data, trainer_arguments(tmp_path / "run", **settings), callbacks=[Interrupt()])
+    train(model_arguments(), data, trainer_arguments(tmp_path / "run", **settings), resume=True)
+    folders = [tmp_path / "run" / f"checkpoint-{step}" for step in (3, 4, 5)]
+    weights = [EchoForConditionalGeneration.from_pretrained(folder).state_dict() for folder in folders]
+    averaged = EchoForConditionalGeneration.from_pretrained(tmp_path / "run").state_dict()
+    assert averaged.keys() == weights[0].keys()
+    moved = 0
+    for name, value in averaged.items():
+        mean = (weights[0][name] + weights[1][name] + weights[2][name]) / 3
+        torch.testing.assert_close(value, mean, msg=name)
+        moved += not torch.equal(value, weights[2][name])
+    assert moved > len(averaged) / 2
+
+
+@pytest.mark.parametrize(
+    ("count", "settings", "message"),
+    [
+        (1, {}, "average_checkpoints must be 0, or at least 2, got 1"),
+        (3, {"save_total_limit": 2}, "save_total_limit keeps 2; raise it"),
+        (2, {"load_best_model_at_end": True, "eval_strategy": "steps"}, "leave one of them out"),
+        (2, {"save_strategy": "no"}, "only 0 checkpoints were saved .* save more often"),
+    ],
+)
+def test_averaging_that_cannot_be_is_an_error(manifest, tmp_path, count, settings, message):
+    data = DataArguments(
+        train_data=[str(manifest)],
+        eval_data=[str(manifest)],
+        cache_dir=str(tmp_path / "cache"),
+        average_checkpoints=count,
+    )
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "eval_steps": 1, **settings}
+    with pytest.raises(ValueError, match=message):
+        train(model_arguments(), data, trainer_arguments(tmp_path / "run", **settings))
+
+
+def test_clips_without_speech_are_trained_on_with_an_empty_text(manifest, tmp_path):
+    _, processor = build_model_and_processor(model_arguments(), ["low", "high"])
+    data = prepare_dataset(load_sources(manifest), processor, cache_dir=tmp_path)
+    both = training.add_non_speech(data, 0.4, processor, seed=3, cache_dir=tmp_path)
+    assert len(both.dataset) == len(data.dataset) + 3  # 2.4, rounded up
+    assert both.dataset["text"][-3:] == ["", "", ""] and both.seconds > data.seconds
+    config = processor.tokenizer
+    assert both.dataset["labels"][-3:] == [[config.bos_token_id, config.eos_token_id]] * 3
+    np.testing.assert_array_equal(both.dataset[0]["input_features"], data.dataset[0]["input_features"])
+    again = training.add_non_speech(data, 0.4, processor, seed=3, cache_dir=tmp_path / "other")
+    np.testing.assert_array_equal(both.dataset[-1]["input_features"], again.dataset[-1]["input_features"])
+    with pytest.raises(ValueError, match="non_speech_share"):
+        training.add_non_speech(data, 1.5, processor, seed=3, cache_dir=tmp_path)
+    settings = DataArguments(
+        train_data=[str(manifest)], non_speech_share=0.5, f0_drop=0.5, f0_shift=0.2, cache_dir=str(tmp_path)
+    )
+    summary = train(model_arguments(attn_implementation="eager"), settings, trainer_arguments(tmp_path / "run"))
+    assert summary["train"]["utterances"] == 9 and np.isfinite(summary["train_loss"])
+    assert "attn_implementation" not in (tmp_path / "run" / "config.json").read_text()
+
+
 def test_resuming_keeps_the_tokenizer_of_the_weights(manifest, tmp_path):
     data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"))
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}

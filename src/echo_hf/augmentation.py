@@ -20,6 +20,9 @@ class VoicePerturbation:
     - **voice**: the vocal tract is made longer or shorter, `g = exp(u)`, u uniform in `[-voice, voice]`: mel channel at
       frequency h takes the value from h / g (vocal tract length perturbation, Jaitly and Hinton, ICML workshop 2013),
       and F0 becomes g * F0, as when a recording is played faster. F0 is never interpolated: frames are selected.
+    - **f0_shift**: F0 alone is moved as a whole, by `exp(u)`, u uniform in `[-f0_shift, f0_shift]`: the contour stays.
+    - **f0_drop**: with this probability all of F0 is set to 0, unvoiced, as where a tracker finds none; to F0 what
+      SpecAugment is to the spectrogram, so that the model does not hang on it alone.
     - **channel**: the spectrum is tilted, by u uniform in `[-channel, channel]` at the highest mel channel and -u at
       the lowest (units of the extractor: 0.25 is 10 dB), and everything under a floor drawn from `[0, 1.5 * channel]`
       is raised to it, as by noise.
@@ -29,10 +32,11 @@ class VoicePerturbation:
 
     Args:
         feature_extractor ([`EchoFeatureExtractor`]): says what the channels are.
-        tempo, voice, channel (`float`, defaults to 0.0): strengths; 0 leaves that aspect alone.
+        tempo, voice, channel, f0_shift, f0_drop (`float`, defaults to 0.0): strengths; 0 leaves that aspect alone.
 
     Raises:
-        `ValueError`: a strength is negative or above 1, or the features hold the accumulated phase.
+        `ValueError`: a strength is negative or above 1; the features hold the accumulated phase, which would not
+            follow; or they hold no F0 to shift or drop.
 
     Example:
 
@@ -47,15 +51,27 @@ class VoicePerturbation:
 
     ```"""
 
-    def __init__(self, feature_extractor, tempo: float = 0.0, voice: float = 0.0, channel: float = 0.0):
-        for name, value in (("tempo", tempo), ("voice", voice), ("channel", channel)):
+    def __init__(
+        self,
+        feature_extractor,
+        tempo: float = 0.0,
+        voice: float = 0.0,
+        channel: float = 0.0,
+        f0_shift: float = 0.0,
+        f0_drop: float = 0.0,
+    ):
+        strengths = {"tempo": tempo, "voice": voice, "channel": channel, "f0_shift": f0_shift, "f0_drop": f0_drop}
+        for name, value in strengths.items():
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {value}.")
-        if "phase" in feature_extractor.feature_groups and (tempo or voice):
-            raise ValueError("The feature group 'phase' cannot be perturbed in tempo or voice; leave one of them out.")
-        self.tempo, self.voice, self.channel = tempo, voice, channel
-        self.num_mels = feature_extractor.feature_groups["spectrogram"]
-        self.has_pitch = "pitch" in feature_extractor.feature_groups
+        groups = feature_extractor.feature_groups
+        if "phase" in groups and any(strengths[name] for name in strengths if name != "channel"):
+            raise ValueError("The feature group 'phase' follows no perturbation but channel; leave one of them out.")
+        if "pitch" not in groups and (f0_shift or f0_drop):
+            raise ValueError("f0_shift and f0_drop need the feature group 'pitch'; leave them out, or add 'pitch': 1.")
+        self.tempo, self.voice, self.channel, self.f0_shift, self.f0_drop = strengths.values()
+        self.num_mels = groups["spectrogram"]
+        self.has_pitch = "pitch" in groups
         self.top = feature_extractor.sampling_rate / 2
         edges = np.linspace(0.0, hertz_to_mel(self.top, mel_scale="slaney"), self.num_mels + 2)
         self.mels = edges[1:-1]  # centres of the mel channels
@@ -64,7 +80,7 @@ class VoicePerturbation:
     @property
     def is_active(self) -> bool:
         """Whether any strength is above 0."""
-        return bool(self.tempo or self.voice or self.channel)
+        return bool(self.tempo or self.voice or self.channel or self.f0_shift or self.f0_drop)
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """
@@ -83,6 +99,10 @@ class VoicePerturbation:
             spectrogram[:] = self._warp(spectrogram, factor)
             if self.has_pitch:
                 features[:, -1] *= factor
+        if self.f0_shift:
+            features[:, -1] *= np.exp(random.uniform(-self.f0_shift, self.f0_shift))
+        if self.f0_drop and random.random() < self.f0_drop:
+            features[:, -1] = 0.0
         if self.channel:
             tilt = random.uniform(-self.channel, self.channel) * np.linspace(-1.0, 1.0, self.num_mels, dtype=np.float32)
             floor = random.uniform(0.0, 1.5 * self.channel)

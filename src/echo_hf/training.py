@@ -20,11 +20,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
 from accelerate.data_loader import BatchSamplerShard
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import Seq2SeqTrainer
 from transformers import Seq2SeqTrainingArguments
 from transformers import TrainerCallback
@@ -35,6 +37,7 @@ from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.trainer_utils import HubStrategy
 from transformers.trainer_utils import has_length
+from transformers.utils import SAFE_WEIGHTS_NAME
 from transformers.utils import PushInProgress
 from transformers.utils import logging
 from transformers.utils.hub import hf_api
@@ -65,6 +68,7 @@ from .model_card import TRAINING_ARGUMENTS_FILE
 from .model_card import CardArguments
 from .model_card import write_model_card
 from .modeling_echo import EchoForConditionalGeneration
+from .non_speech import non_speech_table
 from .processing_echo import EchoProcessor
 from .tokenization_echo import EchoTokenizer
 
@@ -134,6 +138,13 @@ class ModelArguments:
         metadata={"help": 'Channels of the features, from scratch, as JSON, e.g. \'{"spectrogram": 80, "pitch": 1}\'.'},
     )
     f0_method: str | None = field(default=None, metadata={"help": "Tracker of F0, from scratch: dio if not given."})
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Attention to train with, e.g. sdpa (the default) or eager, which is faster on a CPU in bfloat16."
+            " The checkpoint does not remember it."
+        },
+    )
     config_overrides: str | None = field(
         default=None,
         metadata={
@@ -187,6 +198,27 @@ class DataArguments:
     channel_perturbation: float = field(
         default=0.0,
         metadata={"help": "Its spectrum is tilted and its noise floor raised at random; 0.25 is 10 dB at the edges."},
+    )
+    f0_shift: float = field(
+        default=0.0,
+        metadata={"help": "Its F0 alone is moved by a random factor up to exp of this."},
+    )
+    f0_drop: float = field(
+        default=0.0,
+        metadata={"help": "With this probability all of an utterance's F0 is hidden, as unvoiced."},
+    )
+    non_speech_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Clips without speech (silence, noise, hum, tones) that are added to train on with an empty text,"
+            " as a share of the utterances; try 0.05."
+        },
+    )
+    average_checkpoints: int = field(
+        default=0,
+        metadata={
+            "help": "The last so many saved checkpoints are averaged at the end, weight by weight; 0 keeps the last."
+        },
     )
     diagnostics: bool = field(
         default=False,
@@ -355,6 +387,57 @@ class EchoTrainer(Seq2SeqTrainer):
             self.push_in_progress = PushInProgress([job])
 
 
+class CheckpointAveraging(TrainerCallback):
+    """Gives the model, at the end of training, the mean of its weights in the last checkpoints, as in Vaswani et al.
+    (https://huggingface.co/papers/1706.03762, section 6.1). The weights are read from `output_dir`, so that a run that
+    was interrupted and resumed ends where it would have ended.
+
+    Args:
+        count (`int`): checkpoints to average, at least 2.
+
+    Raises:
+        `ValueError`: at the start of training, when settings keep fewer checkpoints, or the best one instead; at its
+            end, when fewer were saved.
+    """
+
+    def __init__(self, count: int):
+        if count < 2:
+            raise ValueError(f"average_checkpoints must be 0, or at least 2, got {count}.")
+        self.count = count
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.save_total_limit is not None and args.save_total_limit < self.count:
+            raise ValueError(
+                f"average_checkpoints is {self.count}, and save_total_limit keeps {args.save_total_limit}; raise it."
+            )
+        if args.load_best_model_at_end:
+            raise ValueError(
+                "average_checkpoints and load_best_model_at_end both decide what the weights are at the end; leave one"
+                " of them out (--load_best_model_at_end false)."
+            )
+        if args.fsdp:
+            raise ValueError("average_checkpoints cannot be used with FSDP, which keeps parts of the weights.")
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        folders = list_checkpoints(args.output_dir)[-self.count :]
+        if len(folders) < self.count:
+            raise ValueError(
+                f"average_checkpoints is {self.count}, and only {len(folders)} checkpoints were saved in"
+                f" {args.output_dir}; save more often (save_steps)."
+            )
+        weights = [load_file(folder / SAFE_WEIGHTS_NAME) for folder in folders]
+        means = {
+            name: torch.stack([each[name].double() for each in weights]).mean(0).to(value.dtype)
+            for name, value in weights[0].items()
+        }
+        missing, unexpected = model.load_state_dict(means, strict=False)
+        # What is tied is saved under one of its names.
+        untied = set(missing) - set(model.all_tied_weights_keys)
+        if untied or unexpected:
+            raise ValueError(f"{folders[-1]} holds weights of another model: {', '.join([*untied, *unexpected])}.")
+        logger.info(f"The weights are the mean of those of {', '.join(folder.name for folder in folders)}.")
+
+
 def as_list(value: str | Sequence[str] | None) -> list[str] | None:
     """One name or several as a list; None stays None."""
     return [value] if isinstance(value, str) else list(value) if value is not None else None
@@ -479,21 +562,28 @@ def build_model_and_processor(
             arguments.model_name_or_path, EchoForConditionalGeneration, **overrides
         )
     check_fit(processor, model.config)
+    if arguments.attn_implementation is not None:
+        model.set_attn_implementation(arguments.attn_implementation)
     # Not in the file, since they are tied; else the Trainer warns that they are missing when it loads the best weights.
     model._keys_to_ignore_on_save = set(model.all_tied_weights_keys)
     return model, processor
 
 
-def find_last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest complete `checkpoint-<step>` folder in `output_dir`, if there is one. A run that was killed while it
-    saved leaves a folder without a readable `trainer_state.json`, which is written last."""
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The complete `checkpoint-<step>` folders in `output_dir`, oldest first. A run that was killed while it saved
+    leaves a folder without a readable `trainer_state.json`, which is written last."""
     prefix = f"{PREFIX_CHECKPOINT_DIR}-"
     found = [
         path
         for path in Path(output_dir).glob(f"{prefix}*")
         if path.name.removeprefix(prefix).isdigit() and _is_json(path / TRAINER_STATE_NAME)
     ]
-    return max(found, key=lambda path: int(path.name.removeprefix(prefix)), default=None)
+    return sorted(found, key=lambda path: int(path.name.removeprefix(prefix)))
+
+
+def find_last_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest complete `checkpoint-<step>` folder in `output_dir`, if there is one."""
+    return next(reversed(list_checkpoints(output_dir)), None)
 
 
 def _is_json(path: Path) -> bool:
@@ -603,7 +693,9 @@ def train(
     if resume:
         check_checkpoint(checkpoint)
         # The tokenizer above all must be the one that the weights have learned.
-        model_arguments = ModelArguments(model_name_or_path=str(checkpoint))
+        model_arguments = ModelArguments(
+            model_name_or_path=str(checkpoint), attn_implementation=model_arguments.attn_implementation
+        )
         label_smoothing = EchoConfig.from_pretrained(checkpoint).label_smoothing
     model, processor = build_model_and_processor(model_arguments, train_table["text"][:], label_smoothing)
 
@@ -621,6 +713,10 @@ def train(
             max_seconds=data_arguments.max_seconds,
             **options,
         )
+        if data_arguments.non_speech_share:
+            train_data = add_non_speech(
+                train_data, data_arguments.non_speech_share, processor, training_arguments.seed, **options
+            )
         eval_data = prepare_dataset(eval_table, processor, **options) if eval_table is not None else None
     if model.config.ctc_loss_weight > 0 and (beyond := count_beyond_ctc(train_data, model.config)):
         logger.warning(
@@ -635,6 +731,8 @@ def train(
         tempo=data_arguments.tempo_perturbation,
         voice=data_arguments.voice_perturbation,
         channel=data_arguments.channel_perturbation,
+        f0_shift=data_arguments.f0_shift,
+        f0_drop=data_arguments.f0_drop,
     )
     trainer = EchoTrainer(
         model=model,
@@ -648,6 +746,8 @@ def train(
         callbacks=callbacks,
         card_arguments=card_arguments,
     )
+    if data_arguments.average_checkpoints:
+        trainer.add_callback(CheckpointAveraging(data_arguments.average_checkpoints))
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
     # As the Trainer calls it itself: otherwise it would push at once, before the model is evaluated.
     try:
@@ -696,6 +796,36 @@ def train(
                 f" hf upload {trainer.hub_model_id} {output_dir} . --exclude 'checkpoint-*'"
             ) from error
     return summary
+
+
+def add_non_speech(data: PreparedData, share: float, processor: EchoProcessor, seed: int, **options) -> PreparedData:
+    """
+    The data with clips added that hold no speech and have an empty text, so that a model learns to write nothing there.
+
+    Args:
+        data ([`PreparedData`]): to train on.
+        share (`float`): clips to add for each utterance, in (0, 1].
+        processor ([`EchoProcessor`]): as in [`prepare_dataset`].
+        seed (`int`): of the clips.
+        options: of [`prepare_dataset`].
+
+    Raises:
+        `ValueError`: the share is not in (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"non_speech_share must be 0, or in (0, 1], got {share}.")
+    count = math.ceil(share * len(data.dataset))
+    table = non_speech_table(count, seed, sampling_rate=processor.feature_extractor.sampling_rate)
+    added = prepare_dataset(table, processor, allow_empty_text=True, **options)
+    columns = ["input_features", "length", "labels", "audio", "text", "origin"]
+    both = datasets.concatenate_datasets(
+        [each.dataset.with_format(None).select_columns(columns) for each in (data, added)]
+    )
+    return PreparedData(
+        dataset=both.with_format("numpy", columns=["input_features"], output_all_columns=True),
+        skipped=data.skipped,
+        seconds=data.seconds + added.seconds,
+    )
 
 
 def _load(arguments: DataArguments, sources: list[str], split: str):
