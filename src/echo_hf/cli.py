@@ -112,6 +112,13 @@ examples:
   echo-hf diagnose interviews/ --checkpoint my-model --json
 """
 
+NON_SPEECH_EXAMPLES = """\
+examples:
+  echo-hf non-speech --checkpoint my-model
+  echo-hf non-speech dev.jsonl --checkpoint my-model --count 50 --json
+      with silence and noise after 50 recordings of dev.jsonl, in place of those that come with the package
+"""
+
 TRANSCRIBE_EXAMPLES = """\
 examples:
   echo-hf transcribe                               the recordings that come with the package
@@ -162,6 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_evaluate(commands)
     _add_plot(commands)
     _add_diagnose(commands)
+    _add_non_speech(commands)
     _add_demo(commands)
     _add_transcribe(commands)
     _add_benchmark(commands)
@@ -175,6 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "evaluate": lambda: _evaluate(options),
         "plot": lambda: _plot(options),
         "diagnose": lambda: _diagnose(options),
+        "non-speech": lambda: _non_speech(options),
         "demo": lambda: _demo(options),
         "transcribe": lambda: _transcribe(options),
         "benchmark": lambda: _benchmark(options),
@@ -286,8 +295,8 @@ def _new_parser(
     )
 
 
-def _add_decoding(parser, batch_size: int) -> None:
-    """Options that evaluate and transcribe share."""
+def _add_decoding(parser, batch_size: int, can_skip: bool = True) -> None:
+    """Options that all share who recognise."""
     parser.add_argument("--checkpoint", help="folder, or name on the Hub (the one that comes with the package)")
     _add_both(parser, "batch_size", type=_positive, default=batch_size, help="recordings at a time")
     _add_both(
@@ -301,9 +310,10 @@ def _add_decoding(parser, batch_size: int) -> None:
     )
     _add_both(parser, "max_new_tokens", type=_positive, help="longest transcript in tokens (the checkpoint's)")
     parser.add_argument("--device", help="cpu, cuda, ... (the accelerator if there is one)")
-    _add_both(
-        parser, "skip_broken", action="store_true", help="report what cannot be used and go on, instead of stopping"
-    )
+    if can_skip:
+        _add_both(
+            parser, "skip_broken", action="store_true", help="report what cannot be used and go on, instead of stopping"
+        )
 
 
 # Train ---------------------------------------------------------------------------------------------------------------
@@ -758,6 +768,59 @@ def _diagnose(options) -> int:
         _write(json.dumps(diagnostics.to_dict()))
     else:
         _write(diagnostics.table())
+    return 0
+
+
+# Non-speech ----------------------------------------------------------------------------------------------------------
+
+
+def _add_non_speech(commands) -> None:
+    parser = _new_parser(
+        commands,
+        "non-speech",
+        arguments="[DATA ...] [--checkpoint FOLDER]",
+        help="count the words that a checkpoint writes where nobody speaks",
+        description=(
+            "Count the words written for noise, hum, music-like tones and other sounds that are not speech, and how\n"
+            "transcripts change when silence or low noise follows the speech. The model is asked itself, with silence\n"
+            "scaling as the checkpoint has it and without, and so is the pipeline. Prints tables in Markdown."
+        ),
+        epilog=NON_SPEECH_EXAMPLES,
+    )
+    parser.add_argument(
+        "data", nargs="*", help="speech, as evaluate takes it (the recordings that come with the package)"
+    )
+    _add_decoding(parser, batch_size=16, can_skip=False)
+    parser.add_argument(
+        "--count", type=_positive, default=20, help="clips of each kind, and recordings of DATA at most"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="which clips are made and which recordings taken")
+    parser.add_argument("--json", action="store_true", help="print one JSON object in place of tables")
+    _add_both(parser, "cache_dir", help="folder for computed features (in the cache of datasets)")
+
+
+def _non_speech(options) -> int:
+    _require("datasets", "jiwer")
+    from .non_speech import format_non_speech
+    from .non_speech import measure_non_speech
+    from .transcription import load_checkpoint
+
+    model, processor = load_checkpoint(options.checkpoint, options.device)
+    report = measure_non_speech(
+        model,
+        processor,
+        options.data or None,
+        options.count,
+        options.seed,
+        options.batch_size,
+        options.cache_dir,
+        **(_generate_options(options) if model.can_generate() else {}),
+    )
+    if options.json:
+        about = {"checkpoint": str(options.checkpoint or "bundled"), "data": options.data, "seed": options.seed}
+        _write(json.dumps(about | report))
+    else:
+        _write(format_non_speech(report))
     return 0
 
 
