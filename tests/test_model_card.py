@@ -135,6 +135,10 @@ def test_every_number_is_from_the_run(finished):
     ):
         assert piece in text
     assert "chose the best" not in text and "bf16" not in text
+    assert "Tone error rate" not in text
+    tones = {"tone_error_rate": 0.1, "tone_errors": 3, "reference_tones": 30}
+    toned = build_model_card(finished(metrics=METRICS | tones))
+    assert "| Tone error rate (%) | 10.00 | 3 in 30 tones |" in toned.text
     assert "jane/digits" not in text and "/data" not in text, "where files lie is nobody's business"
     resumed = build_model_card(finished(resumed_from="checkpoint-9")).text
     assert "those since `checkpoint-9` in 11.0 minutes." in resumed and "loss" not in resumed

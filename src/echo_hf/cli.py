@@ -500,13 +500,18 @@ def _duration(seconds: float) -> str:
 
 def _rates(metrics: dict[str, Any]) -> str:
     """Rates with the counts they come from."""
-    from .metrics import RATE_COUNTS
+    from .metrics import RATES
 
-    parts = []
-    for rate, (errors, total, unit) in RATE_COUNTS.items():
-        percent = "undefined" if math.isnan(metrics[rate]) else f"{100 * metrics[rate]:.2f}%"
-        parts.append(f"{rate.upper()} {percent} ({metrics[errors]} errors in {metrics[total]} {unit})")
+    parts = [
+        f"{name} {_percent(metrics[rate], 2)} ({metrics[errors]} errors in {metrics[total]} {unit})"
+        for rate, (name, _, errors, total, unit) in RATES.items()
+        if rate in metrics
+    ]
     return f"{', '.join(parts)}, {metrics['exact_utterances']} of {metrics['utterances']} utterances without error"
+
+
+def _percent(rate: float, digits: int) -> str:
+    return "undefined" if math.isnan(rate) else f"{100 * rate:.{digits}f}%"
 
 
 # Evaluate ------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Word and character error rates, counted over a whole corpus; and how good an F0 tracker is.
+"""Error rates of words, characters and tones, counted over a whole corpus; and how good an F0 tracker is.
 
 Rates are sums of errors over sums of reference words (or characters), never means of the rates of utterances. The
 alignment is jiwer's, which works offline and is imported where texts are scored; F0 needs numpy alone. Text is
@@ -8,18 +8,44 @@ without which Hindi or Thai is another text.
 """
 
 import math
+import re
 import unicodedata
 from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-# Of each rate: how [`Score.to_dict`] calls its errors and its references, and the unit of both.
-RATE_COUNTS = {
-    "wer": ("word_errors", "reference_words", "words"),
-    "cer": ("character_errors", "reference_characters", "characters"),
+
+class Rate(NamedTuple):
+    """What a rate is called, how [`Score.to_dict`] calls its errors and its references, and the unit of both."""
+
+    name: str
+    full_name: str
+    errors: str
+    total: str
+    unit: str
+
+
+RATES = {
+    "wer": Rate("WER", "word error rate", "word_errors", "reference_words", "words"),
+    "cer": Rate("CER", "character error rate", "character_errors", "reference_characters", "characters"),
+    "tone_error_rate": Rate("tone error", "tone error rate", "tone_errors", "reference_tones", "tones"),
+    "base_syllable_error_rate": Rate(
+        "base-syllable error",
+        "base-syllable error rate",
+        "base_syllable_errors",
+        "reference_base_syllables",
+        "base syllables",
+    ),
 }
+
+# A syllable with its tone, as in toned pinyin (`shang4`) and Jyutping (`baa1`): letters, and one digit at the end. The
+# colon stands for the two dots of a u (`nu:3`, `lu:e4`).
+TONED_SYLLABLE = re.compile(r"([^\W\d_]+(?::[^\W\d_]*)?)([0-9])")
+UMLAUT = re.compile(r"\b([ln])u:(?=(?:e|an|n)?[0-9]\b)")
+NO_TONE = "-"  # of a word that is no such syllable; no reference has it
 
 # Typed for an apostrophe: typewriter, typographic and modifier letter (NFKC turns the full-width sign into the first).
 APOSTROPHES = "'\u2019\u02bc"
@@ -32,7 +58,8 @@ def normalize_text(text: str) -> str:
     Text as it is scored: Unicode NFKC, lower case, punctuation and symbols replaced by a space, whitespace collapsed.
 
     An apostrophe beside a letter or digit stays, in one spelling (`'`); letters, digits, combining marks and tone
-    letters of every script stay. Numbers are not spelled out.
+    letters of every script stay. Numbers are not spelled out. Toned pinyin may have a colon for the dots of a `\u00fc`
+    (`nu:3`), which becomes that letter.
 
     Args:
         text (`str`): what was said, or what was recognised.
@@ -52,6 +79,7 @@ def normalize_text(text: str) -> str:
     """
     # Lower case may undo composition (a capital I with a dot becomes two code points), hence NFKC after it.
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower())
+    text = UMLAUT.sub("\\1\u00fc", text)
     kept = []
     for position, character in enumerate(text):
         if character in APOSTROPHES:
@@ -67,7 +95,7 @@ def normalize_text(text: str) -> str:
 @dataclass(frozen=True)
 class ErrorCounts:
     """
-    Errors of one kind (words or characters), summed over a corpus.
+    Errors of one kind, such as words or characters, summed over a corpus.
 
     Args:
         substitutions (`int`): units recognised as another one.
@@ -97,6 +125,15 @@ class Score:
     """
     Error counts of a corpus.
 
+    Tones and base syllables are counted where every word of the references is a syllable with its tone: letters and one
+    digit, as in toned pinyin (`shang4 ren4`) and Jyutping (`baa1`). [`Score.wer`] is then the error rate of syllables
+    with their tones. Tones are the sequence of the digits, base syllables that of what stands before them. Each
+    sequence is aligned by itself, so neither has more errors than the words have.
+
+    A recognised word that is not letters and one digit has no tone. A placeholder, which equals no tone, stands for it,
+    so it is an error; as a base syllable it counts as it is. In place of "ma3", "ma" is an error of the tone alone,
+    "mo3" one of the base syllable alone, "ma33" one of both.
+
     Args:
         words ([`ErrorCounts`]): counts of words; words are what whitespace separates.
         characters ([`ErrorCounts`]): counts of characters, the space between words being one.
@@ -105,6 +142,8 @@ class Score:
             Positions of the pairs whose reference is empty once normalised. What was recognised there counts as
             insertions.
         exact (`int`): number of utterances recognised without an error.
+        tones ([`ErrorCounts`], *optional*): counts of tones, where the references are toned syllables.
+        base_syllables ([`ErrorCounts`], *optional*): counts of syllables without their tones, there too.
     """
 
     words: ErrorCounts
@@ -112,6 +151,8 @@ class Score:
     utterances: int
     empty_references: list[int]
     exact: int
+    tones: ErrorCounts | None = None
+    base_syllables: ErrorCounts | None = None
 
     @property
     def wer(self) -> float:
@@ -124,17 +165,16 @@ class Score:
         return self.characters.rate
 
     def to_dict(self) -> dict[str, float | int]:
-        """Rates and counts under flat names, as a metrics dictionary."""
-        return {
-            "wer": self.wer,
-            "cer": self.cer,
-            "word_errors": self.words.errors,
+        """Rates and counts under flat names, as a metrics dictionary; those of tones only where they were counted."""
+        counts = dict(zip(RATES, (self.words, self.characters, self.tones, self.base_syllables)))
+        counts = {name: count for name, count in counts.items() if count is not None}
+        result = {name: count.rate for name, count in counts.items()}
+        for name, count in counts.items():
+            result |= {RATES[name].errors: count.errors, RATES[name].total: count.total}
+        return result | {
             "word_substitutions": self.words.substitutions,
             "word_deletions": self.words.deletions,
             "word_insertions": self.words.insertions,
-            "reference_words": self.words.total,
-            "character_errors": self.characters.errors,
-            "reference_characters": self.characters.total,
             "utterances": self.utterances,
             "exact_utterances": self.exact,
             "empty_references": len(self.empty_references),
@@ -171,6 +211,10 @@ def score(
     >>> result.wer, result.words.errors, result.words.total
     (0.6666666666666666, 2, 3)
 
+    >>> result = score(["shang4 ren4"], ["shang4 ren2"])
+    >>> result.wer, result.tones.rate, result.base_syllables.rate
+    (0.5, 0.5, 0.0)
+
     ```
     """
     try:
@@ -185,13 +229,31 @@ def score(
         references = [normalize(text) for text in references]
         hypotheses = [normalize(text) for text in hypotheses]
     references, hypotheses = list(references), list(hypotheses)
+    tones = base_syllables = None
+    reference_words = [word for text in references for word in text.split()]
+    if reference_words and all(map(TONED_SYLLABLE.fullmatch, reference_words)):
+        reference_tones, reference_bases = zip(*map(_split_tones, references))
+        recognized_tones, recognized_bases = zip(*map(_split_tones, hypotheses))
+        tones = _count(jiwer.process_words(list(reference_tones), list(recognized_tones)))
+        base_syllables = _count(jiwer.process_words(list(reference_bases), list(recognized_bases)))
     return Score(
         words=_count(jiwer.process_words(references, hypotheses)),
         characters=_count(jiwer.process_characters(references, hypotheses)),
         utterances=len(references),
         empty_references=[position for position, text in enumerate(references) if not text.split()],
         exact=sum(reference == hypothesis for reference, hypothesis in zip(references, hypotheses)),
+        tones=tones,
+        base_syllables=base_syllables,
     )
+
+
+def _split_tones(text: str) -> tuple[str, str]:
+    """The tones of a text, and its syllables without them; as many of each as it has words."""
+    words = text.split()
+    syllables = [TONED_SYLLABLE.fullmatch(word) for word in words]
+    tones = [syllable[2] if syllable else NO_TONE for syllable in syllables]
+    bases = [syllable[1] if syllable else word for syllable, word in zip(syllables, words)]
+    return " ".join(tones), " ".join(bases)
 
 
 def _count(output) -> ErrorCounts:
@@ -424,7 +486,9 @@ def f0_test_signals(hop_length: int = 160) -> dict[str, tuple[np.ndarray, np.nda
 
 
 __all__ = [
+    "RATES",
     "ErrorCounts",
+    "Rate",
     "Score",
     "f0_metrics",
     "f0_test_signals",

@@ -20,7 +20,7 @@ from huggingface_hub import ModelCardData
 
 from .cli import COMMAND_FILE
 from .configuration_echo import EchoConfig
-from .metrics import RATE_COUNTS
+from .metrics import RATES
 
 TRAINING_ARGUMENTS_FILE = "training_args.json"  # in output_dir: all settings of the Trainer but tokens
 SUMMARY_FILE = "run_summary.json"
@@ -28,7 +28,6 @@ CARD_FILE = "README.md"
 
 TASK = "automatic-speech-recognition"
 TAGS = ("echo", "speech", "pitch", "f0")
-RATES = {"wer": "Word error rate (%)", "cer": "Character error rate (%)"}
 
 # Tells a card written here from one written by hand, which is not touched.
 MARK = "<!-- Written by echo-hf from the files of the run. Delete this line to keep your own changes. -->"
@@ -139,7 +138,7 @@ def build_model_card(
                 dataset_type=(evaluated.get("from_hub") or ["custom"])[0],
                 dataset_name=eval_name,
                 metric_type=rate,
-                metric_name=RATES[rate],
+                metric_name=_title(rate),
                 metric_value=round(value, 2),
             )
             for rate, value in rates.items()
@@ -197,6 +196,10 @@ def _names(part: dict[str, Any]) -> list[str]:
     return [
         source if source in from_hub else source.rstrip("/").rpartition("/")[2] for source in part.get("sources", [])
     ]
+
+
+def _title(rate: str) -> str:
+    return f"{RATES[rate].full_name.capitalize()} (%)"
 
 
 def _describe_model(config: EchoConfig, summary: dict[str, Any]) -> str:
@@ -264,9 +267,9 @@ def _describe_evaluation(
         return "No error rate was measured in this run: how well the model recognises speech is not known." + loss
     amount = f" ({evaluated['utterances']:,} utterances, {evaluated['hours']:.2f} hours)" if evaluated else ""
     rows = [
-        f"| {RATES[rate]} | {value:.2f} | {metrics[errors]:,} in {metrics[total]:,} {unit} |"
+        f"| {_title(rate)} | {value:.2f} | {metrics[errors]:,} in {metrics[total]:,} {unit} |"
         for rate, value in rates.items()
-        for errors, total, unit in [RATE_COUNTS[rate]]
+        for _, _, errors, total, unit in [RATES[rate]]
         if errors in metrics and total in metrics
     ]
     text = f"On {name}{amount}, generated freely; texts are compared in lower case, without punctuation.\n\n"
