@@ -53,6 +53,8 @@ COMMON_OPTIONS = (
 
 TRANSCRIPT_SUFFIXES = {"text": ".txt", "json": ".json", "srt": ".srt", "vtt": ".vtt"}  # of --format, for files
 
+CONTROL_NAMES = {"zeroed": ("audio zeroed", "zeroed"), "shuffled": ("other utterances' audio", "other")}  # and short
+
 VALUE_NAMES = {int: "N", float: "X"}  # of an option, in help
 
 DESCRIPTION = "Speech recognition whose attention knows the pitch of the voice."
@@ -88,6 +90,10 @@ examples:
   echo-hf evaluate test.jsonl more/ --checkpoint my-model --num_beams 4 --output predictions.jsonl
   echo-hf evaluate test.jsonl --checkpoint my-model --control zeroed shuffled
       beside the real figure, those without the audio and with other utterances' audio: does the model listen?
+  echo-hf evaluate digits.jsonl prompts.jsonl --checkpoint my-model --control zeroed shuffled --format markdown
+      each source and all together, as a table for a model card
+  echo-hf evaluate test.jsonl --checkpoint my-model --config_overrides theta_mode=none,silence_scaling=false
+      with mechanisms switched off that the model was trained with
 """
 
 PLOT_EXAMPLES = """\
@@ -525,7 +531,9 @@ def _add_evaluate(commands) -> None:
         help="measure the word error rate of a checkpoint",
         description=(
             "Recognise speech that has transcripts, and count the errors. Words are compared in lower case and\n"
-            "without punctuation. Rates are sums of errors over sums of reference words."
+            "without punctuation. Rates are sums of errors over sums of reference words; of several sources, each by\n"
+            "itself and all together. Where every word is a syllable with its tone, such as ma3, errors of tones and\n"
+            "of syllables without them are counted too."
         ),
         epilog=EVALUATE_EXAMPLES,
     )
@@ -540,12 +548,23 @@ def _add_evaluate(commands) -> None:
         "--control",
         nargs="+",
         default=[],
-        choices=["zeroed", "shuffled"],
-        help="repeat with the audio zeroed, or with other utterances' audio, beside the real figure",
+        choices=list(CONTROL_NAMES),
+        help="repeat with the audio zeroed, or with that of other utterances of a source, beside the real figure",
     )
     parser.add_argument("--seed", type=int, default=0, help="which audio is exchanged for which when shuffled")
+    _add_both(
+        parser,
+        "config_overrides",
+        help="fields of the config to change, which leave the weights' shapes as they are: KEY=VALUE,... or JSON",
+    )
     parser.add_argument("--output", help="file for references and hypotheses, as JSON lines")
-    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+    parser.add_argument(
+        "--format",
+        choices=["text", "json", "markdown"],
+        default="text",
+        help="text; json: one JSON object, with each of the sources; markdown: a table for a model card",
+    )
+    parser.add_argument("--json", action="store_const", const="json", dest="format", help="the same as --format json")
     parser.add_argument("--split", default="test", help="split of a Hub or on-disk dataset")
     _add_both(parser, "dataset_config", help="configuration of a dataset on the Hub")
     _add_both(parser, "audio_column", help="column with the audio, if not audio")
@@ -568,76 +587,156 @@ def _generate_options(options) -> dict[str, int | float]:
 
 def _evaluate(options) -> int:
     _require("datasets", "jiwer")
+    from .checkpoint import parse_overrides
     from .data import load_sources
     from .data import prepare_dataset
+    from .metrics import normalize_text
     from .metrics import score
     from .transcription import load_checkpoint
     from .transcription import recognize
 
-    table = load_sources(options.data, options.split, options.dataset_config, options.audio_column, options.text_column)
-    model, processor = load_checkpoint(options.checkpoint, options.device)
+    overrides = parse_overrides(options.config_overrides)
+    columns = (options.dataset_config, options.audio_column, options.text_column)
+    tables = [load_sources(source, options.split, *columns) for source in options.data]
+    model, processor = load_checkpoint(options.checkpoint, options.device, **overrides)
     generate_options = _generate_options(options) if model.can_generate() else {}
-    prepared = prepare_dataset(
-        table,
-        processor,
-        skip_broken=options.skip_broken,
-        allow_empty_text=True,
-        num_proc=options.num_proc,
-        cache_dir=options.cache_dir,
-    )
-    references = prepared.dataset["text"][:]
-    figures, hypotheses = {}, {}
-    for control in (None, *dict.fromkeys(options.control)):
-        name, started = control or "real", time.monotonic()
-        hypotheses[name], cut_off = recognize(
-            model, processor, prepared.dataset, options.batch_size, control, options.seed, **generate_options
+    prepared = [
+        prepare_dataset(
+            table,
+            processor,
+            skip_broken=options.skip_broken,
+            allow_empty_text=True,
+            num_proc=options.num_proc,
+            cache_dir=options.cache_dir,
         )
-        result = score(references, hypotheses[name])
-        seconds = time.monotonic() - started
-        figures[name] = {**result.to_dict(), "cut_off": cut_off, "seconds": round(seconds, 2)}
-    if options.output:
-        _write_predictions(Path(options.output), prepared.dataset, hypotheses)
+        for table in tables
+    ]
+    for source, part in zip(options.data, prepared):
+        if "shuffled" in options.control and len(part.dataset) < 2:
+            raise ValueError(f"{source}: --control shuffled needs two utterances of a source, to exchange their audio.")
 
-    if options.json:
+    references = [part.dataset["text"][:] for part in prepared]
+    names = ("real", *dict.fromkeys(options.control))
+    hypotheses, cut_off, seconds = ({name: [] for name in names} for _ in range(3))  # by name, one of each source
+    for name in names:
+        control = None if name == "real" else name
+        for part in prepared:
+            started = time.monotonic()
+            texts, unfinished = recognize(
+                model, processor, part.dataset, options.batch_size, control, options.seed, **generate_options
+            )
+            hypotheses[name].append(texts)
+            cut_off[name].append(unfinished)
+            seconds[name].append(time.monotonic() - started)
+
+    def count(sources: slice) -> dict[str, dict[str, Any]]:
+        return {
+            name: {
+                **score(sum(references[sources], []), sum(hypotheses[name][sources], [])).to_dict(),
+                "cut_off": sum(cut_off[name][sources]),
+                "seconds": round(sum(seconds[name][sources]), 2),
+            }
+            for name in names
+        }
+
+    whole, each = count(slice(None)), [count(slice(index, index + 1)) for index in range(len(prepared))]
+    if options.output:
+        _write_predictions(Path(options.output), prepared, hypotheses)
+
+    audio_seconds = sum(part.seconds for part in prepared)
+    if options.format == "json":
         report = {
             "checkpoint": str(options.checkpoint or "bundled"),
+            "config_overrides": overrides,
             "data": options.data,
-            "audio_seconds": round(prepared.seconds, 2),
-            "skipped": [{"utterance": origin, "reason": reason} for origin, reason in prepared.skipped],
-            **{name: _without_nan(values) for name, values in figures.items()},
+            "audio_seconds": round(audio_seconds, 2),
+            "skipped": [
+                {"utterance": origin, "reason": reason} for part in prepared for origin, reason in part.skipped
+            ],
+            **{name: _without_nan(values) for name, values in whole.items()},
+            "sources": [
+                {
+                    "source": source,
+                    "audio_seconds": round(part.seconds, 2),
+                    **{name: _without_nan(values) for name, values in figures.items()},
+                }
+                for source, part, figures in zip(options.data, prepared, each)
+            ],
         }
         _write(json.dumps(report, ensure_ascii=False))
         return 0
-    labels = {"real": "", "zeroed": "audio zeroed: ", "shuffled": "audio of other utterances: "}
-    for name, values in figures.items():
-        _write(f"{labels[name]}{_rates(values)}")
-    real = figures["real"]
-    _tell(f"{prepared.seconds / 3600:.2f} h of speech recognised in {_duration(real['seconds'])}.")
+    rows = list(zip(options.data, each))
+    if len(rows) > 1:
+        rows.append(("all", whole))
+    _write(_results_table(rows) if options.format == "markdown" else _results_text(rows))
+    real = whole["real"]
+    _tell(f"{audio_seconds / 3600:.2f} h of speech recognised in {_duration(real['seconds'])}.")
     if real["cut_off"]:
         _tell(f"{real['cut_off']} transcripts reached the longest length and were cut off (see --max_new_tokens).")
-    if result.empty_references:
-        named = ", ".join(prepared.dataset["origin"][index] for index in result.empty_references[:5])
-        more = ", ..." if len(result.empty_references) > 5 else ""
+    empty = [
+        origin
+        for part, texts in zip(prepared, references)
+        for origin, text in zip(part.dataset["origin"], texts)
+        if not normalize_text(text)
+    ]
+    if empty:
         _tell(
-            f"{len(result.empty_references)} reference(s) without words, where all that was recognised counts as"
-            f" insertions: {named}{more}."
+            f"{len(empty)} reference(s) without words, where all that was recognised counts as insertions:"
+            f" {', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}."
         )
     return 0
+
+
+def _results_text(rows: list[tuple[str, dict[str, dict[str, Any]]]]) -> str:
+    """A line for each source, if there are several, and each control."""
+    lines = []
+    for source, figures in rows:
+        for name, values in figures.items():
+            labels = [source] * (len(rows) > 1) + [CONTROL_NAMES[name][0]] * (name != "real")
+            lines.append(f"{', '.join(labels)}{': ' if labels else ''}{_rates(values)}")
+    return "\n".join(lines)
+
+
+def _results_table(rows: list[tuple[str, dict[str, dict[str, Any]]]]) -> str:
+    """A Markdown table of sources and their figures, by control."""
+    from .benchmark import format_table
+    from .metrics import RATES
+
+    table = []
+    for source, figures in rows:
+        real = figures["real"]
+        controls = {name: values for name, values in figures.items() if name != "real"}
+        cells = {"data": source.replace("|", "\\|"), "utterances": f"{real['utterances']:,}"}
+        for rate, (title, _, errors, total, unit) in RATES.items():
+            if rate not in real:
+                continue
+            percent = _percent(real[rate], 1)
+            others = {name: _percent(values[rate], 1) for name, values in controls.items()}
+            if rate == "wer":
+                cells[title] = f"**{percent}** ({real[errors]:,} of {real[total]:,} {unit})"
+                cells |= {CONTROL_NAMES[name][0]: other for name, other in others.items()}
+            elif others:
+                short = ", ".join(CONTROL_NAMES[name][1] for name in others)
+                cells[f"{title} ({short})"] = f"{percent} ({', '.join(others.values())})"
+            else:
+                cells[title] = percent
+        table.append(cells)
+    return format_table(table)
 
 
 def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}
 
 
-def _write_predictions(path: Path, dataset, hypotheses: dict[str, list[str]]) -> None:
+def _write_predictions(path: Path, prepared: list, hypotheses: dict[str, list[list[str]]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = dataset.select_columns(["audio", "origin", "text"])
     with open(path, "w", encoding="utf-8") as file:
-        for index, row in enumerate(rows):
-            line = {"audio": row["audio"], "origin": row["origin"], "reference": row["text"]}
-            line["hypothesis"] = hypotheses["real"][index]
-            line |= {f"hypothesis_{name}": texts[index] for name, texts in hypotheses.items() if name != "real"}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        for source, part in enumerate(prepared):
+            for index, row in enumerate(part.dataset.select_columns(["audio", "origin", "text"])):
+                line = {"audio": row["audio"], "origin": row["origin"], "reference": row["text"]}
+                for name, texts in hypotheses.items():
+                    line["hypothesis" if name == "real" else f"hypothesis_{name}"] = texts[source][index]
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 # Plot and diagnose ---------------------------------------------------------------------------------------------------
@@ -1049,8 +1148,8 @@ def _add_synthesize(commands) -> None:
         arguments="--texts FILE [FILE ...] --output_dir FOLDER",
         help="make synthetic speech for pretraining",
         description=(
-            "Speak texts with many voices of espeak-ng and flite (English), which must be installed. Writes FLAC files\n"
-            "and their manifest, train.jsonl. What is there from a run before is kept."
+            "Speak texts with many voices of espeak-ng and flite (English), which must be installed. Writes FLAC\n"
+            "files and their manifest, train.jsonl. What is there from a run before is kept."
         ),
         epilog=SYNTHESIZE_EXAMPLES,
     )

@@ -1,9 +1,9 @@
 """Synthetic speech for pretraining: texts in, a folder of FLAC files and a manifest out.
 
-The engines, espeak-ng and flite, are programs found on the PATH; each utterance is one run of one of them. What is drawn
-for an utterance (engine, voice, pitch, rate, word gap) hangs on the seed and its text alone, and its file is named by
-all of these. So the order of texts and the number of processes change nothing, and a run that goes on after another
-keeps what is there.
+The engines, espeak-ng and flite, are programs found on the PATH; each utterance is one run of one of them. What is
+drawn for an utterance (engine, voice, pitch, rate, word gap) hangs on the seed, its text and how often the text came
+before, and its file is named by all that is drawn. So the order of texts and the number of processes change nothing,
+and a run that goes on after another keeps what is there.
 """
 
 import bisect
@@ -92,8 +92,8 @@ def read_lines(sources: Iterable[str | os.PathLike], language: str = "en") -> li
     Reads the texts of manifests and of text files.
 
     Args:
-        sources (iterable of `str` or `os.PathLike`): a file named `.jsonl` is a manifest, whose rows hold `text` and may
-            hold `language`; any other is text in UTF-8, one utterance a line. Empty lines are left out.
+        sources (iterable of `str` or `os.PathLike`): a file named `.jsonl` is a manifest, whose rows hold `text` and
+            may hold `language`; any other is text in UTF-8, one utterance a line. Empty lines are left out.
         language (`str`, defaults to `"en"`): of texts that do not say theirs.
 
     Returns:
@@ -185,8 +185,8 @@ def babble(
             attempts += 1
             if attempts > 100 * share:
                 raise ValueError(
-                    f"Only {len(made) - wanted + share} of {share} new sentences of {min_words} to {max_words} words can"
-                    f" be made of the {len(examples)} texts in {language!r}; give more texts, or ask for fewer or"
+                    f"Only {len(made) - wanted + share} of {share} new sentences of {min_words} to {max_words} words"
+                    f" can be made of the {len(examples)} texts in {language!r}; give more texts, or ask for fewer or"
                     " longer sentences."
                 )
             text = " ".join(_make_sentence(followers, chance, min_words, chance.randint(min_words, max_words)))
@@ -338,8 +338,8 @@ def synthesize(
                     skipped.append((utterance.line.text, problem))
                     if not skip_broken:
                         raise ValueError(
-                            f"{utterance.line.text!r} cannot be spoken by {utterance.speaker}: {problem}. Mend or remove"
-                            " it, or leave it out with `skip_broken`."
+                            f"{utterance.line.text!r} cannot be spoken by {utterance.speaker}: {problem}. Mend or"
+                            " remove it, or leave it out with `skip_broken`."
                         )
                     continue
                 rows.append(
