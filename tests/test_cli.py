@@ -88,6 +88,7 @@ def test_help_is_quick_and_imports_no_framework():
         ["evaluate"],
         ["evaluate", "x", "--batch_size", "0"],
         ["evaluate", "x", "--control", "louder"],
+        ["evaluate", "x", "--format", "srt"],
         ["transcribe", "--unknown"],
         ["transcribe", "--format", "doc"],
         ["transcribe", "--timestamps", "letter"],
@@ -326,7 +327,7 @@ def test_evaluate_counts_and_writes_predictions(capsys, manifest, checkpoint, tm
     assert code == 0
     real, zeroed, shuffled = out.splitlines()
     assert real.startswith("WER ") and "in 5 words" in real and "of 4 utterances" in real
-    assert zeroed.startswith("audio zeroed: WER") and shuffled.startswith("audio of other utterances: WER")
+    assert zeroed.startswith("audio zeroed: WER") and shuffled.startswith("other utterances' audio: WER")
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["reference"] for line in lines] == ["One two.", "three", "four", "five"]
     assert Path(lines[2]["audio"]).name == "a.wav" and "test.jsonl line 3" in lines[2]["origin"]
@@ -361,6 +362,124 @@ def test_evaluate_on_silence_counts_what_was_invented(capsys, checkpoint, tmp_pa
     assert "1 reference(s) without words" in err and "silence.wav" in err
     code, out, _ = run(capsys, "evaluate", *common, "--json")
     assert json.loads(out)["real"]["wer"] is None
+
+
+@pytest.fixture
+def toned_manifest(recordings):
+    """Two syllables with their tones, beside the four words of `manifest`."""
+    path = recordings / "toned.jsonl"
+    rows = [{"audio": "sub/d.WAV", "text": "shang4 ren4"}, {"audio": "a.wav", "text": "baa1"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_each_source_is_evaluated_by_itself_and_all_together(capsys, manifest, toned_manifest, checkpoint, tmp_path):
+    common = ("--checkpoint", checkpoint, "--cache_dir", tmp_path / "cache", "--control", "shuffled", "zeroed")
+    sources, output = (manifest, toned_manifest), tmp_path / "predictions.jsonl"
+
+    def evaluate(*data, seed=3):
+        code, out, _ = run(capsys, "evaluate", *data, *common, "--json", "--seed", seed, "--output", output)
+        report = json.loads(out)
+        for values in (report, *report["sources"]):
+            for name in ("real", "shuffled", "zeroed"):
+                del values[name]["seconds"]
+        return report
+
+    together = evaluate(*sources)
+    assert together["data"] == [part["source"] for part in together["sources"]] == [str(source) for source in sources]
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["reference"] for line in lines] == ["One two.", "three", "four", "five", "shang4 ren4", "baa1"]
+    # Of two utterances, each gets the other's audio, and none of another source's.
+    assert [line["hypothesis_shuffled"] for line in lines[4:]] == [line["hypothesis"] for line in lines[:3:-1]]
+    for source, part in zip(sources, together["sources"]):
+        alone = evaluate(source)
+        assert alone["sources"][0] == part
+        assert all(alone[name] == part[name] for name in ("real", "shuffled", "zeroed", "audio_seconds"))
+    for name in ("real", "shuffled", "zeroed"):
+        whole, parts = together[name], [part[name] for part in together["sources"]]
+        for count in ("word_errors", "reference_words", "character_errors", "utterances", "cut_off"):
+            assert whole[count] == sum(part[count] for part in parts)
+        assert whole["wer"] == whole["word_errors"] / whole["reference_words"]
+        assert "tone_error_rate" not in whole and "tone_error_rate" not in parts[0]
+        assert parts[1]["reference_tones"] == parts[1]["reference_base_syllables"] == 3
+    assert together["audio_seconds"] == pytest.approx(sum(part["audio_seconds"] for part in together["sources"]))
+
+    code, out, _ = run(capsys, "evaluate", *sources, *common)
+    starts = [f"{source}{control}: WER " for source in (*sources, "all") for control in CONTROLS_AS_WRITTEN]
+    assert code == 0 and all(line.startswith(start) for line, start in zip(out.splitlines(), starts, strict=True))
+    assert ["tone error" in line for line in out.splitlines()] == [False] * 3 + [True] * 3 + [False] * 3
+
+
+CONTROLS_AS_WRITTEN = ("", ", other utterances' audio", ", audio zeroed")
+
+
+def test_evaluate_writes_the_table_of_a_model_card(capsys, manifest, toned_manifest, checkpoint, tmp_path, monkeypatch):
+    texts = {  # by number of utterances and control, what is recognised
+        (4, None): ["one two", "three", "for", "five"],
+        (4, "zeroed"): [""] * 4,
+        (2, None): ["shang4 ren2", "baa1"],
+        (2, "zeroed"): ["", "haa1"],
+    }
+    monkeypatch.setattr(
+        transcription,
+        "recognize",
+        lambda model, processor, dataset, batch_size, control, seed: (texts[len(dataset), control], 0),
+    )
+    common = ("--checkpoint", checkpoint, "--cache_dir", tmp_path / "cache", "--format", "markdown")
+    code, out, _ = run(capsys, "evaluate", manifest, toned_manifest, *common, "--control", "zeroed")
+    columns = "data", "utterances", "WER", "audio zeroed"
+    columns += tuple(f"{rate} (zeroed)" for rate in ("CER", "tone error", "base-syllable error"))
+    assert code == 0 and [tuple(line[2:-2].split(" | ")) for line in out.splitlines()] == [
+        columns,
+        ("---",) * len(columns),
+        (str(manifest), "4", "**20.0%** (1 of 5 words)", "100.0%", "5.0% (100.0%)", "", ""),
+        (
+            str(toned_manifest),
+            "2",
+            "**33.3%** (1 of 3 words)",
+            "100.0%",
+            "6.7% (80.0%)",
+            "33.3% (66.7%)",
+            "0.0% (100.0%)",
+        ),
+        ("all", "6", "**25.0%** (2 of 8 words)", "100.0%", "5.7% (91.4%)", "", ""),
+    ]
+    code, out, _ = run(capsys, "evaluate", manifest, *common)
+    assert code == 0 and out == (
+        "| data | utterances | WER | CER |\n"
+        "| --- | --- | --- | --- |\n"
+        f"| {manifest} | 4 | **20.0%** (1 of 5 words) | 5.0% |\n"
+    )
+
+
+def test_a_source_of_one_utterance_cannot_be_shuffled(capsys, manifest, toned_manifest, checkpoint, tmp_path):
+    toned_manifest.write_text(toned_manifest.read_text().splitlines()[0])
+    common = ("--checkpoint", checkpoint, "--cache_dir", tmp_path / "cache")
+    code, out, err = run(capsys, "evaluate", manifest, toned_manifest, *common, "--control", "shuffled")
+    assert code == 1 and out == "" and f"error: {toned_manifest}: --control shuffled needs two utterances" in err
+
+
+def test_evaluate_with_a_mechanism_switched_off(capsys, manifest, checkpoint, tmp_path):
+    common = ("evaluate", manifest, "--checkpoint", checkpoint, "--cache_dir", tmp_path / "cache", "--json")
+    hypotheses = []
+    for overrides in ("", "silence_scaling=false,pitch_stem=false,token_pitch=none"):
+        output = tmp_path / "predictions.jsonl"
+        code, out, err = run(capsys, *common, "--config_overrides", overrides, "--output", output)
+        assert code == 0 and "UNEXPECTED" not in err and "sharded" not in err
+        hypotheses.append([json.loads(line)["hypothesis"] for line in output.read_text().splitlines()])
+    assert json.loads(out)["config_overrides"] == {
+        "silence_scaling": False,
+        "pitch_stem": False,
+        "token_pitch": "none",
+    }
+    assert hypotheses[0] != hypotheses[1]
+    for overrides, message in [
+        ("silence=false", "no field 'silence'. Did you mean silence_scaling"),
+        ("decoder_intermediate_size=200", "or leave decoder_intermediate_size as it was saved"),
+        ("theta_mode=upwards", "cannot be changed by theta_mode='upwards'"),
+    ]:
+        code, out, err = run(capsys, *common, "--config_overrides", overrides)
+        assert code == 1 and out == "" and message in err
 
 
 # Train ---------------------------------------------------------------------------------------------------------------

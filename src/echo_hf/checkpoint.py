@@ -288,12 +288,15 @@ def _unreported():
     """Keeps the library from telling that a part which was switched off has weights, as if something were wrong. What
     is wrong, missing or of another shape, is an error all the same."""
     reporter = logging.get_logger("transformers.modeling_utils")
-    level = reporter.level
-    reporter.setLevel(logging.ERROR)
+
+    def is_error(record) -> bool:
+        return record.levelno >= logging.ERROR
+
+    reporter.addFilter(is_error)  # a level of its own would make the library tell that no layer is sharded
     try:
         yield
     finally:
-        reporter.setLevel(level)
+        reporter.removeFilter(is_error)
 
 
 __all__ = ["check_fit", "check_safetensors", "load_model_and_processor", "parse_object", "parse_overrides", "read_json"]

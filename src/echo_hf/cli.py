@@ -692,7 +692,7 @@ def _results_text(rows: list[tuple[str, dict[str, dict[str, Any]]]]) -> str:
     lines = []
     for source, figures in rows:
         for name, values in figures.items():
-            labels = [source] * (len(rows) > 1) + [CONTROL_NAMES[name][0]] * (name != "real")
+            labels = ([source] if len(rows) > 1 else []) + ([CONTROL_NAMES[name][0]] if name != "real" else [])
             lines.append(f"{', '.join(labels)}{': ' if labels else ''}{_rates(values)}")
     return "\n".join(lines)
 
