@@ -397,7 +397,8 @@ def _speak(utterance: _Utterance, output_dir: Path) -> tuple[float, bool, str | 
         if not len(waveform) or np.abs(waveform).max() < SILENCE:
             return 0.0, False, "what came out is silent"
         if rate != SAMPLING_RATE:
-            waveform = np.clip(resample_audio(waveform, rate, SAMPLING_RATE), -1.0, 1.0)
+            waveform = resample_audio(waveform, rate, SAMPLING_RATE)
+            waveform /= max(1.0, np.abs(waveform).max())  # between two samples there may be more than at them
         soundfile.write(finished, waveform, SAMPLING_RATE, subtype="PCM_16")
         finished.replace(path)  # so that a file that is there is whole
     return len(waveform) / SAMPLING_RATE, True, None
