@@ -144,3 +144,27 @@ def test_f0_is_dropped_as_often_as_asked_and_nothing_else(extractor):
         assert (out[:, -1] == 0).all() or (out[:, -1] == 1.5).all()
         dropped += bool((out[:, -1] == 0).all())
     assert abs(dropped / 2000 - 0.25) < 0.05  # five standard deviations
+
+
+def test_a_pause_comes_before_or_behind_and_holds_silence_or_the_room(extractor):
+    """What is said stays whole; what is added has no F0, and is silence or frames as quiet as the quietest."""
+    features = np.random.default_rng(0).uniform(1, 2, (60, 81)).astype(np.float32)
+    features[40:46, :80] = np.random.default_rng(1).uniform(0.1, 0.2, (6, 80))
+    perturb, kinds = VoicePerturbation(extractor, pause=1.0), set()
+    for seed in range(60):
+        random.seed(seed)
+        out = perturb(features)
+        added = len(out) - 60
+        assert 1 <= added <= 200
+        behind = np.array_equal(out[:60], features)
+        assert behind or np.array_equal(out[-60:], features)
+        pause = out[60:] if behind else out[:-60]
+        assert (pause[:, -1] == 0).all()
+        silent = bool((pause[:, :80] == 0).all())
+        if not silent:
+            assert {row.tobytes() for row in pause[:, :80]} <= {row.tobytes() for row in features[40:46, :80]}
+        kinds.add((behind, silent))
+    assert len(kinds) == 4
+    random.seed(0)
+    changed = sum(len(VoicePerturbation(extractor, pause=0.2)(features)) != 60 for _ in range(1000))
+    assert 140 < changed < 260  # five standard deviations

@@ -11,6 +11,7 @@ from transformers.audio_utils import hertz_to_mel
 from transformers.audio_utils import mel_to_hertz
 
 SHORTEST = 4  # frames that tempo leaves an utterance at least
+LONGEST_PAUSE = 200  # frames, 2 s
 
 
 class VoicePerturbation:
@@ -23,6 +24,9 @@ class VoicePerturbation:
     - **f0_shift**: F0 alone is moved as a whole, by `exp(u)`, u uniform in `[-f0_shift, f0_shift]`: the contour stays.
     - **f0_drop**: with this probability all of F0 is set to 0, unvoiced, as where a tracker finds none; to F0 what
       SpecAugment is to the spectrogram, so that the model does not hang on it alone.
+    - **pause**: with this probability up to 2 s in which nobody speaks are put before or behind the utterance: digital
+      silence, or its own quietest frames in random order, as the noise of its room. So words do not hang on where a
+      recording was cut.
     - **channel**: the spectrum is tilted, by u uniform in `[-channel, channel]` at the highest mel channel and -u at
       the lowest (units of the extractor: 0.25 is 10 dB), and everything under a floor drawn from `[0, 1.5 * channel]`
       is raised to it, as by noise.
@@ -32,7 +36,8 @@ class VoicePerturbation:
 
     Args:
         feature_extractor ([`EchoFeatureExtractor`]): says what the channels are.
-        tempo, voice, channel, f0_shift, f0_drop (`float`, defaults to 0.0): strengths; 0 leaves that aspect alone.
+        tempo, voice, channel, f0_shift, f0_drop, pause (`float`, defaults to 0.0): strengths, or probabilities; 0
+            leaves that aspect alone.
 
     Raises:
         `ValueError`: a strength is negative or above 1; the features hold the accumulated phase, which would not
@@ -59,8 +64,10 @@ class VoicePerturbation:
         channel: float = 0.0,
         f0_shift: float = 0.0,
         f0_drop: float = 0.0,
+        pause: float = 0.0,
     ):
         strengths = {"tempo": tempo, "voice": voice, "channel": channel, "f0_shift": f0_shift, "f0_drop": f0_drop}
+        strengths["pause"] = pause
         for name, value in strengths.items():
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {value}.")
@@ -69,18 +76,14 @@ class VoicePerturbation:
             raise ValueError("The feature group 'phase' follows no perturbation but channel; leave one of them out.")
         if "pitch" not in groups and (f0_shift or f0_drop):
             raise ValueError("f0_shift and f0_drop need the feature group 'pitch'; leave them out, or add 'pitch': 1.")
-        self.tempo, self.voice, self.channel, self.f0_shift, self.f0_drop = strengths.values()
+        self.tempo, self.voice, self.channel, self.f0_shift, self.f0_drop, self.pause = strengths.values()
+        self.is_active = any(strengths.values())
         self.num_mels = groups["spectrogram"]
         self.has_pitch = "pitch" in groups
         self.top = feature_extractor.sampling_rate / 2
         edges = np.linspace(0.0, hertz_to_mel(self.top, mel_scale="slaney"), self.num_mels + 2)
         self.mels = edges[1:-1]  # centres of the mel channels
         self.frequencies = mel_to_hertz(self.mels, mel_scale="slaney")
-
-    @property
-    def is_active(self) -> bool:
-        """Whether any strength is above 0."""
-        return bool(self.tempo or self.voice or self.channel or self.f0_shift or self.f0_drop)
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """
@@ -93,6 +96,8 @@ class VoicePerturbation:
         features = np.array(features, dtype=np.float32)
         if self.tempo:
             features = self._stretch(features, np.exp(random.uniform(-self.tempo, self.tempo)))
+        if self.pause and random.random() < self.pause:
+            features = self._add_pause(features)
         spectrogram = features[:, : self.num_mels]
         if self.voice:
             factor = np.exp(random.uniform(-self.voice, self.voice))
@@ -121,6 +126,17 @@ class VoicePerturbation:
         if self.has_pitch:
             stretched[:, -1] = features[np.round(times).astype(int), -1]
         return stretched
+
+    def _add_pause(self, features: np.ndarray) -> np.ndarray:
+        """Up to `LONGEST_PAUSE` frames before or behind, F0 and what else there is 0."""
+        pause = np.zeros((random.randint(1, LONGEST_PAUSE), features.shape[1]), dtype=np.float32)
+        if random.random() < 0.5:
+            loudness = features[:, : self.num_mels].mean(axis=1)
+            quietest = np.argsort(loudness, kind="stable")[: max(1, len(features) // 10)]
+            rows = [random.randrange(len(quietest)) for _ in range(len(pause))]
+            pause[:, : self.num_mels] = features[quietest[rows], : self.num_mels]
+        parts = (pause, features) if random.random() < 0.5 else (features, pause)
+        return np.concatenate(parts)
 
     def _warp(self, spectrogram: np.ndarray, factor: float) -> np.ndarray:
         """Formants `factor` times as high. Above what was heard the highest channel repeats."""

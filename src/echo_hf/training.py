@@ -207,6 +207,12 @@ class DataArguments:
         default=0.0,
         metadata={"help": "With this probability all of an utterance's F0 is hidden, as unvoiced."},
     )
+    pause: float = field(
+        default=0.0,
+        metadata={
+            "help": "With this probability up to 2 s of silence, or of its room's noise, stand before or behind."
+        },
+    )
     non_speech_share: float = field(
         default=0.0,
         metadata={
@@ -733,6 +739,7 @@ def train(
         channel=data_arguments.channel_perturbation,
         f0_shift=data_arguments.f0_shift,
         f0_drop=data_arguments.f0_drop,
+        pause=data_arguments.pause,
     )
     trainer = EchoTrainer(
         model=model,
