@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from dataclasses import fields
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -58,6 +59,9 @@ PEERS = ("Moonshine", "Whisper")
 MODELS = (*ECHO, *PEERS)
 TOLERANCE = 0.05  # of the number of parameters
 WIDTH_STEP = 16  # so that four heads have a width that is a multiple of four
+# Options of data and model that a recipe may have here. Features stay as they are, as Moonshine hears the waveform.
+APPLIED = ("attn_implementation", "config_overrides", "max_seconds", "normalize_text", "size", "skip_broken")
+APPLIED += ("token_unit", "vocab_size")
 ROUNDS = 15  # batches that the cost of a step is measured on
 
 
@@ -183,17 +187,18 @@ def read_recipe(path: str | Path, output_dir: str | Path, train_data: list[str],
         [`DataArguments`], [`ModelArguments`] and `Seq2SeqTrainingArguments`.
 
     Raises:
-        `ValueError`: an option is not known; or perturbs features, which Moonshine does not take.
+        `ValueError`: an option is not known; or it cannot be applied to all models alike, as what perturbs features.
     """
-    options = TRAINING_DEFAULTS | {"report_to": "none"} | json.loads(Path(path).read_text(encoding="utf-8"))
+    recipe = json.loads(Path(path).read_text(encoding="utf-8"))
+    of_echo = {entry.name for arguments in (DataArguments, ModelArguments) for entry in fields(arguments)}
+    if unlike := sorted(of_echo.intersection(recipe).difference(APPLIED)):
+        raise ValueError(f"{path}: {', '.join(unlike)} cannot be applied to all models alike; leave it out.")
+    options = TRAINING_DEFAULTS | {"report_to": "none"} | recipe
     if isinstance(options.get("config_overrides"), dict):
         options["config_overrides"] = json.dumps(options["config_overrides"])
     options |= {"train_data": train_data, "cache_dir": cache_dir, "output_dir": str(output_dir)}
     parser = HfArgumentParser([DataArguments, ModelArguments, Seq2SeqTrainingArguments])
-    data, model, training = parser.parse_dict(options)
-    if data.tempo_perturbation or data.voice_perturbation or data.channel_perturbation:
-        raise ValueError(f"{path}: features are perturbed, and Moonshine hears the waveform; leave it out for all.")
-    return data, model, training
+    return parser.parse_dict(options)
 
 
 def build(
@@ -330,6 +335,8 @@ def compare(
         if is_trained:
             model = type(model).from_pretrained(folder)
             built[name] = (model, collator)
+        if arguments.attn_implementation is not None:
+            model.set_attn_implementation(arguments.attn_implementation)
         trainer = make_trainer(model, collator, train_dataset, replace(settings, output_dir=str(folder)))
         if not is_trained:
             trainer.train()

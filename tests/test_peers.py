@@ -182,6 +182,7 @@ def test_what_is_there_is_scored_and_not_trained_again(manifest, tmp_path, monke
     ]
 
 
-def test_a_recipe_that_perturbs_features_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="Moonshine hears the waveform"):
-        peers.read_recipe(settings(tmp_path, voice_perturbation=0.1), tmp_path, ["x"])
+@pytest.mark.parametrize("option", ["voice_perturbation", "preset"])
+def test_a_recipe_of_what_is_not_for_all_is_refused(option, tmp_path):
+    with pytest.raises(ValueError, match=f"{option} cannot be applied to all"):
+        peers.read_recipe(settings(tmp_path, **{option: 0.1}), tmp_path, ["x"])
