@@ -302,6 +302,24 @@ def test_features_are_computed_once(manifest, processor, cache_dir, monkeypatch)
     assert first.dataset["labels"][:] != second.dataset["labels"][:]
 
 
+def test_features_of_a_source_serve_beside_others(manifest, tmp_path, processor, cache_dir, monkeypatch):
+    """What was computed of each alone is not computed again of both, in either order; nor is a source's own column of
+    that name taken for where a row comes from."""
+    write_tone(tmp_path / "more" / "x.wav", frequency=200.0)
+    row = {"audio": "more/x.wav", "text": "four", "source": "radio"}
+    other = write_manifest(tmp_path / "other.jsonl", [row, {**row, "source": "books"}])
+    computed = count_computed(monkeypatch)
+    alone = [prepare_dataset(load_sources(source), processor, cache_dir=cache_dir) for source in (manifest, other)]
+    assert len(computed) == 5
+    for first, second in ((0, 1), (1, 0)):
+        sources = [(manifest, other)[index] for index in (first, second)]
+        both = prepare_dataset(load_sources(sources), processor, cache_dir=cache_dir).dataset
+        assert both["text"][:] == alone[first].dataset["text"][:] + alone[second].dataset["text"][:]
+        np.testing.assert_array_equal(both[-1]["input_features"], alone[second].dataset[-1]["input_features"])
+    assert len(computed) == 5
+    assert set(both["source"]) == {str(manifest), str(other)}
+
+
 def test_changed_audio_or_settings_are_computed_again(manifest, processor, cache_dir, monkeypatch):
     computed = count_computed(monkeypatch)
     prepare_dataset(load_sources(manifest), processor, cache_dir=cache_dir)

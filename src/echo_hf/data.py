@@ -3,8 +3,8 @@
 Whatever the source, a manifest, a folder or a dataset, its rows become one table with the columns `audio` (undecoded,
 as `datasets` keeps it), `text`, `origin` (what an error message calls the row) and all that the source has besides.
 What can be checked without decoding audio is checked before the first feature is computed. Features lie on disk under
-the fingerprint of audio files, extractor settings and extractor code, so F0 is computed once, whichever tokenizer,
-batch size or seed a run uses.
+the fingerprint of audio files, extractor settings and extractor code, source by source, so F0 is computed once,
+whichever tokenizer, batch size or seed a run uses, and whatever other source it is trained with.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ def load_sources(
         text_column (`str`, *optional*): column with the transcript; `"text"` when not given.
 
     Returns:
-        `datasets.Dataset`: columns `audio` (undecoded: `{"bytes", "path"}`), `text`, `origin` and the sources' others.
+        `datasets.Dataset`: columns `audio` (undecoded: `{"bytes", "path"}`), `text`, `origin`, `source` (as given) and
+        the sources' others.
         A column that has different types in two sources becomes text.
 
     Raises:
@@ -73,7 +75,11 @@ def load_sources(
         sources = [sources]
     if not sources:
         raise ValueError("No source of speech was given: name a manifest, a folder or a dataset.")
-    tables = [_load_source(str(source), split, name, audio_column, text_column) for source in sources]
+    tables = []
+    for source in map(str, sources):
+        table = _load_source(source, split, name, audio_column, text_column)
+        table = table.remove_columns("source") if "source" in table.column_names else table
+        tables.append(table.add_column("source", [source] * len(table)))
     for column in {column for table in tables for column in table.column_names}:
         types = {str(table.features[column]) for table in tables if column in table.column_names}
         if len(types - {str(datasets.Value("null"))}) > 1:
@@ -280,13 +286,20 @@ def prepare_dataset(
     keep = [index for index in range(len(table)) if index not in problems and index not in outside]
     if not keep:
         raise ValueError(f"None of the {len(table)} utterances can be used: {_describe(origins, problems | outside)}.")
-    features = _compute_features(
-        table.select(keep).select_columns(["audio", "origin"]),
-        processor.feature_extractor,
-        [files[index].identity for index in keep],
-        skip_broken,
-        num_proc,
-        Path(cache_dir) if cache_dir is not None else Path(datasets.config.HF_DATASETS_CACHE) / "echo_hf",
+    sources = table["source"][:] if "source" in table.column_names else [None] * len(table)
+    features = datasets.concatenate_datasets(
+        [
+            _compute_features(
+                table.select(rows).select_columns(["audio", "origin"]),
+                processor.feature_extractor,
+                [files[index].identity for index in rows],
+                skip_broken,
+                num_proc,
+                Path(cache_dir) if cache_dir is not None else Path(datasets.config.HF_DATASETS_CACHE) / "echo_hf",
+            )
+            # Each source by itself, so that what was computed of it alone serves beside others.
+            for rows in (list(group) for _, group in groupby(keep, key=sources.__getitem__))
+        ]
     )
     undecodable = {keep[row]: message for row, message in enumerate(features["problem"]) if message}
     _report(origins, undecodable, skip_broken)
