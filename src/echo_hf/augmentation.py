@@ -66,8 +66,14 @@ class VoicePerturbation:
         f0_drop: float = 0.0,
         pause: float = 0.0,
     ):
-        strengths = {"tempo": tempo, "voice": voice, "channel": channel, "f0_shift": f0_shift, "f0_drop": f0_drop}
-        strengths["pause"] = pause
+        strengths = {
+            "tempo": tempo,
+            "voice": voice,
+            "channel": channel,
+            "f0_shift": f0_shift,
+            "f0_drop": f0_drop,
+            "pause": pause,
+        }
         for name, value in strengths.items():
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {value}.")

@@ -77,7 +77,7 @@ examples:
   from a checkpoint, on a folder of audio files with a .txt of the same name beside each:
     echo-hf train --model_name_or_path my-model --train_data recordings/ --output_dir my-second-model
   with the settings of a recipe:
-    echo-hf train --recipe recipes/bundled.json --train_data train.jsonl --output_dir my-model
+    echo-hf train --recipe recipes/echo_tiny_start.json --train_data train.jsonl --output_dir my-model
   go on with a run that was interrupted (its options are remembered; those given again are changed):
     echo-hf train --resume --output_dir my-model
   curves of the losses and error rates:
