@@ -65,8 +65,7 @@ def load_sources(
 
     Returns:
         `datasets.Dataset`: columns `audio` (undecoded: `{"bytes", "path"}`), `text`, `origin`, `source` (as given) and
-        the sources' others.
-        A column that has different types in two sources becomes text.
+        the sources' others. A column that has different types in two sources becomes text.
 
     Raises:
         `ValueError`: a source does not exist, is empty, lacks a column, or has a line that is not JSON.

@@ -825,11 +825,8 @@ def add_non_speech(data: PreparedData, share: float, processor: EchoProcessor, s
     table = non_speech_table(count, seed, sampling_rate=processor.feature_extractor.sampling_rate)
     added = prepare_dataset(table, processor, allow_empty_text=True, **options)
     columns = ["input_features", "length", "labels", "audio", "text", "origin"]
-    both = datasets.concatenate_datasets(
-        [each.dataset.with_format(None).select_columns(columns) for each in (data, added)]
-    )
     return PreparedData(
-        dataset=both.with_format("numpy", columns=["input_features"], output_all_columns=True),
+        dataset=datasets.concatenate_datasets([each.dataset.select_columns(columns) for each in (data, added)]),
         skipped=data.skipped,
         seconds=data.seconds + added.seconds,
     )
