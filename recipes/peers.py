@@ -45,8 +45,8 @@ from echo_hf.training import TRAINING_DEFAULTS
 from echo_hf.training import DataArguments
 from echo_hf.training import EchoTrainer
 from echo_hf.training import ModelArguments
-from echo_hf.training import _load
 from echo_hf.training import build_model_and_processor
+from echo_hf.training import load_table
 from echo_hf.training import parse_overrides
 
 # Preset of Echo, and what its config has besides; the first is what the peers are made as large as.
@@ -315,7 +315,7 @@ def compare(
     """
     output_dir = Path(output_dir)
     data, arguments, settings = read_recipe(recipe, output_dir, train_data, cache_dir)
-    table = _load(data, data.train_data, data.train_split)
+    table = load_table(data, data.train_data, data.train_split)
     texts = table["text"][:]
     built = {name: build(name, arguments, texts, settings.seed, data.max_seconds) for name in models}
     limits = {"max_seconds": data.max_seconds, "skip_broken": data.skip_broken, "cache_dir": cache_dir}
@@ -324,7 +324,7 @@ def compare(
     processor = next(iter(built.values()))[1].processor
     train_dataset = prepare_dataset(table, processor, **limits).dataset
     held_out = {
-        source: prepare_dataset(_load(data, [source], data.eval_split), processor, **limits).dataset
+        source: prepare_dataset(load_table(data, [source], data.eval_split), processor, **limits).dataset
         for source in [*eval_data, *test_data]
     }
 

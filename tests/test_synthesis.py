@@ -148,6 +148,24 @@ def test_the_manifest_tells_what_was_spoken(tmp_path, engines):
     assert done.seconds == pytest.approx(sum(row["duration"] for row in rows), abs=1e-2)
 
 
+def test_speech_in_the_band_of_a_telephone_is_a_file_of_its_own(tmp_path, engines):
+    wide = synthesize(LINES[:3], tmp_path / "out")
+    narrow = synthesize(LINES[:3], tmp_path / "out", sampling_rate=8000)
+    assert (wide.new, narrow.new) == (3, 3)
+    rows = rows_of(narrow.manifest)
+    assert [row["speaker"] for row in rows] == [
+        row["speaker"] for row in rows_of(synthesize(LINES[:3], tmp_path / "out").manifest)
+    ]
+    for row in rows:
+        waveform, rate = soundfile.read(tmp_path / "out" / row["audio"])
+        assert rate == 8000 and row["duration"] == pytest.approx(0.05 * len(row["text"]), abs=1e-3)
+        peak = np.argmax(np.abs(np.fft.rfft(waveform * np.hanning(len(waveform))))) * rate / len(waveform)
+        tone = 0.1 * (22050 if row["speaker"].startswith("espeak-ng") else 16000) / (2 * np.pi)
+        assert peak == pytest.approx(tone, abs=4)
+    with pytest.raises(ValueError, match="at least 8000 Hz.*got 800"):
+        synthesize(LINES, tmp_path / "none", sampling_rate=800)
+
+
 def test_voices_hang_on_seed_and_text_alone(tmp_path, engines):
     def voices(name, lines, **options):
         return {row["text"]: row["speaker"] for row in rows_of(synthesize(lines, tmp_path / name, **options).manifest)}

@@ -279,14 +279,23 @@ def test_clips_without_speech_are_trained_on_with_an_empty_text(manifest, tmp_pa
     np.testing.assert_array_equal(both.dataset[0]["input_features"], data.dataset[0]["input_features"])
     again = training.add_non_speech(data, 0.4, processor, seed=3, cache_dir=tmp_path / "other")
     np.testing.assert_array_equal(both.dataset[-1]["input_features"], again.dataset[-1]["input_features"])
-    with pytest.raises(ValueError, match="non_speech_share"):
-        training.add_non_speech(data, 1.5, processor, seed=3, cache_dir=tmp_path)
     settings = DataArguments(
         train_data=[str(manifest)], non_speech_share=0.5, f0_drop=0.5, f0_shift=0.2, cache_dir=str(tmp_path)
     )
     summary = train(model_arguments(attn_implementation="eager"), settings, trainer_arguments(tmp_path / "run"))
     assert summary["train"]["utterances"] == 9 and np.isfinite(summary["train_loss"])
     assert "attn_implementation" not in (tmp_path / "run" / "config.json").read_text()
+
+
+def test_settings_that_cannot_be_are_refused_before_features_are_computed(manifest, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "prepare_dataset", lambda *_, **__: pytest.fail("features were computed"))
+    for options, settings, message in (
+        ({"non_speech_share": 1.5}, {}, r"non_speech_share must be in \[0, 1\], got 1.5"),
+        ({"average_checkpoints": 3}, {"save_total_limit": 2}, "average_checkpoints is 3, and save_total_limit keeps 2"),
+    ):
+        data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"), **options)
+        with pytest.raises(ValueError, match=message):
+            train(model_arguments(), data, trainer_arguments(tmp_path / "run", **settings))
 
 
 def test_resuming_keeps_the_tokenizer_of_the_weights(manifest, tmp_path):

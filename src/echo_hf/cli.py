@@ -1166,6 +1166,9 @@ def _add_synthesize(commands) -> None:
         "--engine", nargs="+", default=["espeak-ng", "flite"], choices=["espeak-ng", "flite"], help="who speaks"
     )
     parser.add_argument("--seed", type=int, default=0, help="of new sentences, voices, pitch and pace")
+    _add_both(
+        parser, "sampling_rate", type=_positive, default=16000, help="in Hz, of the files; 8000 is a telephone's band"
+    )
     _add_both(parser, "num_proc", type=_positive, default=1, help="engines that run at a time")
     _add_both(
         parser, "skip_broken", action="store_true", help="report what cannot be spoken and go on, instead of stopping"
@@ -1192,6 +1195,7 @@ def _synthesize(options) -> int:
         options.num_proc,
         options.skip_broken,
         show_progress=True,
+        sampling_rate=options.sampling_rate,
     )
     for text, problem in done.skipped:
         _tell(f"echo-hf: skipped {text!r}: {problem}")

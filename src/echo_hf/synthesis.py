@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from tqdm.auto import tqdm
 from .feature_extraction_echo import resample_audio
 from .metrics import normalize_text
 
-SAMPLING_RATE = 16000  # Hz, of what is written
+SAMPLING_RATE = 16000  # Hz, of what is written when nothing else is asked for
 TIMEOUT = 60  # seconds that an engine may take for one text
 SILENCE = 1e-3  # a peak below this, of 1, is no speech
 
@@ -239,10 +240,14 @@ class _Utterance:
     engine: str
     speaker: str  # engine, voice and settings in words
     options: tuple[str, ...]  # of the engine, but for where to write
+    sampling_rate: int = SAMPLING_RATE
 
     @property
     def name(self) -> str:
-        digest = hashlib.sha256(json.dumps([self.line.text, self.engine, *self.options]).encode()).hexdigest()
+        drawn = [self.line.text, self.engine, *self.options]
+        if self.sampling_rate != SAMPLING_RATE:
+            drawn.append(self.sampling_rate)
+        digest = hashlib.sha256(json.dumps(drawn).encode()).hexdigest()
         return f"audio/{self.line.language}/{digest[:16]}.flac"
 
 
@@ -290,11 +295,12 @@ def synthesize(
     num_proc: int = 1,
     skip_broken: bool = False,
     show_progress: bool = False,
+    sampling_rate: int = SAMPLING_RATE,
 ) -> Synthesis:
     """
     Speaks texts with many voices, and writes `train.jsonl` beside the audio.
 
-    Its rows hold `audio` (path relative to `output_dir`; FLAC, 16 kHz, mono), `text`, `language`, `speaker` (engine,
+    Its rows hold `audio` (path relative to `output_dir`; FLAC, mono), `text`, `language`, `speaker` (engine,
     voice and settings), `duration` (seconds) and `synthetic` (true).
 
     Args:
@@ -308,18 +314,22 @@ def synthesize(
         skip_broken (`bool`, defaults to `False`): whether a text that cannot be spoken is left out. Otherwise it is an
             error; what was spoken before stays.
         show_progress (`bool`, defaults to `False`): whether a bar shows on standard error.
+        sampling_rate (`int`, defaults to 16000): Hz, of what is written; 8000 has the band of a telephone.
 
     Returns:
         [`Synthesis`].
 
     Raises:
-        `ValueError`: there is no such engine, none speaks a language, or a text cannot be spoken.
+        `ValueError`: there is no such engine, none speaks a language, a text cannot be spoken, or the sampling rate is
+            below 8000 Hz.
         `OSError`: an engine is not installed. The message says how to get it.
     """
     unknown = [engine for engine in engines if engine not in ENGINES]
     if unknown or not engines:
         raise ValueError(f"engines must be some of {', '.join(ENGINES)}, got {', '.join(engines) or 'none'}.")
-    utterances = _draw(lines, engines, seed)
+    if sampling_rate < 8000:
+        raise ValueError(f"sampling_rate must be at least 8000 Hz for speech to be understood, got {sampling_rate}.")
+    utterances = [replace(utterance, sampling_rate=sampling_rate) for utterance in _draw(lines, engines, seed)]
     for engine in dict.fromkeys(utterance.engine for utterance in utterances):
         if shutil.which(engine) is None:
             raise FileNotFoundError(
@@ -396,12 +406,12 @@ def _speak(utterance: _Utterance, output_dir: Path) -> tuple[float, bool, str | 
         waveform = waveform.mean(axis=1)
         if not len(waveform) or np.abs(waveform).max() < SILENCE:
             return 0.0, False, "what came out is silent"
-        if rate != SAMPLING_RATE:
-            waveform = resample_audio(waveform, rate, SAMPLING_RATE)
+        if rate != utterance.sampling_rate:
+            waveform = resample_audio(waveform, rate, utterance.sampling_rate)
             waveform /= max(1.0, np.abs(waveform).max())  # between two samples there may be more than at them
-        soundfile.write(finished, waveform, SAMPLING_RATE, subtype="PCM_16")
+        soundfile.write(finished, waveform, utterance.sampling_rate, subtype="PCM_16")
         finished.replace(path)  # so that a file that is there is whole
-    return len(waveform) / SAMPLING_RATE, True, None
+    return len(waveform) / utterance.sampling_rate, True, None
 
 
 __all__ = ["Line", "Synthesis", "babble", "leave_out", "read_lines", "synthesize"]

@@ -411,7 +411,8 @@ class CheckpointAveraging(TrainerCallback):
             raise ValueError(f"average_checkpoints must be 0, or at least 2, got {count}.")
         self.count = count
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def check(self, args):
+        """Raises `ValueError` if the settings keep fewer checkpoints, or the best one instead."""
         if args.save_total_limit is not None and args.save_total_limit < self.count:
             raise ValueError(
                 f"average_checkpoints is {self.count}, and save_total_limit keeps {args.save_total_limit}; raise it."
@@ -423,6 +424,9 @@ class CheckpointAveraging(TrainerCallback):
             )
         if args.fsdp:
             raise ValueError("average_checkpoints cannot be used with FSDP, which keeps parts of the weights.")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.check(args)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         folders = list_checkpoints(args.output_dir)[-self.count :]
@@ -677,6 +681,12 @@ def train(
         check_hub_strategy(training_arguments)
     if data_arguments.diagnostics:
         require_tensorboard()
+    if not 0 <= data_arguments.non_speech_share <= 1:
+        raise ValueError(f"non_speech_share must be in [0, 1], got {data_arguments.non_speech_share}.")
+    if data_arguments.average_checkpoints:
+        averaging = CheckpointAveraging(data_arguments.average_checkpoints)
+        averaging.check(training_arguments)
+        callbacks = [*(callbacks or []), averaging]
     checkpoint = find_last_checkpoint(output_dir)
     if resume and checkpoint is None:
         raise ValueError(f"There is no checkpoint to resume from in {output_dir}; start without --resume.")
@@ -691,10 +701,10 @@ def train(
     label_smoothing, training_arguments.label_smoothing_factor = training_arguments.label_smoothing_factor, 0.0
     started_from = model_arguments.model_name_or_path
 
-    train_table = _load(data_arguments, data_arguments.train_data, data_arguments.train_split)
+    train_table = load_table(data_arguments, data_arguments.train_data, data_arguments.train_split)
     eval_table = None
     if data_arguments.eval_data:
-        eval_table = _load(data_arguments, data_arguments.eval_data, data_arguments.eval_split)
+        eval_table = load_table(data_arguments, data_arguments.eval_data, data_arguments.eval_split)
         _warn_of_overlap(train_table, eval_table)
     if resume:
         check_checkpoint(checkpoint)
@@ -753,8 +763,6 @@ def train(
         callbacks=callbacks,
         card_arguments=card_arguments,
     )
-    if data_arguments.average_checkpoints:
-        trainer.add_callback(CheckpointAveraging(data_arguments.average_checkpoints))
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
     # As the Trainer calls it itself: otherwise it would push at once, before the model is evaluated.
     try:
@@ -811,16 +819,11 @@ def add_non_speech(data: PreparedData, share: float, processor: EchoProcessor, s
 
     Args:
         data ([`PreparedData`]): to train on.
-        share (`float`): clips to add for each utterance, in (0, 1].
+        share (`float`): clips to add for each utterance, above 0.
         processor ([`EchoProcessor`]): as in [`prepare_dataset`].
         seed (`int`): of the clips.
         options: of [`prepare_dataset`].
-
-    Raises:
-        `ValueError`: the share is not in (0, 1].
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"non_speech_share must be 0, or in (0, 1], got {share}.")
     count = math.ceil(share * len(data.dataset))
     table = non_speech_table(count, seed, sampling_rate=processor.feature_extractor.sampling_rate)
     added = prepare_dataset(table, processor, allow_empty_text=True, **options)
@@ -832,7 +835,8 @@ def add_non_speech(data: PreparedData, share: float, processor: EchoProcessor, s
     )
 
 
-def _load(arguments: DataArguments, sources: list[str], split: str):
+def load_table(arguments: DataArguments, sources: list[str], split: str) -> datasets.Dataset:
+    """The utterances of `sources` as [`load_sources`] reads them, with texts normalised if `arguments` say so."""
     table = load_sources(sources, split, arguments.dataset_config, arguments.audio_column, arguments.text_column)
     if arguments.normalize_text:
         texts = [normalize_text(text) for text in table["text"][:]]
