@@ -531,8 +531,10 @@ def test_train_resume_evaluate_transcribe(capsys, tones, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "train", train)
     code, _, err = run(capsys, "train", *options)
     assert code == 1 and "holds a run already" in err
+    code, _, err = run(capsys, "train", "--resume", "--output_dir", output_dir, "--label_smoothing_factor", "0.3")
+    assert code == 1 and "label_smoothing_factor would change" in err
     code, out, _ = run(capsys, "train", "--resume", "--output_dir", output_dir)
-    assert code == 0
+    assert code == 0 and "since checkpoint-4" in out
     summary = json.loads((output_dir / "run_summary.json").read_text())
     assert summary["resumed_from"] == "checkpoint-4" and summary["steps"] == 120
     assert "WER" in out and "in 16 words" in out and f"Saved in {output_dir}" in out
@@ -587,14 +589,15 @@ def test_recipes_name_options_that_exist(path, capsys, manifest, tmp_path, monke
     monkeypatch.setattr("echo_hf.training.train", lambda *arguments, **_: seen.update(all=arguments) or sys.exit(3))
     with pytest.raises(SystemExit, match="3"):
         run(capsys, "train", "--recipe", path, "--train_data", manifest, "--output_dir", tmp_path / "run", "--use_cpu")
-    assert build_config(seen["all"][0]).ctc_loss_weight > 0
+    config, wanted = build_config(seen["all"][0]), json.loads(path.read_text())["config_overrides"]
+    assert {name: getattr(config, name) for name in wanted} == wanted
 
 
 def test_what_was_left_open_follows_from_the_rest():
     from echo_hf.cli import _settle
 
     def settle(**given):
-        settings = {"eval_data": ["x"], "eval_steps": None, "save_steps": 500, "logging_steps": 25}
+        settings = {"eval_data": ["x"], "eval_steps": None, "save_steps": None, "logging_steps": 25}
         settings |= {"eval_strategy": None, "save_strategy": None, "load_best_model_at_end": None}
         settings |= {"report_to": "none", "dataloader_pin_memory": False, "predict_with_generate": True}
         settings |= {"metric_for_best_model": "wer", **given}
@@ -606,6 +609,9 @@ def test_what_was_left_open_follows_from_the_rest():
     assert settle(eval_data=None) == ("no", "epoch", 500, False)
     assert settle(eval_steps=100) == ("steps", "steps", 100, True)
     assert settle(eval_steps=100, save_strategy="steps", save_steps=150) == ("steps", "steps", 150, False)
+    assert settle(save_steps=100) == ("epoch", "steps", 100, False)
+    assert settle(eval_steps=200, save_steps=100) == ("steps", "steps", 100, False)
+    assert settle(eval_steps=100, save_steps=200) == ("steps", "steps", 200, True)
     assert settle(eval_strategy="steps", save_strategy="epoch") == ("steps", "epoch", 500, False)
     assert settle(load_best_model_at_end=False) == ("epoch", "epoch", 500, False)
 
@@ -616,5 +622,6 @@ def test_without_generation_the_best_model_is_that_of_the_least_loss():
     for generate, metric in ((True, "wer"), (False, "loss")):
         settings = dict.fromkeys(("eval_data", "eval_strategy", "save_strategy", "load_best_model_at_end", "report_to"))
         settings |= {"dataloader_pin_memory": False, "predict_with_generate": generate, "metric_for_best_model": "wer"}
+        settings |= {"save_steps": None}
         _settle(settings)
         assert settings["metric_for_best_model"] == metric

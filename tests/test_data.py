@@ -209,6 +209,16 @@ def test_missing_files_are_named_before_anything_is_computed(manifest, checking_
     assert "gone4" in str(caught.value) and "gone5" not in str(caught.value)
 
 
+def test_a_row_without_audio_is_named_or_left_out(manifest, processor, cache_dir):
+    table = load_sources(manifest)
+    audio = [None, *table["audio"][1:]]
+    table = table.remove_columns("audio").add_column("audio", audio, feature=table.features["audio"])
+    with pytest.raises(ValueError, match="line 1.*: (there is no audio|the audio cannot be read)"):
+        prepare_dataset(table, processor, cache_dir=cache_dir)
+    kept = prepare_dataset(table, processor, cache_dir=cache_dir, skip_broken=True)
+    assert kept.dataset["text"][:] == ["two two", "three"] and len(kept.skipped) == 1
+
+
 def test_empty_and_long_texts_are_named(manifest, checking_processor, processor, cache_dir):
     rows = [json.loads(line) for line in manifest.read_text().splitlines()]
     rows[2]["text"] = " "
@@ -320,6 +330,15 @@ def test_features_of_a_source_serve_beside_others(manifest, tmp_path, processor,
     assert set(both["source"]) == {str(manifest), str(other)}
 
 
+def test_a_source_named_several_times_is_computed_once(manifest, processor, cache_dir, monkeypatch):
+    computed = count_computed(monkeypatch)
+    sources = [manifest, manifest, manifest]
+    dataset = prepare_dataset(load_sources(sources), processor, cache_dir=cache_dir, max_seconds=0.45).dataset
+    assert len(computed) == 2
+    assert dataset["text"][:] == ["one", "two two"] * 3
+    np.testing.assert_array_equal(dataset[1]["input_features"], dataset[5]["input_features"])
+
+
 def test_changed_audio_or_settings_are_computed_again(manifest, processor, cache_dir, monkeypatch):
     computed = count_computed(monkeypatch)
     prepare_dataset(load_sources(manifest), processor, cache_dir=cache_dir)
@@ -375,6 +394,26 @@ def test_collator_strips_one_begin_at_the_front_only(processor):
         {"input_features": np.ones((4, 9), np.float32), "labels": [1, 1, 2]},
     ]
     assert EchoDataCollator(processor)(rows)["labels"].tolist() == [[5, 1, 2], [1, 2, -100]]
+
+
+def test_what_perturbs_a_batch_hangs_on_seed_epoch_and_batch_alone(processor):
+    """Not on the batches before it, so that a run that is resumed hears the same."""
+
+    def perturb(features, chance):
+        return features * chance.random()
+
+    def heard(rows, **settings):
+        return EchoDataCollator(processor, perturb=perturb, **settings)(rows)["input_features"][:, 0, 0].tolist()
+
+    first = [{"input_features": np.ones((4, 9), np.float32), "labels": [5, 2]}] * 3
+    second = [{"input_features": np.ones((4, 9), np.float32), "labels": [6, 2]}] * 3
+    collator = EchoDataCollator(processor, perturb=perturb, seed=1)
+    batches = [collator(rows)["input_features"][:, 0, 0].tolist() for rows in (first, second, first)]
+    assert batches[0] == batches[2] == heard(first, seed=1)
+    assert batches[1] == heard(second, seed=1)
+    assert len(set(batches[0])) == 3  # each utterance has its own
+    others = [batches[1], heard(first, seed=2), heard(first, seed=1, epoch=1)]
+    assert all(set(batches[0]).isdisjoint(other) for other in others)
 
 
 def test_collator_without_labels_and_with_a_fixed_multiple(processor):

@@ -82,8 +82,10 @@ def test_each_worker_has_its_share_and_a_stream_goes_on_where_it_was(manifest, m
 
 def test_what_cannot_be_used_stops_a_stream_or_is_left_out(manifest, model_and_processor):
     _, processor = model_and_processor
-    (manifest.parent / "c.wav").write_bytes(b"not audio")
     table = datasets.load_dataset("json", data_files=str(manifest), split="train", streaming=True)
+    # Audio that is too long is left out, whatever its text.
+    assert list(stream_dataset(table, processor, max_label_length=2, max_seconds=0.01)) == []
+    (manifest.parent / "c.wav").write_bytes(b"not audio")
     with pytest.raises(ValueError, match=r"c\.wav: the audio cannot be read.*skip_broken"):
         list(stream_dataset(table, processor))
     kept = stream_dataset(table, processor, skip_broken=True, min_seconds=0.24, max_seconds=0.46)

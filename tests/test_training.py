@@ -206,8 +206,9 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(manifest, tmp_path):
-    """To the bit of chance: perturbation, masks and dropout go on where they were."""
+@pytest.mark.parametrize("save_steps", [2, 3])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(manifest, tmp_path, save_steps):
+    """To the bit of chance: perturbation, masks and dropout go on where they were, also within an epoch."""
     data = DataArguments(
         train_data=[str(manifest)],
         cache_dir=str(tmp_path / "cache"),
@@ -215,13 +216,15 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(manifest, tmp_path):
         voice_perturbation=0.2,
         channel_perturbation=0.2,
     )
-    settings = {"max_steps": 6, "save_strategy": "epoch"}  # an epoch has 3 steps
-    train(model_arguments(), data, trainer_arguments(tmp_path / "straight", **settings))
+    arguments = model_arguments(config_overrides=TINY + ",dropout=0.2,apply_spec_augment=true")
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": save_steps}  # an epoch has 3 steps
+    train(arguments, data, trainer_arguments(tmp_path / "straight", **settings))
     with pytest.raises(KeyboardInterrupt):
-        train(model_arguments(), data, trainer_arguments(tmp_path / "broken", **settings), callbacks=[Interrupt()])
-    assert find_last_checkpoint(tmp_path / "broken").name == "checkpoint-3"
-    summary = train(model_arguments(), data, trainer_arguments(tmp_path / "broken", **settings), resume=True)
-    assert (summary["resumed_from"], summary["steps"]) == ("checkpoint-3", 6)
+        train(arguments, data, trainer_arguments(tmp_path / "broken", **settings), callbacks=[Interrupt()])
+    last = f"checkpoint-{save_steps}"
+    assert find_last_checkpoint(tmp_path / "broken").name == last
+    summary = train(arguments, data, trainer_arguments(tmp_path / "broken", **settings), resume=True)
+    assert (summary["resumed_from"], summary["steps"]) == (last, 6)
     straight = EchoForConditionalGeneration.from_pretrained(tmp_path / "straight").state_dict()
     resumed = EchoForConditionalGeneration.from_pretrained(tmp_path / "broken").state_dict()
     for name, values in straight.items():
@@ -247,13 +250,24 @@ def test_weights_are_averaged_over_the_last_checkpoints_also_after_an_interrupti
     assert moved > len(averaged) / 2
 
 
+def test_too_few_checkpoints_to_average_leave_the_last_weights(manifest, tmp_path, monkeypatch):
+    data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"), average_checkpoints=3)
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "save_total_limit": None}
+    warnings = []
+    monkeypatch.setattr(training.logger, "warning", warnings.append)
+    train(model_arguments(), data, trainer_arguments(tmp_path / "run", **settings))
+    assert any("only 2 checkpoints were saved" in warning for warning in warnings)
+    last = (tmp_path / "run" / "checkpoint-4" / "model.safetensors").read_bytes()
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == last
+
+
 @pytest.mark.parametrize(
     ("count", "settings", "message"),
     [
         (1, {}, "average_checkpoints must be 0, or at least 2, got 1"),
         (3, {"save_total_limit": 2}, "save_total_limit keeps 2; raise it"),
         (2, {"load_best_model_at_end": True, "eval_strategy": "steps"}, "leave one of them out"),
-        (2, {"save_strategy": "no"}, "only 0 checkpoints were saved .* save more often"),
+        (2, {"save_strategy": "no"}, "none are saved; set save_strategy"),
     ],
 )
 def test_averaging_that_cannot_be_is_an_error(manifest, tmp_path, count, settings, message):
@@ -291,7 +305,12 @@ def test_settings_that_cannot_be_are_refused_before_features_are_computed(manife
     monkeypatch.setattr(training, "prepare_dataset", lambda *_, **__: pytest.fail("features were computed"))
     for options, settings, message in (
         ({"non_speech_share": 1.5}, {}, r"non_speech_share must be in \[0, 1\], got 1.5"),
-        ({"average_checkpoints": 3}, {"save_total_limit": 2}, "average_checkpoints is 3, and save_total_limit keeps 2"),
+        (
+            {"average_checkpoints": 3},
+            {"save_strategy": "steps", "save_total_limit": 2},
+            "average_checkpoints is 3, and save_total_limit keeps 2",
+        ),
+        ({"voice_perturbation": 1.5}, {}, r"voice must be in \[0, 1\], got 1.5"),
     ):
         data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"), **options)
         with pytest.raises(ValueError, match=message):

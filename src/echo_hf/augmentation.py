@@ -91,32 +91,33 @@ class VoicePerturbation:
         self.mels = edges[1:-1]  # centres of the mel channels
         self.frequencies = mel_to_hertz(self.mels, mel_scale="slaney")
 
-    def __call__(self, features: np.ndarray) -> np.ndarray:
+    def __call__(self, features: np.ndarray, chance: random.Random | None = None) -> np.ndarray:
         """
         Args:
             features: float32, shape `(frames, channels)`, of the extractor.
+            chance (`random.Random`, *optional*): what draws the factors; Python's own when not given.
 
         Returns:
             float32, shape `(other frames, channels)`; a new array.
         """
-        features = np.array(features, dtype=np.float32)
+        features, chance = np.array(features, dtype=np.float32), chance or random
         if self.tempo:
-            features = self._stretch(features, np.exp(random.uniform(-self.tempo, self.tempo)))
-        if self.pause and random.random() < self.pause:
-            features = self._add_pause(features)
+            features = self._stretch(features, np.exp(chance.uniform(-self.tempo, self.tempo)))
+        if self.pause and chance.random() < self.pause:
+            features = self._add_pause(features, chance)
         spectrogram = features[:, : self.num_mels]
         if self.voice:
-            factor = np.exp(random.uniform(-self.voice, self.voice))
+            factor = np.exp(chance.uniform(-self.voice, self.voice))
             spectrogram[:] = self._warp(spectrogram, factor)
             if self.has_pitch:
                 features[:, -1] *= factor
         if self.f0_shift:
-            features[:, -1] *= np.exp(random.uniform(-self.f0_shift, self.f0_shift))
-        if self.f0_drop and random.random() < self.f0_drop:
+            features[:, -1] *= np.exp(chance.uniform(-self.f0_shift, self.f0_shift))
+        if self.f0_drop and chance.random() < self.f0_drop:
             features[:, -1] = 0.0
         if self.channel:
-            tilt = random.uniform(-self.channel, self.channel) * np.linspace(-1.0, 1.0, self.num_mels, dtype=np.float32)
-            floor = random.uniform(0.0, 1.5 * self.channel)
+            tilt = chance.uniform(-self.channel, self.channel) * np.linspace(-1.0, 1.0, self.num_mels, dtype=np.float32)
+            floor = chance.uniform(0.0, 1.5 * self.channel)
             tilted = np.where(spectrogram > 0, spectrogram + tilt, 0.0)  # silence has no tilt
             spectrogram[:] = np.clip(tilted, floor, 2.0)
         return features
@@ -133,15 +134,15 @@ class VoicePerturbation:
             stretched[:, -1] = features[np.round(times).astype(int), -1]
         return stretched
 
-    def _add_pause(self, features: np.ndarray) -> np.ndarray:
+    def _add_pause(self, features: np.ndarray, chance: random.Random) -> np.ndarray:
         """Up to `LONGEST_PAUSE` frames before or behind, F0 and what else there is 0."""
-        pause = np.zeros((random.randint(1, LONGEST_PAUSE), features.shape[1]), dtype=np.float32)
-        if random.random() < 0.5:
+        pause = np.zeros((chance.randint(1, LONGEST_PAUSE), features.shape[1]), dtype=np.float32)
+        if chance.random() < 0.5:
             loudness = features[:, : self.num_mels].mean(axis=1)
             quietest = np.argsort(loudness, kind="stable")[: max(1, len(features) // 10)]
-            rows = [random.randrange(len(quietest)) for _ in range(len(pause))]
+            rows = [chance.randrange(len(quietest)) for _ in range(len(pause))]
             pause[:, : self.num_mels] = features[quietest[rows], : self.num_mels]
-        parts = (pause, features) if random.random() < 0.5 else (features, pause)
+        parts = (pause, features) if chance.random() < 0.5 else (features, pause)
         return np.concatenate(parts)
 
     def _warp(self, spectrogram: np.ndarray, factor: float) -> np.ndarray:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterable
 from collections.abc import Sequence
+from dataclasses import fields
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version
@@ -78,7 +79,8 @@ examples:
     echo-hf train --model_name_or_path my-model --train_data recordings/ --output_dir my-second-model
   with the settings of a recipe:
     echo-hf train --recipe recipes/echo_tiny_start.json --train_data train.jsonl --output_dir my-model
-  go on with a run that was interrupted (its options are remembered; those given again are changed):
+  go on with a run that was interrupted (its options are remembered; those of data and
+  training can be changed):
     echo-hf train --resume --output_dir my-model
   curves of the losses and error rates:
     tensorboard --logdir my-model/runs
@@ -138,8 +140,8 @@ examples:
 
 SYNTHESIZE_EXAMPLES = """\
 examples:
-  echo-hf synthesize --texts sentences.txt --language es --output_dir speech
-  echo-hf synthesize --texts train.jsonl --babble 3000 --exclude dev.jsonl test.jsonl --output_dir speech
+  echo-hf synthesize --texts sentences.txt --language es --output_dir spanish
+  echo-hf synthesize --texts train.jsonl --babble 3000 --exclude dev.jsonl test.jsonl --output_dir babble
 """
 
 BENCHMARK_EXAMPLES = """\
@@ -355,8 +357,8 @@ def _train(arguments: list[str]) -> int:
     parser._optionals.title = "training (--help_all shows all options of the Trainer)"
     parser._action_groups.sort(key=lambda group: group is parser._optionals)  # data and model come first
     # None: not given. `_settle` decides these by the others.
-    open_defaults = {"eval_strategy": None, "save_strategy": None, "load_best_model_at_end": None, "report_to": None}
-    parser.set_defaults(**TRAINING_DEFAULTS, **open_defaults, dataloader_pin_memory=None)
+    left_open = ("eval_strategy", "save_strategy", "save_steps", "load_best_model_at_end", "report_to")
+    parser.set_defaults(**TRAINING_DEFAULTS, **dict.fromkeys(left_open), dataloader_pin_memory=None)
 
     if "--help_all" in arguments or "--help-all" in arguments:
         parser.print_help()
@@ -377,10 +379,11 @@ def _train(arguments: list[str]) -> int:
     command_file = output_dir / COMMAND_FILE
     if known.resume and find_last_checkpoint(output_dir) is None:
         raise ValueError(f"There is no checkpoint to resume from in {output_dir}; start without --resume.")
-    if known.resume and command_file.is_file():
-        arguments = json.loads(command_file.read_text(encoding="utf-8")) + arguments
-    namespace = parser.parse_args(arguments)
-    settings = vars(namespace)
+    before = json.loads(command_file.read_text(encoding="utf-8")) if known.resume and command_file.is_file() else []
+    arguments = before + arguments
+    settings = vars(parser.parse_args(arguments))
+    if before:
+        _refuse_other_models(vars(parser.parse_args(before)), settings)
     for name in ("help", "help_all", "resume", "recipe"):
         del settings[name]
     _settle(settings)
@@ -408,6 +411,18 @@ def _train(arguments: list[str]) -> int:
     if training.process_index == 0:
         _write(_training_report(summary))
     return 0
+
+
+def _refuse_other_models(before: dict[str, Any], settings: dict[str, Any]) -> None:
+    """The model of a run is its checkpoint's: options that would make another are refused when the run is resumed."""
+    from .training import ModelArguments
+
+    names = [field.name for field in fields(ModelArguments) if field.name != "attn_implementation"]
+    if changed := [name for name in (*names, "label_smoothing_factor") if settings[name] != before[name]]:
+        raise ValueError(
+            f"--resume goes on with the model of the checkpoint, which {', '.join(changed)} would change: leave that"
+            " out, or start a new run from the weights (--model_name_or_path)."
+        )
 
 
 def _without_token(arguments: list[str]) -> list[str]:
@@ -438,10 +453,14 @@ def _settle(settings: dict[str, Any]) -> None:
         settings["eval_strategy"] = "no"
     elif settings["eval_strategy"] is None:
         settings["eval_strategy"] = "steps" if settings["eval_steps"] else "epoch"
-    if settings["save_strategy"] is None:
+    if settings["save_strategy"] is None and settings["save_steps"] is not None:
+        settings["save_strategy"] = "steps"
+    elif settings["save_strategy"] is None:
         settings["save_strategy"] = "epoch" if settings["eval_strategy"] == "no" else settings["eval_strategy"]
         if settings["save_strategy"] == "steps":
             settings["save_steps"] = settings["eval_steps"] or settings["logging_steps"]
+    if settings["save_steps"] is None:
+        settings["save_steps"] = 500  # the Trainer's own
     if settings["load_best_model_at_end"] is None:
         same = settings["eval_strategy"] == settings["save_strategy"] != "no"
         settings["load_best_model_at_end"] = same and (
@@ -480,11 +499,12 @@ def _with_recipe(arguments: list[str]) -> list[str]:
 
 def _training_report(summary: dict[str, Any]) -> str:
     train, metrics, folder = summary["train"], summary["metrics"], summary["output_dir"]
+    since = f" since {summary['resumed_from']}" if summary["resumed_from"] else ""
     lines = [
         "",
         f"Trained {summary['parameters'] / 1e6:.1f}M parameters on {train['utterances']} utterances"
-        f" ({train['hours']:.2f} h) for {summary['steps']} steps ({summary['epochs']:g} epochs) in"
-        f" {_duration(summary['seconds'])}.",
+        f" ({train['hours']:.2f} h) for {summary['steps']} steps ({summary['epochs']:g} epochs);"
+        f" {_duration(summary['seconds'])}{since}.",
     ]
     if "wer" in metrics:
         lines.append(f"On {', '.join(summary['eval']['sources'])}: {_rates(metrics)}.")
@@ -892,7 +912,7 @@ def _add_non_speech(commands) -> None:
         epilog=NON_SPEECH_EXAMPLES,
     )
     parser.add_argument(
-        "data", nargs="*", help="speech, as evaluate takes it (the recordings that come with the package)"
+        "data", nargs="*", help="manifests or folders of speech (the recordings that come with the package)"
     )
     _add_decoding(parser, batch_size=16, can_skip=False)
     parser.add_argument(
@@ -1149,7 +1169,8 @@ def _add_synthesize(commands) -> None:
         help="make synthetic speech for pretraining",
         description=(
             "Speak texts with many voices of espeak-ng and flite (English), which must be installed. Writes FLAC\n"
-            "files and their manifest, train.jsonl. What is there from a run before is kept."
+            "files and their manifest, train.jsonl. Audio that is there already is kept; the manifest is written anew\n"
+            "and names the utterances of this run alone."
         ),
         epilog=SYNTHESIZE_EXAMPLES,
     )

@@ -13,11 +13,14 @@ import io
 import json
 import math
 import os
+import random
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +289,12 @@ def prepare_dataset(
     if not keep:
         raise ValueError(f"None of the {len(table)} utterances can be used: {_describe(origins, problems | outside)}.")
     sources = table["source"][:] if "source" in table.column_names else [None] * len(table)
+    # Each source by itself, and each time it is named, so that what was computed of it alone serves beside others.
+    times, groups = Counter(), []
+    for index in keep:
+        times[sources[index], origins[index]] += 1
+        groups.append((sources[index], times[sources[index], origins[index]]))
+    parts = [[index for _, index in part] for _, part in groupby(zip(groups, keep), key=itemgetter(0))]
     features = datasets.concatenate_datasets(
         [
             _compute_features(
@@ -296,8 +305,7 @@ def prepare_dataset(
                 num_proc,
                 Path(cache_dir) if cache_dir is not None else Path(datasets.config.HF_DATASETS_CACHE) / "echo_hf",
             )
-            # Each source by itself, so that what was computed of it alone serves beside others.
-            for rows in (list(group) for _, group in groupby(keep, key=sources.__getitem__))
+            for rows in parts
         ]
     )
     undecodable = {keep[row]: message for row, message in enumerate(features["problem"]) if message}
@@ -370,7 +378,9 @@ def _text_problem(
     return None
 
 
-def _inspect(audio: dict[str, Any]) -> _AudioFile:
+def _inspect(audio: dict[str, Any] | None) -> _AudioFile:
+    if audio is None:
+        return _AudioFile(None, problem="there is no audio")
     data, path = audio["bytes"], audio["path"]
     try:
         if data is None:
@@ -540,8 +550,11 @@ def _extract_stream(batch: dict[str, list], processor, columns, limits, skip_bro
     max_label_length, min_seconds, max_seconds = limits
     file = _inspect(audio)
     labels = processor.tokenizer(text or "")["input_ids"]
-    problem, features = file.problem or _text_problem(text, labels, max_label_length), None
-    if problem is None and min_seconds <= file.seconds <= max_seconds:
+    problem, features = file.problem, None
+    is_inside = problem is None and min_seconds <= file.seconds <= max_seconds
+    if is_inside:
+        problem = _text_problem(text, labels, max_label_length)
+    if is_inside and problem is None:
         try:
             features = np.asarray(processor.feature_extractor(audio, resample=True)["input_features"][0], np.float32)
         except (OSError, RuntimeError, ValueError) as error:
@@ -570,8 +583,11 @@ class EchoDataCollator:
         processor ([`EchoProcessor`]): its feature extractor pads, its tokenizer says what the begin of sequence is.
         pad_to_multiple_of (`int`, *optional*): frames are padded up to a multiple of this, for fixed shapes.
         perturb (`Callable`, *optional*):
-            What is done to the features of each utterance before, `(frames, channels)` to `(other frames, channels)`,
-            such as [`VoicePerturbation`]. For training only.
+            What is done to the features of each utterance before, such as [`VoicePerturbation`]: it takes them,
+            `(frames, channels)`, and a `random.Random` to draw from, and returns `(other frames, channels)`. For
+            training only.
+        seed (`int`, defaults to 0): of what `perturb` draws.
+        epoch (`int`, defaults to 0): likewise; [`EchoTrainer`] sets it.
 
     Returns (`__call__`):
         `dict[str, torch.Tensor]`: `input_features` `(batch, frames, channels)`, `attention_mask` `(batch, frames)` and,
@@ -580,12 +596,19 @@ class EchoDataCollator:
 
     processor: Any
     pad_to_multiple_of: int | None = None
-    perturb: Callable[[np.ndarray], np.ndarray] | None = None
+    perturb: Callable[[np.ndarray, random.Random], np.ndarray] | None = None
+    seed: int = 0
+    epoch: int = 0
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         features = [np.asarray(row["input_features"], dtype=np.float32) for row in rows]
         if self.perturb is not None:
-            features = [self.perturb(utterance) for utterance in features]
+            # Loaders fetch batches ahead, in whatever process. So chance hangs on the batch itself, and not on what was
+            # drawn before it: a run that is resumed hears what it would have heard.
+            lengths = [len(utterance) for utterance in features]
+            said = [np.asarray(row["labels"]).tolist() for row in rows if row.get("labels") is not None]
+            chance = random.Random(f"{self.seed} {self.epoch} {lengths} {said}")
+            features = [self.perturb(utterance, chance) for utterance in features]
         padded = self.processor.feature_extractor.pad(
             {"input_features": features},
             padding=True,

@@ -268,6 +268,8 @@ class EchoTrainer(Seq2SeqTrainer):
             check_fit(processor, config)  # a token too many is an "index out of range" in the middle of training
         super().__init__(*args, **kwargs)
         self.train_collator = train_collator or self.data_collator
+        if isinstance(self.train_collator, EchoDataCollator):
+            self.add_callback(_TellEpoch(self.train_collator))
         self.card_arguments = card_arguments or CardArguments()
 
     def _get_train_sampler(self, train_dataset=None):
@@ -393,6 +395,16 @@ class EchoTrainer(Seq2SeqTrainer):
             self.push_in_progress = PushInProgress([job])
 
 
+class _TellEpoch(TrainerCallback):
+    """Tells a collator the epoch, before the loader's processes take their copies of it."""
+
+    def __init__(self, collator: EchoDataCollator):
+        self.collator = collator
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.collator.epoch = int((state.epoch or 0.0) + 1e-6)  # a run resumed within an epoch is at a fraction
+
+
 class CheckpointAveraging(TrainerCallback):
     """Gives the model, at the end of training, the mean of its weights in the last checkpoints, as in Vaswani et al.
     (https://huggingface.co/papers/1706.03762, section 6.1). The weights are read from `output_dir`, so that a run that
@@ -401,9 +413,10 @@ class CheckpointAveraging(TrainerCallback):
     Args:
         count (`int`): checkpoints to average, at least 2.
 
+    Where fewer were saved by then, the weights stay as they are, with a warning.
+
     Raises:
-        `ValueError`: at the start of training, when settings keep fewer checkpoints, or the best one instead; at its
-            end, when fewer were saved.
+        `ValueError`: there is nothing to average in a single checkpoint.
     """
 
     def __init__(self, count: int):
@@ -412,7 +425,9 @@ class CheckpointAveraging(TrainerCallback):
         self.count = count
 
     def check(self, args):
-        """Raises `ValueError` if the settings keep fewer checkpoints, or the best one instead."""
+        """Raises `ValueError` if the settings save no checkpoints, keep fewer, or take the best one instead."""
+        if args.save_strategy == "no":
+            raise ValueError(f"average_checkpoints is {self.count}, and none are saved; set save_strategy.")
         if args.save_total_limit is not None and args.save_total_limit < self.count:
             raise ValueError(
                 f"average_checkpoints is {self.count}, and save_total_limit keeps {args.save_total_limit}; raise it."
@@ -425,16 +440,14 @@ class CheckpointAveraging(TrainerCallback):
         if args.fsdp:
             raise ValueError("average_checkpoints cannot be used with FSDP, which keeps parts of the weights.")
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.check(args)
-
     def on_train_end(self, args, state, control, model=None, **kwargs):
         folders = list_checkpoints(args.output_dir)[-self.count :]
         if len(folders) < self.count:
-            raise ValueError(
-                f"average_checkpoints is {self.count}, and only {len(folders)} checkpoints were saved in"
-                f" {args.output_dir}; save more often (save_steps)."
+            logger.warning(
+                f"Not averaged: average_checkpoints is {self.count}, and only {len(folders)} checkpoints were saved in"
+                f" {args.output_dir}. The weights are the last ones; save more often (save_steps)."
             )
+            return
         weights = [load_file(folder / SAFE_WEIGHTS_NAME) for folder in folders]
         means = {
             name: torch.stack([each[name].double() for each in weights]).mean(0).to(value.dtype)
@@ -624,10 +637,10 @@ def check_checkpoint(folder: Path) -> None:
             check_safetensors(path)
         for path in sorted(folder.glob("*.json")):
             read_json(path)
-        for name in ("optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth"):
-            # PyTorch's files are archives, whose index comes last.
-            if (folder / name).is_file() and not zipfile.is_zipfile(folder / name):
-                raise ValueError(f"{folder / name} is cut off or damaged.")
+        names = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state*.pth")  # random states: one a process
+        for path in sorted(path for name in names for path in folder.glob(name)):
+            if not zipfile.is_zipfile(path):  # PyTorch's files are archives, whose index comes last
+                raise ValueError(f"{path} is cut off or damaged.")
     except ValueError as error:
         raise ValueError(
             f"{error} Nothing was changed. To go on from an earlier checkpoint, delete {folder} and resume again."
@@ -715,6 +728,15 @@ def train(
         label_smoothing = EchoConfig.from_pretrained(checkpoint).label_smoothing
     model, processor = build_model_and_processor(model_arguments, train_table["text"][:], label_smoothing)
 
+    perturb = VoicePerturbation(
+        processor.feature_extractor,
+        tempo=data_arguments.tempo_perturbation,
+        voice=data_arguments.voice_perturbation,
+        channel=data_arguments.channel_perturbation,
+        f0_shift=data_arguments.f0_shift,
+        f0_drop=data_arguments.f0_drop,
+        pause=data_arguments.pause,
+    )
     options = {
         "max_label_length": model.config.max_target_positions,
         "skip_broken": data_arguments.skip_broken,
@@ -742,20 +764,13 @@ def train(
 
     if data_arguments.diagnostics:
         callbacks = [*(callbacks or []), DiagnosticsCallback((eval_data or train_data).dataset, processor)]
-    perturb = VoicePerturbation(
-        processor.feature_extractor,
-        tempo=data_arguments.tempo_perturbation,
-        voice=data_arguments.voice_perturbation,
-        channel=data_arguments.channel_perturbation,
-        f0_shift=data_arguments.f0_shift,
-        f0_drop=data_arguments.f0_drop,
-        pause=data_arguments.pause,
-    )
     trainer = EchoTrainer(
         model=model,
         args=training_arguments,
         data_collator=EchoDataCollator(processor),
-        train_collator=EchoDataCollator(processor, perturb=perturb if perturb.is_active else None),
+        train_collator=EchoDataCollator(
+            processor, perturb=perturb if perturb.is_active else None, seed=training_arguments.seed
+        ),
         train_dataset=train_data.dataset,
         eval_dataset=eval_data.dataset if eval_data else None,
         processing_class=processor,
@@ -845,8 +860,11 @@ def load_table(arguments: DataArguments, sources: list[str], split: str) -> data
 
 
 def _warn_of_overlap(train_table, eval_table) -> None:
-    paths = {entry["path"] for entry in train_table["audio"] if entry["path"] and entry["bytes"] is None}
-    shared = sum(entry["path"] in paths for entry in eval_table["audio"] if entry["bytes"] is None)
+    def paths_of(table) -> list[str]:
+        return [entry["path"] for entry in table["audio"] if entry and entry["path"] and entry["bytes"] is None]
+
+    paths = set(paths_of(train_table))
+    shared = sum(path in paths for path in paths_of(eval_table))
     if shared:
         logger.warning(
             f"{shared} of {len(eval_table)} recordings to evaluate on are trained on too; the word error rate on them"
