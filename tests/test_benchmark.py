@@ -65,6 +65,7 @@ def test_table_has_all_columns_and_three_digits():
         ({"dtype": "float33"}, "float33"),
         ({"device": "no"}, "cannot run on 'no'"),
         ({"size": "3m"}, "size '3m'"),
+        ({"compiled": True}, "Only generation and training are measured compiled, not pitch"),
     ],
 )
 def test_unknown_settings_are_named(settings, message):

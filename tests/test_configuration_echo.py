@@ -81,11 +81,29 @@ def test_feature_groups_take_their_fixed_order():
         ("mask_time_prob", 2.0),
         ("mask_time_min_masks", -1),
         ("mask_feature_length", 0),
+        ("pad_token_id", None),
+        ("pad_token_id", 2),
     ],
 )
-def test_impossible_values_raise_and_name_the_field(field, value):
+def test_impossible_values_raise_and_name_the_field(field, value, tmp_path):
     with pytest.raises(ValueError, match=field):
         EchoConfig(**{field: value})
+    EchoConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=field):  # also as a change to a saved one
+        EchoConfig.from_pretrained(tmp_path, **{field: value})
+
+
+def test_changes_to_a_saved_config_are_what_they_are_in_a_new_one(tmp_path):
+    EchoConfig(dropout=0.3).save_pretrained(tmp_path)
+    changes = {"feature_groups": {"pitch": 1, "spectrogram": 40}, "stem_strides": (2, 1)}
+    loaded, unused = EchoConfig.from_pretrained(tmp_path, **changes, more=1, return_unused_kwargs=True)
+    assert list(loaded.feature_groups) == ["spectrogram", "pitch"] and loaded.stem_strides == [2, 1]
+    assert loaded.dropout == 0.3 and unused == {"more": 1}
+
+
+def test_heads_by_the_common_name_are_the_decoders_with_keys_of_their_own():
+    config = EchoConfig(num_attention_heads=8)
+    assert (config.decoder_num_attention_heads, config.decoder_num_key_value_heads) == (8, 8)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 import json
 import math
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from torch import nn
 
@@ -16,6 +18,7 @@ from echo_hf.cli import main
 from echo_hf.diagnostics import KINDS
 from echo_hf.diagnostics import EchoDiagnostics
 from echo_hf.diagnostics import RunningStatistics
+from echo_hf.modeling_echo import EchoEncoder
 
 THETA = 1000.0
 
@@ -256,9 +259,27 @@ def test_command(checkpoint, ctc_checkpoint, capsys):
     assert "|activation|" in capsys.readouterr().out
 
 
+def test_command_cuts_long_recordings_and_names_broken_ones(ctc_checkpoint, tmp_path, capsys, monkeypatch):
+    lengths, forward = [], EchoEncoder.forward
+
+    def counting(self, input_features, *args, **kwargs):
+        lengths.append(input_features.shape[1])
+        return forward(self, input_features, *args, **kwargs)
+
+    monkeypatch.setattr(EchoEncoder, "forward", counting)
+    soundfile.write(tmp_path / "long.flac", np.tile(voice(1.0), 30), 16000)
+    (tmp_path / "broken.wav").write_bytes(b"RIFF")
+    options = ["--checkpoint", str(ctc_checkpoint), "--device", "cpu", "--json"]
+    assert main(["diagnose", str(tmp_path), *options]) == 1
+    assert "broken.wav" in capsys.readouterr().err
+    lengths.clear()
+    assert main(["diagnose", str(tmp_path), *options, "--skip_broken"]) == 0
+    assert "broken.wav" in capsys.readouterr().err
+    assert len(lengths) >= 1 and max(lengths) <= 2000  # of 3000 frames
+
+
 @pytest.mark.slow
 def test_training_writes_scalars_and_pictures_for_tensorboard(tmp_path, capsys):
-    import soundfile
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for number in range(2):

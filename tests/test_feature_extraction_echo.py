@@ -420,6 +420,7 @@ def test_a_missing_package_is_named(extractor, monkeypatch, module):
         ({"feature_groups": {"spectrogram": 80, "aperiodicity": 3}}, "'aperiodicity' must be 1"),
         ({"feature_groups": {"spectrogram": 1}}, "at least 2"),
         ({"sampling_rate": 0}, "sampling_rate"),
+        ({"padding_side": "left"}, "padding_side must be 'right'"),
         ({"hop_length": 10.5}, "hop_length"),
         ({"n_fft": 401}, "n_fft.*even"),
         ({"n_fft": 128}, "n_fft.*hop_length"),

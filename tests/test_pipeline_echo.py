@@ -468,6 +468,7 @@ def test_silence_is_not_sent_to_the_model(either, monkeypatch):
     hush = (1e-4 * np.random.default_rng(0).standard_normal(5 * SAMPLING_RATE)).astype(np.float32)  # -80 dB
     for audio in (silence(0.5), silence(600), hush):
         assert either(audio, return_timestamps=True) == {"text": "", "chunks": []}
+        assert either(audio, chunk_length_s=0) == {"text": ""}
     assert either([silence(1), silence(30)], batch_size=2) == [{"text": ""}] * 2
 
 

@@ -12,6 +12,7 @@ from echo_hf import EchoConfig
 from echo_hf import EchoFeatureExtractor
 from echo_hf import EchoForConditionalGeneration
 from echo_hf import EchoForCTC
+from echo_hf import EchoModel
 from echo_hf import EchoTokenizer
 from echo_hf.cli import main
 from echo_hf.plotting import plot_alignment
@@ -65,6 +66,15 @@ def test_words_stand_at_their_times_and_apart():
     assert len({text.get_position()[1] for text in axis.texts[:3]}) == 3  # one row each
     with pytest.raises(ValueError, match="timestamp"):
         plot_utterance(voice(1.0), words=[{"text": "when", "timestamp": (0.1, None)}])
+
+
+def test_audio_too_long_for_a_picture_is_refused_before_anything_is_computed(monkeypatch):
+    monkeypatch.setattr(EchoFeatureExtractor, "__call__", lambda *_, **__: pytest.fail("features were computed"))
+    for draw in (plot_utterance, plot_pitch):
+        with pytest.raises(ValueError, match="at most 120 s, and the audio lasts 3600 s"):
+            draw(np.zeros(3600 * 16000, np.float32))
+    with pytest.raises(ValueError, match="at most 120 s"):
+        plot_similarity(EchoModel(EchoConfig.from_preset("all", size="2m")), torch.zeros(1, 12100, 81))
 
 
 def test_silence_says_so():
@@ -267,6 +277,7 @@ def test_command_draws_curves_and_words(tmp_path, ctc_checkpoint):
         (["curves", "--output", "x.png"], "trainer_state.json"),
         (["pitch", "nowhere.wav", "--output", "x.png"], "nowhere.wav"),
         (["pitch", "--theta_mode", "frame", "--output", "x.png"], "theta_mode"),
+        (["pitch", "--layer", "0", "--output", "x.png"], "--layer says nothing"),
     ],
 )
 def test_command_says_what_it_cannot_draw(arguments, message, capsys):

@@ -71,6 +71,8 @@ def align_by_attention(weights: np.ndarray) -> np.ndarray:
         edge that it hardly attends to; stretches do not overlap. A token that got no frame has an empty stretch.
     """
     num_tokens, num_frames = weights.shape
+    if not num_tokens:
+        return np.zeros((0, 2), dtype=int)
     score = np.zeros(num_tokens)
     came_from = np.zeros((num_frames, num_tokens), dtype=int)
     tokens = np.arange(num_tokens)
@@ -80,7 +82,7 @@ def align_by_attention(weights: np.ndarray) -> np.ndarray:
         came_from[frame] = np.maximum.accumulate(np.where(score >= best, tokens, 0))
         score = best + weights[:, frame]
     path = np.empty(num_frames, dtype=int)
-    token = int(score.argmax()) if num_tokens else 0
+    token = int(score.argmax())
     for frame in range(num_frames - 1, -1, -1):
         path[frame] = token
         token = came_from[frame, token]

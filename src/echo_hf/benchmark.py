@@ -387,7 +387,7 @@ def run_benchmark(
     rounds: int = 5,
     device: str = "cpu",
     dtype: str = "float32",
-    size: str = "27m",
+    size: str | None = None,
     compiled: bool = False,
     quick: bool = False,
     report: Callable[[str], None] = lambda text: None,
@@ -399,8 +399,9 @@ def run_benchmark(
         sections (`tuple[str]`): of `SECTIONS`.
         rounds (`int`, defaults to 5): times that each case is measured, after one to warm up.
         device (`str`, defaults to `"cpu"`), dtype (`str`, defaults to `"float32"`): where and in what the models run.
-        size (`str`, defaults to `"27m"`): of Echo, in `SIZES`; 27m is the peers'.
-        compiled (`bool`, defaults to `False`): whether to compile all models' forward passes with `torch.compile`.
+        size (`str`, *optional*): of Echo, in `SIZES`; by default 27m, which is the peers', and 10m in scaling.
+        compiled (`bool`, defaults to `False`): whether to compile all models' forward passes with `torch.compile`; in
+            generation and training only.
         quick (`bool`, defaults to `False`): whether to run each section once at its smallest, to see that it runs.
         report (`Callable`): is told what is being measured.
 
@@ -409,11 +410,13 @@ def run_benchmark(
         section.
 
     Raises:
-        `ValueError`: a section, the device or the dtype is not known.
+        `ValueError`: a section, the device or the dtype is not known, or a section is not measured compiled.
     """
     for section in sections:
         if section not in SECTIONS:
             raise ValueError(f"Section {section!r} is not known; choose from {', '.join(SECTIONS)}.")
+    if compiled and (others := set(sections) - {"generation", "training"}):
+        raise ValueError(f"Only generation and training are measured compiled, not {', '.join(sorted(others))}.")
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype {dtype!r} is not one of PyTorch's; float32, bfloat16 and float16 are.")
     try:
@@ -424,6 +427,7 @@ def run_benchmark(
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # generate() remarks on what the peers' configs leave open, at each call
     size, rounds = ("2m", 1) if quick else (size, rounds)
+    sizes = {section: size or ("10m" if section == "scaling" else "27m") for section in sections}
     results: dict[str, Any] = {
         "machine": {
             "device": torch.cuda.get_device_name(where) if where.type == "cuda" else platform.processor() or "CPU",
@@ -431,7 +435,7 @@ def run_benchmark(
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "settings": {"rounds": rounds, "device": device, "dtype": dtype, "size": size, "compiled": compiled},
+        "settings": {"rounds": rounds, "device": device, "dtype": dtype, "sizes": sizes, "compiled": compiled},
     }
     short: dict[str, dict[str, Any]] = {
         "features": {"seconds": 1.0},
@@ -439,7 +443,7 @@ def run_benchmark(
         "pitch": {"seconds": (1,)},
         "generation": {"seconds": (1,), "batch_sizes": (1,), "num_tokens": (2,)},
         "training": {"seconds": 1, "batch_size": 1, "num_labels": 4},
-        "scaling": {"seconds": (1, 2), "batch_sizes": (1,), "size": "2m"},
+        "scaling": {"seconds": (1, 2), "batch_sizes": (1,)},
     }
     functions: dict[str, Callable[..., Any]] = {
         "features": benchmark_features,
@@ -451,15 +455,15 @@ def run_benchmark(
     }
     try:
         if {"generation", "training"} & set(sections):
-            models = echo_and_peers(where, what, size, compiled)
+            models = echo_and_peers(where, what, size or "27m", compiled)
             results["parameters"] = {name: round(model.num_parameters() / 1e6, 1) for name, model in models.items()}
         for section in sections:
             report(section)
             settings = dict(short[section]) if quick else {}
             if section not in ("features", "f0"):
                 settings["dtype"] = what
-            if section == "pitch":
-                settings["size"] = size
+            if section in ("pitch", "scaling"):
+                settings["size"] = sizes[section]
             if section in ("generation", "training"):
                 settings["models"] = models
             results[section] = functions[section](rounds=rounds, device=where, **settings)

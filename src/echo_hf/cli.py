@@ -148,7 +148,7 @@ BENCHMARK_EXAMPLES = """\
 examples:
   echo-hf benchmark --threads 1                    everything, on one CPU thread
   echo-hf benchmark generation training --rounds 9 --output speed.json
-  echo-hf benchmark --device cuda --dtype bfloat16 --compile
+  echo-hf benchmark generation training --device cuda --dtype bfloat16 --compile
 """
 
 
@@ -593,7 +593,14 @@ def _add_evaluate(commands) -> None:
     _add_both(parser, "cache_dir", help="folder for computed features (in the cache of datasets)")
 
 
-def _generate_options(options) -> dict[str, int | float]:
+def _generate_options(options, model) -> dict[str, int | float]:
+    if not model.can_generate():
+        for name in ("num_beams", "ctc_weight", "max_new_tokens"):
+            if getattr(options, name) is not None:
+                raise ValueError(
+                    f"--{name} says nothing to {type(model).__name__}, which has no decoder; leave it out."
+                )
+        return {}
     given = {}
     if options.ctc_weight is not None:
         given["ctc_weight"] = options.ctc_weight
@@ -619,7 +626,7 @@ def _evaluate(options) -> int:
     columns = (options.dataset_config, options.audio_column, options.text_column)
     tables = [load_sources(source, options.split, *columns) for source in options.data]
     model, processor = load_checkpoint(options.checkpoint, options.device, **overrides)
-    generate_options = _generate_options(options) if model.can_generate() else {}
+    generate_options = _generate_options(options, model)
     prepared = [
         prepare_dataset(
             table,
@@ -802,7 +809,8 @@ def _plot(options) -> int:
     if output.suffix.lower() not in PLOT_FORMATS:
         raise ValueError(f"--output {options.output}: pictures are written as png, svg, pdf; name a file so.")
     for name in dict.fromkeys(name for names in PLOT_OPTIONS.values() for name in names):
-        if getattr(options, name) not in (None, False) and name not in PLOT_OPTIONS[options.kind]:
+        value = getattr(options, name)
+        if value is not None and value is not False and name not in PLOT_OPTIONS[options.kind]:
             raise ValueError(f"--{name} says nothing to a picture of the kind {options.kind}; leave it out.")
     figure = _draw_curves(options) if options.kind == "curves" else _draw_recording(options)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -866,6 +874,7 @@ def _add_diagnose(commands) -> None:
     parser.add_argument("--checkpoint", help="folder, or name on the Hub (the one that comes with the package)")
     _add_both(parser, "batch_size", type=_positive, default=8, help="recordings at a time")
     parser.add_argument("--device", help="cpu, cuda, ... (the accelerator if there is one)")
+    _add_both(parser, "skip_broken", action="store_true", help="report files that cannot be heard and go on")
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of a table")
 
 
@@ -876,18 +885,22 @@ def _diagnose(options) -> int:
     from .transcription import BUNDLED_RECORDINGS
     from .transcription import expand_paths
     from .transcription import load_checkpoint
+    from .transcription import make_pipeline
+    from .transcription import transcribe_files
 
     files = expand_paths(options.paths or [BUNDLED_RECORDINGS])
     model, processor = load_checkpoint(options.checkpoint, options.device)
-    extractor, diagnostics = processor.feature_extractor, EchoDiagnostics(model)
-    for start in range(0, len(files), options.batch_size):
-        waveforms = [
-            extractor._read(str(path), str(path), extractor.sampling_rate, resample=True)
-            for path in files[start : start + options.batch_size]
-        ]
-        batch = processor(audio=waveforms, sampling_rate=extractor.sampling_rate, return_tensors="pt").to(model.device)
-        with diagnostics, torch.inference_mode():
-            model.generate(**batch) if model.can_generate() else model(**batch)
+    diagnostics, heard = EchoDiagnostics(model), 0
+    with diagnostics, torch.inference_mode():
+        for transcript in transcribe_files(make_pipeline(model, processor), files, options.batch_size):
+            if transcript.error is None:
+                heard += 1
+            elif options.skip_broken:
+                _tell(f"echo-hf: skipped {transcript.error}")
+            else:
+                raise ValueError(f"{transcript.error} Leave such files out, or use --skip_broken.")
+    if not heard:
+        raise ValueError(f"None of {len(files)} files could be heard.")
     if options.json:
         _write(json.dumps(diagnostics.to_dict()))
     else:
@@ -938,7 +951,7 @@ def _non_speech(options) -> int:
         options.seed,
         options.batch_size,
         options.cache_dir,
-        **(_generate_options(options) if model.can_generate() else {}),
+        **_generate_options(options, model),
     )
     if options.json:
         about = {"checkpoint": str(options.checkpoint or "bundled"), "data": options.data, "seed": options.seed}
@@ -1032,7 +1045,7 @@ def _transcribe(options) -> int:
         raise ValueError(f"Subtitles of {len(files)} files need a file each: name a folder with --output_dir.")
     model, processor = load_checkpoint(options.checkpoint, options.device)
     pipeline = make_pipeline(model, processor)
-    generate_options = _generate_options(options) if model.can_generate() else {}
+    generate_options = _generate_options(options, model)
     # Subtitles are made of words, unless whole segments or single words are asked for.
     timestamps = options.timestamps
     grouped = timestamps is None and options.format in ("srt", "vtt")
@@ -1121,8 +1134,10 @@ def _add_benchmark(commands) -> None:
     parser.add_argument("--threads", type=_positive, help="CPU threads (PyTorch's own choice)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
-    parser.add_argument("--size", default="27m", help="size of Echo; 27m is that of the others")
-    parser.add_argument("--compile", action="store_true", help="compile all models with torch.compile")
+    parser.add_argument("--size", help="size of Echo (27m, which is that of the others, and 10m in scaling)")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile all models with torch.compile, in generation and training"
+    )
     parser.add_argument("--quick", action="store_true", help="run all once at its smallest; the figures mean nothing")
     parser.add_argument("--output", help="file for all figures, as JSON")
 

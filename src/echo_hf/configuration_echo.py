@@ -245,13 +245,13 @@ class EchoConfig(PreTrainedConfig):
         apply_spec_augment (`bool`, defaults to `False`):
             Whether to mask spans of time and of mel channels in training (https://huggingface.co/papers/1904.08779).
         mask_time_prob (`float`, defaults to 0.05):
-            Share of frames that start a masked span of time.
+            Upper bound of the share of frames that are masked, in spans of time.
         mask_time_length (`int`, defaults to 10):
             Length of a span of time in input frames.
         mask_time_min_masks (`int`, defaults to 0):
             Fewest spans of time an utterance gets. Above 0 a word of 300 ms may be masked whole.
         mask_feature_prob (`float`, defaults to 0.05):
-            Share of mel channels that start a masked span.
+            Upper bound of the share of mel channels that are masked, in spans.
         mask_feature_length (`int`, defaults to 10):
             Length of a span in mel channels.
         mask_feature_min_masks (`int`, defaults to 0):
@@ -352,7 +352,16 @@ class EchoConfig(PreTrainedConfig):
     decoder_start_token_id: int | None = 1
     tie_word_embeddings: bool = True
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        # The library would set these on the finished config, unchecked.
+        own = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__annotations__}
+        return super().from_dict({**config_dict, **own}, **kwargs)
+
     def __post_init__(self, **kwargs):
+        for alias, name in self.attribute_map.items():
+            if alias in kwargs:  # before what follows from it
+                setattr(self, name, kwargs.pop(alias))
         if self.decoder_hidden_size is None:
             self.decoder_hidden_size = self.encoder_hidden_size
         if self.decoder_intermediate_size is None:
@@ -430,6 +439,12 @@ class EchoConfig(PreTrainedConfig):
             )
 
     def _check_training(self):
+        ends = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        if self.pad_token_id is None or self.pad_token_id in (self.bos_token_id, *ends):
+            raise ValueError(
+                f"pad_token_id must be a token of its own, as no loss counts it and CTC takes it for its blank; got"
+                f" {self.pad_token_id}, with bos_token_id {self.bos_token_id} and eos_token_id {self.eos_token_id}."
+            )
         for name in ("dropout", "attention_dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")

@@ -6,6 +6,9 @@ Nothing leaves the machine: no link is shared, no usage is reported, and the pag
 import os
 from typing import Any
 
+import soundfile
+
+from .plotting import LONGEST_PICTURE
 from .plotting import plot_pitch
 from .transcription import BUNDLED_RECORDINGS
 from .transcription import find_audio_files
@@ -46,7 +49,8 @@ def build_demo(model, processor):
             raise gradio.Error("Record something, or drop an audio file, first.", print_exception=False)
         try:
             result = pipeline(audio, return_timestamps="word")
-            figure = plot_pitch(audio, processor.feature_extractor, words=result["chunks"]) if has_pitch else None
+            draws = has_pitch and soundfile.info(audio).duration <= LONGEST_PICTURE
+            figure = plot_pitch(audio, processor.feature_extractor, words=result["chunks"]) if draws else None
         except ValueError as error:
             raise gradio.Error(str(error), print_exception=False) from error
         rows = [[chunk["text"].strip(), *(round(time, 2) for time in chunk["timestamp"])] for chunk in result["chunks"]]

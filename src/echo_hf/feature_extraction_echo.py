@@ -89,7 +89,11 @@ def open_audio(source) -> Iterator[tuple[Any, str]]:
             raise ValueError(f"Nothing to read from {name}: open it in binary mode, positioned at its start.")
         source = io.BytesIO(content)
     try:
-        with soundfile.SoundFile(source) as file:
+        try:
+            file = soundfile.SoundFile(source)
+        except TypeError as error:  # soundfile's, of a name that ends in .raw: such samples have no header
+            raise soundfile.SoundFileError(str(error)) from error
+        with file:
             if not LOWEST_RATE <= file.samplerate <= HIGHEST_RATE:
                 raise ValueError(f"{name} claims a sampling rate of {file.samplerate} Hz. Its header must be wrong.")
             yield file, name
@@ -320,6 +324,8 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
         self._check()
 
     def _check(self):
+        if self.padding_side != "right":
+            raise ValueError(f"padding_side must be 'right', where the encoder expects it, got {self.padding_side!r}.")
         for name in ("sampling_rate", "hop_length", "n_fft"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

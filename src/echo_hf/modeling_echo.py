@@ -1044,6 +1044,16 @@ class EchoModel(EchoPreTrainedModel):
         """Stops the encoder from learning; its weights keep their values in training."""
         self.encoder.requires_grad_(False)
 
+    def get_encoder_mask(self, encoder_outputs, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Which of the encoder's frames are real, `(B, S)`: as the encoder tells; or, for states of another making, by
+        the mask of the input frames that they came from, `(B, T)`. `None` if nothing tells."""
+        encoder_mask = getattr(encoder_outputs, "attention_mask", None)
+        if encoder_mask is not None or attention_mask is None:
+            return encoder_mask
+        lengths = self._get_feat_extract_output_lengths(attention_mask.sum(-1))
+        frames = torch.arange(encoder_outputs[0].shape[1], device=attention_mask.device)
+        return (frames[None] < lengths[:, None]).to(attention_mask.dtype)
+
     @can_return_tuple
     def forward(
         self,
@@ -1087,14 +1097,14 @@ class EchoModel(EchoPreTrainedModel):
                 raise ValueError("Either input_features or encoder_outputs must be given.")
             encoder_outputs = self.encoder(input_features, attention_mask=attention_mask, **kwargs)
         elif not hasattr(encoder_outputs, "last_hidden_state"):
+            if len(encoder_outputs) > 1:
+                raise ValueError(
+                    "encoder_outputs is a tuple, which does not tell its parts: give what the encoder returns with"
+                    " return_dict=True, or a tuple of the hidden states alone."
+                )
             encoder_outputs = EchoEncoderOutput(*encoder_outputs)
         encoder_hidden_states = encoder_outputs.last_hidden_state
-        encoder_mask = getattr(encoder_outputs, "attention_mask", None)
-        if encoder_mask is None and attention_mask is not None:
-            # Encoder states of another making, with the mask of the input frames they came from.
-            lengths = self._get_feat_extract_output_lengths(attention_mask.sum(-1))
-            frames = torch.arange(encoder_hidden_states.shape[1], device=encoder_hidden_states.device)
-            encoder_mask = (frames[None] < lengths[:, None]).to(attention_mask.dtype)
+        encoder_mask = self.get_encoder_mask(encoder_outputs, attention_mask)
 
         decoder_outputs = self.decoder(
             input_ids=decoder_input_ids,
@@ -1139,15 +1149,18 @@ def ctc_loss(
         logits (`torch.Tensor` of shape `(B, S, vocab_size)`)
         labels (`torch.LongTensor` of shape `(B, L)`): -100 is ignored, and so are begin and end of sequence, no sounds.
         encoder_mask (`torch.Tensor` of shape `(B, S)`): 1 for real frames.
-        num_items_in_batch (*optional*): number of label tokens to divide the sum by, with gradient accumulation.
+        num_items_in_batch (*optional*): number of label tokens to divide the sum by, with gradient accumulation; those
+            that are not -100, if not given.
 
     Returns:
         `torch.Tensor` of shape `()`. An utterance with too few frames for its labels counts 0.
     """
-    for token in (config.bos_token_id, config.eos_token_id):
-        labels = labels.masked_fill(labels == token, -100)
-    if num_items_in_batch is None:
+    if num_items_in_batch is None:  # counted as the Trainer does
         num_items_in_batch = (labels != -100).sum().clamp(min=1)
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    for token in (config.bos_token_id, *ends):
+        if token is not None:
+            labels = labels.masked_fill(labels == token, -100)
     total = ForCTCLoss(
         logits,
         labels,
@@ -1195,10 +1208,14 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
-        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         if self.ctc_head is not None and self.ctc_head.out_features != embeddings.num_embeddings:
-            self.ctc_head = self._get_resized_lm_head(self.ctc_head, embeddings.num_embeddings)
+            self.ctc_head = self._get_resized_lm_head(
+                self.ctc_head, embeddings.num_embeddings, mean_resizing=mean_resizing
+            )
         return embeddings
 
     def freeze_encoder(self):
@@ -1228,7 +1245,7 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"ctc_weight is {weight}, and this model has no CTC head (its ctc_loss_weight is 0). Leave it out."
             )
-        logits, mask = self._score_frames(model_kwargs["encoder_outputs"])
+        logits, mask = self._score_frames(model_kwargs["encoder_outputs"], model_kwargs.get("attention_mask"))
         ends = generation_config._eos_token_tensor
         if ends is None:  # whoever wants no end: none is scored
             ends = torch.empty(0, dtype=torch.long, device=logits.device)
@@ -1245,11 +1262,13 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
         processors.insert(0, joint)
         return processors
 
-    def _score_frames(self, encoder_outputs: EchoEncoderOutput | tuple) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits of the CTC head, `(B, S, vocab_size)`, and the mask of the encoder's frames, `(B, S)`; of encoder
-        states of another making all frames are real."""
+    def _score_frames(
+        self, encoder_outputs: EchoEncoderOutput | tuple, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of the CTC head, `(B, S, vocab_size)`, and the mask of the encoder's frames, `(B, S)`; without any
+        mask all frames are real."""
         logits = self.ctc_head(encoder_outputs[0])
-        mask = getattr(encoder_outputs, "attention_mask", None)
+        mask = self.model.get_encoder_mask(encoder_outputs, attention_mask)
         if mask is None:
             mask = torch.ones(logits.shape[:2], device=logits.device, dtype=torch.long)
         return logits, mask
@@ -1344,7 +1363,7 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
             labels = ignore_padding(labels, self.config)
             result.ce_loss = result.loss = self._cross_entropy(logits, labels, num_items_in_batch)
             if self.ctc_head is not None:
-                result.ctc_logits, encoder_mask = self._score_frames(encoder_outputs)
+                result.ctc_logits, encoder_mask = self._score_frames(encoder_outputs, attention_mask)
                 result.ctc_loss = ctc_loss(result.ctc_logits, labels, encoder_mask, self.config, num_items_in_batch)
                 result.loss = torch.lerp(result.ce_loss, result.ctc_loss, self.config.ctc_loss_weight)
         return result

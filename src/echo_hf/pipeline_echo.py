@@ -37,6 +37,7 @@ from .segmentation_echo import join_overlap
 from .segmentation_echo import needs_space
 from .segmentation_echo import read_blocks
 from .segmentation_echo import segment_blocks
+from .segmentation_echo import whole_segment
 
 logger = logging.get_logger(__name__)
 
@@ -150,7 +151,7 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
             voice = (lambda waveform: estimate_f0(waveform, rate, hop_length, *options)) if has_f0 else None
             segments = segment_blocks(counted(), rate, hop_length, chunk_length_s, overlap, voice)
         else:
-            segments = iter([Segment(np.concatenate([np.zeros(0, np.float32), *counted()]), 0, 0, False, True)])
+            segments = iter([whole_segment(np.concatenate([np.zeros(0, np.float32), *counted()]), hop_length)])
         segment = next(segments, None)
         if segment is None:  # nothing but silence, however much of it, or not a single sample
             segment = Segment(np.zeros(min(num_samples, hop_length), np.float32), 0, 0, False, False)

@@ -24,6 +24,7 @@ BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 
 THETA_MODES = ("none", "mean", "frame", "phase")
+LONGEST_PICTURE = 120  # s; beyond it nothing can be told apart, and spectrograms fill the memory
 SPECTROGRAM_RANGE = 70.0  # dB below the loudest that a picture still shows
 ROTARY_PAIRS = 4  # channel pairs whose angles are drawn
 ROUNDING = 1e-9  # rad; below it angles made in float64 are the same
@@ -565,8 +566,16 @@ def _hear(audio, extractor: EchoFeatureExtractor | None):
     if "pitch" not in extractor.feature_groups:
         raise ValueError("feature_extractor: its feature_groups have no 'pitch' to draw.")
     waveform = extractor._read(audio, "audio", extractor.sampling_rate, resample=True)
+    _check_length(len(waveform) / extractor.sampling_rate)
     features = extractor(waveform, sampling_rate=extractor.sampling_rate)["input_features"][0]
     return extractor, waveform, features, features[:, -1]
+
+
+def _check_length(seconds: float) -> None:
+    if seconds > LONGEST_PICTURE:
+        raise ValueError(
+            f"A picture shows at most {LONGEST_PICTURE} s, and the audio lasts {seconds:.0f} s; cut out a part of it."
+        )
 
 
 def _set_title(figure, title: str | None) -> None:
@@ -666,6 +675,7 @@ def _encode_f0(model, input_features):
     if "pitch" not in encoder.config.feature_groups:
         raise ValueError("The model's feature_groups have no 'pitch', and so nothing to adapt to.")
     frame_f0 = _one_utterance(model, input_features)[..., -1].cpu()
+    _check_length(frame_f0.shape[1] * encoder.config.frame_seconds)
     length = torch.tensor([frame_f0.shape[1]])
     encoder_length = encoder._get_feat_extract_output_lengths(length)
     f0 = align_f0(frame_f0, length, encoder_length, int(encoder_length))

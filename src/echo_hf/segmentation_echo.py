@@ -184,8 +184,7 @@ def segment_blocks(
         ended = len(buffer) <= limit * frame
         if ended and offset == 0:
             if len(buffer):
-                silent = len(buffer) >= frame and frame_levels(buffer, frame).max() <= SILENCE_LEVEL
-                yield Segment(buffer, 0, 0, False, not silent)
+                yield whole_segment(buffer, frame)
             return
         if len(buffer) < frame:
             return
@@ -197,6 +196,12 @@ def segment_blocks(
             yield Segment(buffer[first * frame : end].copy(), offset + first * frame, common, shared_after > 0, True)
         shared_before = shared_after
         buffer, offset = buffer[advance * frame :], offset + advance * frame
+
+
+def whole_segment(waveform: np.ndarray, frame: int) -> Segment:
+    """A recording that is not cut, `(samples,)`; speech unless no frame of so many samples is above `SILENCE_LEVEL`."""
+    silent = len(waveform) >= frame and frame_levels(waveform, frame).max() <= SILENCE_LEVEL
+    return Segment(waveform, 0, 0, False, not silent)
 
 
 class _Cutter:
@@ -271,7 +276,8 @@ UNSPACED = (
     "\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese characters
 )
 WORD = re.compile(rf"\s*(?:[{UNSPACED}][^\w\s]*|[^\s{UNSPACED}]+)(?:\s+\Z)?")
-UNSPACED_CHARACTER = re.compile(f"[{UNSPACED}]")
+# Their punctuation too stands without spaces, though it is no word.
+UNSPACED_CHARACTER = re.compile(rf"[{UNSPACED}\u3001-\u303f\uff01-\uff65]")
 
 
 class Word(NamedTuple):
@@ -303,8 +309,8 @@ def needs_space(left: str, right: str) -> bool:
 
     Examples:
 
-    >>> needs_space("good", "day"), needs_space("你", "好")
-    (True, False)
+    >>> needs_space("good", "day"), needs_space("你", "好"), needs_space("你好，", "我")
+    (True, False, False)
     """
     if left[-1].isspace() or right[0].isspace():
         return False

@@ -279,7 +279,7 @@ def _claimed_seconds(path: Path) -> float:
 
     try:
         return soundfile.info(path).duration
-    except soundfile.SoundFileError:
+    except (soundfile.SoundFileError, TypeError):  # TypeError: a name that ends in .raw
         return 0.0
 
 
