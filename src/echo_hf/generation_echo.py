@@ -78,7 +78,8 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
         if not 0 < weight <= 1:
             raise ValueError(f"ctc_weight must be above 0 and at most 1, got {weight}.")
         dtype = torch.float32 if logits.device.type == "mps" else torch.float64  # sums of thousands of logarithms
-        log_probs = logits.to(dtype).log_softmax(-1)
+        # The hypotheses of an utterance share its frames: (batch, frames, vocab_size).
+        log_probs, mask = logits[::num_hypotheses].to(dtype).log_softmax(-1), mask[::num_hypotheses]
         # Frames of padding are blank for certain, which leaves every probability at the last real frame as it is.
         log_probs = torch.where(mask[..., None] > 0, log_probs, IMPOSSIBLE)
         log_probs[..., blank_token_id] = torch.where(mask > 0, log_probs[..., blank_token_id], 0.0)
@@ -88,14 +89,14 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
         self.eos_token_ids = eos_token_ids
         self.weight = weight
         self.num_hypotheses = num_hypotheses
-        self.probs = self.log_probs[::num_hypotheses].exp()  # (batch, frames, vocab_size)
+        self.probs = self.log_probs.exp()
         self.input_ids = None  # of the last call
-        self.blanks = self.log_probs[..., blank_token_id]  # (rows, frames)
+        self.blanks = self.log_probs[..., blank_token_id].repeat_interleave(num_hypotheses, 0)  # (rows, frames)
         self._begin()
 
     def _begin(self):
         """The state of the empty transcript, for every row."""
-        rows, frames, _ = self.log_probs.shape
+        rows, frames = self.blanks.shape
         self.ends_in_token = self.blanks.new_full((rows, frames), IMPOSSIBLE)  # log r^n
         self.ends_in_blank = self.blanks.cumsum(-1)  # log r^b
         self.prefix = self.blanks.new_zeros(rows)  # log psi
@@ -107,13 +108,19 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
         first = torch.where(self.last < 0, 0.0, IMPOSSIBLE)[:, None].to(self.blanks.dtype)
         return ends_in_token, torch.cat((first, self.ends_in_blank[:, :-1]), dim=-1)
 
+    def _heard(self, tokens: torch.Tensor) -> torch.Tensor:
+        """log p_t of each row's own token, `(rows,)` to `(rows, frames)`."""
+        tokens = tokens.unflatten(0, (-1, 1, self.num_hypotheses))
+        log_probs = self.log_probs.gather(2, tokens.expand(-1, self.log_probs.shape[1], -1))
+        return log_probs.transpose(1, 2).flatten(0, 1)
+
     def _advance(self, tokens: torch.Tensor):
         """Takes one more token for each row, `(rows,)`. An end of sequence or padding changes nothing."""
         is_text = ~torch.isin(tokens, self.eos_token_ids)
         is_text &= (tokens != self.blank_token_id) & (tokens != self.bos_token_id)
         before_token, before_blank = self._before()
         inputs = torch.where((tokens == self.last)[:, None], before_blank, torch.logaddexp(before_token, before_blank))
-        heard = self.log_probs.gather(2, tokens[:, None, None].expand(-1, self.log_probs.shape[1], 1)).squeeze(2)
+        heard = self._heard(tokens)
         ends_in_token = log_cumulative_products(heard, inputs)
         arriving = torch.nn.functional.pad(ends_in_token[:, :-1], (1, 0), value=IMPOSSIBLE)
         ends_in_blank = log_cumulative_products(self.blanks, arriving)
@@ -162,9 +169,9 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
         share = (inputs - scale).exp().unflatten(0, (-1, self.num_hypotheses))  # (batch, hypotheses, frames)
         heard = scale + (share @ self.probs).flatten(0, 1).log().clamp(min=IMPOSSIBLE)
         # A repeated token needs a blank between, or it would be the same.
-        last = self.last.clamp(min=0)[:, None]
-        repeated = self.log_probs.gather(2, last[:, None].expand(-1, self.log_probs.shape[1], 1)).squeeze(2)
-        repeated = (before_blank + repeated).logsumexp(-1, keepdim=True)
+        last = self.last.clamp(min=0)
+        repeated = (before_blank + self._heard(last)).logsumexp(-1, keepdim=True)
+        last = last[:, None]
         heard = heard.scatter(1, last, torch.where(self.last[:, None] >= 0, repeated, heard.gather(1, last)))
         whole = torch.logaddexp(self.ends_in_token[:, -1], self.ends_in_blank[:, -1])
         heard[:, self.eos_token_ids] = whole[:, None]
