@@ -77,6 +77,10 @@ def test_attention_on_stretches_of_frames():
     assert align_by_attention(weights).tolist() == [list(stretch) for stretch in stretches]
 
 
+def test_no_tokens_have_no_stretches():
+    assert align_by_attention(np.zeros((0, 5))).shape == (0, 2)
+
+
 def test_frames_that_no_token_attends_to_are_left_out_at_the_edges():
     weights = np.zeros((2, 10))
     weights[0, 2:4] = 0.5

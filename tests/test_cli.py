@@ -609,7 +609,8 @@ def test_what_was_left_open_follows_from_the_rest():
     assert settle(eval_data=None) == ("no", "epoch", 500, False)
     assert settle(eval_steps=100) == ("steps", "steps", 100, True)
     assert settle(eval_steps=100, save_strategy="steps", save_steps=150) == ("steps", "steps", 150, False)
-    assert settle(save_steps=100) == ("epoch", "steps", 100, False)
+    assert settle(save_steps=100) == ("steps", "steps", 100, True)  # evaluated when it is saved
+    assert settle(save_steps=100, eval_data=None) == ("no", "steps", 100, False)
     assert settle(eval_steps=200, save_steps=100) == ("steps", "steps", 100, False)
     assert settle(eval_steps=100, save_steps=200) == ("steps", "steps", 200, True)
     assert settle(eval_strategy="steps", save_strategy="epoch") == ("steps", "epoch", 500, False)

@@ -104,6 +104,8 @@ def test_changes_to_a_saved_config_are_what_they_are_in_a_new_one(tmp_path):
 def test_heads_by_the_common_name_are_the_decoders_with_keys_of_their_own():
     config = EchoConfig(num_attention_heads=8)
     assert (config.decoder_num_attention_heads, config.decoder_num_key_value_heads) == (8, 8)
+    with pytest.raises(ValueError, match="decoder_num_hidden_layers"):
+        EchoConfig.from_dict(config.to_dict(), num_hidden_layers=0)
 
 
 @pytest.mark.parametrize(

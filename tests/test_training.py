@@ -356,6 +356,15 @@ def test_only_training_batches_are_perturbed(manifest, tmp_path):
         eval_dataset=data,
         processing_class=processor,
     )
+    persistent = {"dataloader_persistent_workers": True, "dataloader_num_workers": 1}
+    with pytest.raises(ValueError, match="dataloader_persistent_workers"):
+        EchoTrainer(
+            model=model,
+            args=trainer_arguments(tmp_path / "run", **persistent),
+            train_collator=EchoDataCollator(processor, perturb=perturb),
+            train_dataset=data,
+            processing_class=processor,
+        )
     pitches = {round(float(row["input_features"][:, -1].max()), 2) for row in data}
     for loader, equal in ((trainer.get_eval_dataloader(), True), (trainer.get_train_dataloader(), False)):
         batch = next(iter(loader))

@@ -451,6 +451,9 @@ def _settle(settings: dict[str, Any]) -> None:
     """Decides what was left open: when to evaluate and save, and whether to keep the best of the checkpoints."""
     if not settings["eval_data"]:
         settings["eval_strategy"] = "no"
+    elif (settings["eval_strategy"], settings["save_strategy"], settings["eval_steps"]) == (None, None, None):
+        settings["eval_steps"] = settings["save_steps"]  # so that the best can be kept
+        settings["eval_strategy"] = "steps" if settings["save_steps"] else "epoch"
     elif settings["eval_strategy"] is None:
         settings["eval_strategy"] = "steps" if settings["eval_steps"] else "epoch"
     if settings["save_strategy"] is None and settings["save_steps"] is not None:
@@ -836,12 +839,13 @@ def _draw_recording(options):
     path = str(expand_paths([options.input or BUNDLED_RECORDINGS])[0])
     model, processor = load_checkpoint(options.checkpoint, "cpu")
     extractor, title = processor.feature_extractor, options.title
+    waveform = extractor._read(path, path, extractor.sampling_rate, resample=True)
+    plotting.check_length(len(waveform) / extractor.sampling_rate)
     words = _find_words(model, processor, path) if options.words else None
     if options.kind == "utterance":
         return plotting.plot_utterance(path, extractor, title, words)
     if options.kind == "pitch":
         return plotting.plot_pitch(path, extractor, title, words)
-    waveform = extractor._read(path, path, extractor.sampling_rate, resample=True)
     features = processor(audio=waveform, sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_features"]
     if options.kind == "angles":
         return plotting.plot_angles(model, features, options.theta_mode, title)
@@ -866,7 +870,8 @@ def _add_diagnose(commands) -> None:
         help="tell how active the parts of a model are, and what pitch does in it",
         description=(
             "Transcribe audio files and tell statistics of the activations on the way: of each kind of component, of\n"
-            "gates beside feed-forwards in each block, of theta, radius and F0, and how many frames are silent."
+            "gates beside feed-forwards in each block, of theta, radius and F0, and how many frames are silent. Long\n"
+            "recordings are cut at pauses, of which little is left to count."
         ),
         epilog=DIAGNOSE_EXAMPLES,
     )
@@ -901,6 +906,8 @@ def _diagnose(options) -> int:
                 raise ValueError(f"{transcript.error} Leave such files out, or use --skip_broken.")
     if not heard:
         raise ValueError(f"None of {len(files)} files could be heard.")
+    if not diagnostics.to_dict()["frames"]:
+        raise ValueError("The model was not asked: there is nothing but silence.")
     if options.json:
         _write(json.dumps(diagnostics.to_dict()))
     else:

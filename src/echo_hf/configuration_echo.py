@@ -355,7 +355,9 @@ class EchoConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
         # The library would set these on the finished config, unchecked.
-        own = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__annotations__}
+        own = {
+            name: kwargs.pop(name) for name in list(kwargs) if name in cls.__annotations__ or name in cls.attribute_map
+        }
         return super().from_dict({**config_dict, **own}, **kwargs)
 
     def __post_init__(self, **kwargs):

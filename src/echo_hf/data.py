@@ -587,7 +587,8 @@ class EchoDataCollator:
             `(frames, channels)`, and a `random.Random` to draw from, and returns `(other frames, channels)`. For
             training only.
         seed (`int`, defaults to 0): of what `perturb` draws.
-        epoch (`int`, defaults to 0): likewise; [`EchoTrainer`] sets it.
+        epoch (`int`, *optional*, defaults to 0): likewise; [`EchoTrainer`] sets it. `None`, as for a stream, which may
+            repeat itself within an epoch: `perturb` gets no `random.Random`, and draws anew each time.
 
     Returns (`__call__`):
         `dict[str, torch.Tensor]`: `input_features` `(batch, frames, channels)`, `attention_mask` `(batch, frames)` and,
@@ -596,9 +597,9 @@ class EchoDataCollator:
 
     processor: Any
     pad_to_multiple_of: int | None = None
-    perturb: Callable[[np.ndarray, random.Random], np.ndarray] | None = None
+    perturb: Callable[[np.ndarray, random.Random | None], np.ndarray] | None = None
     seed: int = 0
-    epoch: int = 0
+    epoch: int | None = 0
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         features = [np.asarray(row["input_features"], dtype=np.float32) for row in rows]
@@ -607,7 +608,7 @@ class EchoDataCollator:
             # drawn before it: a run that is resumed hears what it would have heard.
             lengths = [len(utterance) for utterance in features]
             said = [np.asarray(row["labels"]).tolist() for row in rows if row.get("labels") is not None]
-            chance = random.Random(f"{self.seed} {self.epoch} {lengths} {said}")
+            chance = None if self.epoch is None else random.Random(f"{self.seed} {self.epoch} {lengths} {said}")
             features = [self.perturb(utterance, chance) for utterance in features]
         padded = self.processor.feature_extractor.pad(
             {"input_features": features},

@@ -427,6 +427,7 @@ def plot_alignment(
         raise ValueError(f"{type(model).__name__} has no decoder, and so no cross-attention to draw.")
     features = _one_utterance(model, input_features)
     config = model.config
+    check_length(features.shape[1] * config.frame_seconds)
     was_training = model.training
     model.eval()
     try:
@@ -566,12 +567,13 @@ def _hear(audio, extractor: EchoFeatureExtractor | None):
     if "pitch" not in extractor.feature_groups:
         raise ValueError("feature_extractor: its feature_groups have no 'pitch' to draw.")
     waveform = extractor._read(audio, "audio", extractor.sampling_rate, resample=True)
-    _check_length(len(waveform) / extractor.sampling_rate)
+    check_length(len(waveform) / extractor.sampling_rate)
     features = extractor(waveform, sampling_rate=extractor.sampling_rate)["input_features"][0]
     return extractor, waveform, features, features[:, -1]
 
 
-def _check_length(seconds: float) -> None:
+def check_length(seconds: float) -> None:
+    """Raises `ValueError` for audio that lasts longer than `LONGEST_PICTURE`."""
     if seconds > LONGEST_PICTURE:
         raise ValueError(
             f"A picture shows at most {LONGEST_PICTURE} s, and the audio lasts {seconds:.0f} s; cut out a part of it."
@@ -675,7 +677,7 @@ def _encode_f0(model, input_features):
     if "pitch" not in encoder.config.feature_groups:
         raise ValueError("The model's feature_groups have no 'pitch', and so nothing to adapt to.")
     frame_f0 = _one_utterance(model, input_features)[..., -1].cpu()
-    _check_length(frame_f0.shape[1] * encoder.config.frame_seconds)
+    check_length(frame_f0.shape[1] * encoder.config.frame_seconds)
     length = torch.tensor([frame_f0.shape[1]])
     encoder_length = encoder._get_feat_extract_output_lengths(length)
     f0 = align_f0(frame_f0, length, encoder_length, int(encoder_length))

@@ -250,7 +250,8 @@ class EchoTrainer(Seq2SeqTrainer):
         card_arguments ([`CardArguments`], *optional*): what to say in the model card that cannot be measured.
 
     Raises:
-        `ValueError`: the processor is not the model's; or the `hub_strategy` would push the state of the optimizer.
+        `ValueError`: the processor is not the model's; the `hub_strategy` would push the state of the optimizer; or
+            batches are perturbed in processes that outlive an epoch.
     """
 
     def __init__(
@@ -268,8 +269,16 @@ class EchoTrainer(Seq2SeqTrainer):
             check_fit(processor, config)  # a token too many is an "index out of range" in the middle of training
         super().__init__(*args, **kwargs)
         self.train_collator = train_collator or self.data_collator
-        if isinstance(self.train_collator, EchoDataCollator):
-            self.add_callback(_TellEpoch(self.train_collator))
+        if isinstance(self.train_collator, EchoDataCollator) and self.train_collator.perturb is not None:
+            if self.args.dataloader_persistent_workers:
+                raise ValueError(
+                    "dataloader_persistent_workers: processes that outlive an epoch would perturb the next one alike;"
+                    " leave it out."
+                )
+            if self.train_dataset is not None and has_length(self.train_dataset):
+                self.add_callback(_TellEpoch(self.train_collator))
+            else:
+                self.train_collator.epoch = None
         self.card_arguments = card_arguments or CardArguments()
 
     def _get_train_sampler(self, train_dataset=None):
