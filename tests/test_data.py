@@ -413,10 +413,9 @@ def test_what_perturbs_a_batch_hangs_on_seed_epoch_and_batch_alone(processor):
     assert batches[1] == heard(second, seed=1)
     assert len(set(batches[0])) == 3  # each utterance has its own
     others = [batches[1], heard(first, seed=2), heard(first, seed=1, epoch=1)]
-    assert EchoDataCollator(processor, perturb=lambda features, chance: features * (chance is None), epoch=None)(first)[
-        "input_features"
-    ].all()  # a stream's: drawn anew
     assert all(set(batches[0]).isdisjoint(other) for other in others)
+    streamed = EchoDataCollator(processor, perturb=lambda features, chance: features * (chance is None), epoch=None)
+    assert streamed(first)["input_features"].all()  # drawn anew
 
 
 def test_collator_without_labels_and_with_a_fixed_multiple(processor):

@@ -451,10 +451,9 @@ def _settle(settings: dict[str, Any]) -> None:
     """Decides what was left open: when to evaluate and save, and whether to keep the best of the checkpoints."""
     if not settings["eval_data"]:
         settings["eval_strategy"] = "no"
-    elif (settings["eval_strategy"], settings["save_strategy"], settings["eval_steps"]) == (None, None, None):
-        settings["eval_steps"] = settings["save_steps"]  # so that the best can be kept
-        settings["eval_strategy"] = "steps" if settings["save_steps"] else "epoch"
     elif settings["eval_strategy"] is None:
+        if settings["save_strategy"] is None and settings["eval_steps"] is None:
+            settings["eval_steps"] = settings["save_steps"]  # so that the best can be kept
         settings["eval_strategy"] = "steps" if settings["eval_steps"] else "epoch"
     if settings["save_strategy"] is None and settings["save_steps"] is not None:
         settings["save_strategy"] = "steps"
@@ -843,9 +842,9 @@ def _draw_recording(options):
     plotting.check_length(len(waveform) / extractor.sampling_rate)
     words = _find_words(model, processor, path) if options.words else None
     if options.kind == "utterance":
-        return plotting.plot_utterance(path, extractor, title, words)
+        return plotting.plot_utterance(waveform, extractor, title, words)
     if options.kind == "pitch":
-        return plotting.plot_pitch(path, extractor, title, words)
+        return plotting.plot_pitch(waveform, extractor, title, words)
     features = processor(audio=waveform, sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_features"]
     if options.kind == "angles":
         return plotting.plot_angles(model, features, options.theta_mode, title)
@@ -883,6 +882,13 @@ def _add_diagnose(commands) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of a table")
 
 
+def _skip_or_stop(transcript, skip_broken: bool) -> None:
+    """Reports a file that could not be used, if such are skipped; raises `ValueError` otherwise."""
+    if not skip_broken:
+        raise ValueError(f"{transcript.path}: {transcript.error} (--skip_broken goes on with the others)")
+    _tell(f"echo-hf: skipped {transcript.path}: {transcript.error}")
+
+
 def _diagnose(options) -> int:
     import torch
 
@@ -900,16 +906,15 @@ def _diagnose(options) -> int:
         for transcript in transcribe_files(make_pipeline(model, processor), files, options.batch_size):
             if transcript.error is None:
                 heard += 1
-            elif options.skip_broken:
-                _tell(f"echo-hf: skipped {transcript.error}")
             else:
-                raise ValueError(f"{transcript.error} Leave such files out, or use --skip_broken.")
+                _skip_or_stop(transcript, options.skip_broken)
     if not heard:
         raise ValueError(f"None of {len(files)} files could be heard.")
-    if not diagnostics.to_dict()["frames"]:
+    figures = diagnostics.to_dict()
+    if not figures["frames"]:
         raise ValueError("The model was not asked: there is nothing but silence.")
     if options.json:
-        _write(json.dumps(diagnostics.to_dict()))
+        _write(json.dumps(figures))
     else:
         _write(diagnostics.table())
     return 0
@@ -1065,9 +1070,7 @@ def _transcribe(options) -> int:
     ):
         if transcript.error is not None:
             broken += 1
-            if not options.skip_broken:
-                raise ValueError(f"{transcript.path}: {transcript.error} (--skip_broken goes on with the others)")
-            _tell(f"echo-hf: skipped {transcript.path}: {transcript.error}")
+            _skip_or_stop(transcript, options.skip_broken)
             continue
         if grouped:
             transcript = replace(transcript, chunks=group_cues(transcript.chunks))

@@ -441,8 +441,7 @@ class EchoConfig(PreTrainedConfig):
             )
 
     def _check_training(self):
-        ends = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
-        if self.pad_token_id is None or self.pad_token_id in (self.bos_token_id, *ends):
+        if self.pad_token_id is None or self.pad_token_id in (self.bos_token_id, *self.ends_of_sequence):
             raise ValueError(
                 f"pad_token_id must be a token of its own, as no loss counts it and CTC takes it for its blank; got"
                 f" {self.pad_token_id}, with bos_token_id {self.bos_token_id} and eos_token_id {self.eos_token_id}."
@@ -462,6 +461,12 @@ class EchoConfig(PreTrainedConfig):
         """Names of the fields whose mechanism reads F0 and is switched on."""
         names = ("theta_mode", "radius_mode", "pitch_bias", "pitch_gate", "pitch_stem", "token_pitch")
         return [name for name in names if getattr(self, name) != BASELINE[name]]
+
+    @property
+    def ends_of_sequence(self) -> list[int]:
+        """`eos_token_id` as a list, of none, one or several."""
+        ends = self.eos_token_id
+        return [] if ends is None else ends if isinstance(ends, list) else [ends]
 
     @property
     def num_feature_channels(self) -> int:

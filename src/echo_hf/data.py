@@ -20,7 +20,6 @@ from collections.abc import Iterable
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -290,11 +289,10 @@ def prepare_dataset(
         raise ValueError(f"None of the {len(table)} utterances can be used: {_describe(origins, problems | outside)}.")
     sources = table["source"][:] if "source" in table.column_names else [None] * len(table)
     # Each source by itself, and each time it is named, so that what was computed of it alone serves beside others.
-    times, groups = Counter(), []
+    times, part_of = Counter(), {}
     for index in keep:
         times[sources[index], origins[index]] += 1
-        groups.append((sources[index], times[sources[index], origins[index]]))
-    parts = [[index for _, index in part] for _, part in groupby(zip(groups, keep), key=itemgetter(0))]
+        part_of[index] = sources[index], times[sources[index], origins[index]]
     features = datasets.concatenate_datasets(
         [
             _compute_features(
@@ -305,7 +303,7 @@ def prepare_dataset(
                 num_proc,
                 Path(cache_dir) if cache_dir is not None else Path(datasets.config.HF_DATASETS_CACHE) / "echo_hf",
             )
-            for rows in parts
+            for rows in (list(part) for _, part in groupby(keep, key=part_of.__getitem__))
         ]
     )
     undecodable = {keep[row]: message for row, message in enumerate(features["problem"]) if message}

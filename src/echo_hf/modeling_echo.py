@@ -110,6 +110,11 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (values * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
 
 
+def mask_frames(lengths: torch.Tensor, num_frames: int) -> torch.Tensor:
+    """Which of `num_frames` frames are real where `lengths` of them are, `(B,)` to `(B, num_frames)`, boolean."""
+    return torch.arange(num_frames, device=lengths.device)[None] < lengths[:, None]
+
+
 def align_f0(
     f0: torch.Tensor, lengths: torch.Tensor, encoder_lengths: torch.Tensor, encoder_frames: int
 ) -> torch.Tensor:
@@ -855,7 +860,7 @@ class EchoEncoder(EchoPreTrainedModel):
         encoder_lengths = self._get_feat_extract_output_lengths(lengths)
         encoder_frames = self._get_feat_extract_output_lengths(input_features.shape[1])
         frames = torch.arange(encoder_frames, device=input_features.device)[None]  # (1, S)
-        encoder_mask = (frames < encoder_lengths[:, None]).to(attention_mask.dtype)  # (B, S)
+        encoder_mask = mask_frames(encoder_lengths, encoder_frames).to(attention_mask.dtype)  # (B, S)
 
         # F0 stays in float32 whatever the model's dtype: bfloat16 keeps only 8 bits of it.
         frame_f0 = (
@@ -1051,8 +1056,7 @@ class EchoModel(EchoPreTrainedModel):
         if encoder_mask is not None or attention_mask is None:
             return encoder_mask
         lengths = self._get_feat_extract_output_lengths(attention_mask.sum(-1))
-        frames = torch.arange(encoder_outputs[0].shape[1], device=attention_mask.device)
-        return (frames[None] < lengths[:, None]).to(attention_mask.dtype)
+        return mask_frames(lengths, encoder_outputs[0].shape[1]).to(attention_mask.dtype)
 
     @can_return_tuple
     def forward(
@@ -1157,8 +1161,7 @@ def ctc_loss(
     """
     if num_items_in_batch is None:  # counted as the Trainer does
         num_items_in_batch = (labels != -100).sum().clamp(min=1)
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    for token in (config.bos_token_id, *ends):
+    for token in (config.bos_token_id, *config.ends_of_sequence):
         if token is not None:
             labels = labels.masked_fill(labels == token, -100)
     total = ForCTCLoss(

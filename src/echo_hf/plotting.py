@@ -427,7 +427,6 @@ def plot_alignment(
         raise ValueError(f"{type(model).__name__} has no decoder, and so no cross-attention to draw.")
     features = _one_utterance(model, input_features)
     config = model.config
-    check_length(features.shape[1] * config.frame_seconds)
     was_training = model.training
     model.eval()
     try:
@@ -661,6 +660,7 @@ def _one_utterance(model, input_features):
             "input_features must be one utterance of shape (frames, channels) or (1, frames, channels), got"
             f" {tuple(features.shape)}."
         )
+    check_length(features.shape[1] * model.config.frame_seconds)
     return features.to(model.device, torch.float32)
 
 
@@ -677,7 +677,6 @@ def _encode_f0(model, input_features):
     if "pitch" not in encoder.config.feature_groups:
         raise ValueError("The model's feature_groups have no 'pitch', and so nothing to adapt to.")
     frame_f0 = _one_utterance(model, input_features)[..., -1].cpu()
-    check_length(frame_f0.shape[1] * encoder.config.frame_seconds)
     length = torch.tensor([frame_f0.shape[1]])
     encoder_length = encoder._get_feat_extract_output_lengths(length)
     f0 = align_f0(frame_f0, length, encoder_length, int(encoder_length))

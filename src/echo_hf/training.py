@@ -659,7 +659,7 @@ def check_checkpoint(folder: Path) -> None:
 def count_beyond_ctc(data: PreparedData, config: EchoConfig) -> int:
     """Utterances with more tokens than encoder frames to emit them at (repeated tokens need a blank between them)."""
     stride = math.prod(config.stem_strides)
-    special = {config.pad_token_id, config.bos_token_id, config.eos_token_id}
+    special = {config.pad_token_id, config.bos_token_id, *config.ends_of_sequence}
     count = 0
     for length, labels in zip(data.dataset["length"], data.dataset["labels"]):
         tokens = [token for token in labels if token not in special]

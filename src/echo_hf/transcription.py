@@ -21,6 +21,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .checkpoint import load_model_and_processor
+from .feature_extraction_echo import open_audio
 from .pipeline_echo import LONGEST_SEGMENT
 from .pipeline_echo import EchoAutomaticSpeechRecognitionPipeline
 from .processing_echo import EchoProcessor
@@ -275,11 +276,10 @@ class _ProgressBar(tqdm):
 
 def _claimed_seconds(path: Path) -> float:
     """Duration as the file's header has it, for the progress bar alone: it may be wrong."""
-    import soundfile
-
     try:
-        return soundfile.info(path).duration
-    except (soundfile.SoundFileError, TypeError):  # TypeError: a name that ends in .raw
+        with open_audio(path) as (file, _):
+            return file.frames / file.samplerate
+    except (OSError, ValueError):
         return 0.0
 
 
