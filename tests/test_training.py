@@ -150,6 +150,8 @@ def test_utterances_with_too_many_tokens_for_ctc_are_counted(manifest, tmp_path)
     table = table.remove_columns("text").add_column("text", texts)
     prepared = prepare_dataset(table, processor, cache_dir=tmp_path / "cache")
     assert count_beyond_ctc(prepared, config) == 1
+    config.eos_token_id = [config.eos_token_id, config.vocab_size - 1]  # several may end a text
+    assert count_beyond_ctc(prepared, config) == 1
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------
