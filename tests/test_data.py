@@ -399,8 +399,8 @@ def test_collator_strips_one_begin_at_the_front_only(processor):
 def test_what_perturbs_a_batch_hangs_on_seed_epoch_and_batch_alone(processor):
     """Not on the batches before it, so that a run that is resumed hears the same."""
 
-    def perturb(features, chance):
-        return features * chance.random()
+    def perturb(utterances, chance):
+        return [features * chance.random() for features in utterances]
 
     def heard(rows, **settings):
         return EchoDataCollator(processor, perturb=perturb, **settings)(rows)["input_features"][:, 0, 0].tolist()
@@ -414,8 +414,12 @@ def test_what_perturbs_a_batch_hangs_on_seed_epoch_and_batch_alone(processor):
     assert len(set(batches[0])) == 3  # each utterance has its own
     others = [batches[1], heard(first, seed=2), heard(first, seed=1, epoch=1)]
     assert all(set(batches[0]).isdisjoint(other) for other in others)
-    streamed = EchoDataCollator(processor, perturb=lambda features, chance: features * (chance is None), epoch=None)
-    assert streamed(first)["input_features"].all()  # drawn anew
+
+    def draws_anew(utterances, chance):
+        return [features * (chance is None) for features in utterances]
+
+    streamed = EchoDataCollator(processor, perturb=draws_anew, epoch=None)
+    assert streamed(first)["input_features"].all()
 
 
 def test_collator_without_labels_and_with_a_fixed_multiple(processor):

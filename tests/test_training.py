@@ -348,7 +348,7 @@ def test_only_training_batches_are_perturbed(manifest, tmp_path):
         ModelArguments(preset="all", config_overrides=TINY, feature_groups=TINY_FEATURES), ["low", "high"], 0.0
     )
     data = prepare_dataset(load_sources([str(manifest)]), processor, cache_dir=tmp_path / "cache").dataset
-    perturb = VoicePerturbation(processor.feature_extractor, voice=0.3)
+    perturb = VoicePerturbation(processor.feature_extractor, voice=0.3).batch
     trainer = EchoTrainer(
         model=model,
         args=trainer_arguments(tmp_path / "run", per_device_train_batch_size=6, per_device_eval_batch_size=6),

@@ -11,11 +11,11 @@ from transformers.audio_utils import hertz_to_mel
 from transformers.audio_utils import mel_to_hertz
 
 SHORTEST = 4  # frames that tempo leaves an utterance at least
-LONGEST_PAUSE = 200  # frames, 2 s
+LONGEST_PAUSES = (20, 1000)  # frames, 0.2 and 10 s: between them lies the longest pause of a batch
 
 
 class VoicePerturbation:
-    r"""Perturbs the features of one utterance, with factors drawn anew at each call.
+    r"""Perturbs the features of an utterance, or of each of a `batch`, with factors drawn anew for every one.
 
     - **tempo**: time is stretched by linear interpolation, `exp(u)` times as fast, u uniform in `[-tempo, tempo]`.
     - **voice**: the vocal tract is made longer or shorter, `g = exp(u)`, u uniform in `[-voice, voice]`: mel channel at
@@ -24,9 +24,10 @@ class VoicePerturbation:
     - **f0_shift**: F0 alone is moved as a whole, by `exp(u)`, u uniform in `[-f0_shift, f0_shift]`: the contour stays.
     - **f0_drop**: with this probability all of F0 is set to 0, unvoiced, as where a tracker finds none; to F0 what
       SpecAugment is to the spectrogram, so that the model does not hang on it alone.
-    - **pause**: with this probability up to 2 s in which nobody speaks are put before or behind the utterance: digital
+    - **pause**: with this probability some time in which nobody speaks is put before or behind the utterance: digital
       silence, or its own quietest frames in random order, as the noise of its room. So words do not hang on where a
-      recording was cut.
+      recording was cut. All utterances of a batch have a pause, or none, as a single long one would have all the
+      others padded; the longest it may hold is drawn between 0.2 and 10 s, uniform on a logarithmic scale.
     - **channel**: the spectrum is tilted, by u uniform in `[-channel, channel]` at the highest mel channel and -u at
       the lowest (units of the extractor: 0.25 is 10 dB), and everything under a floor drawn from `[0, 1.5 * channel]`
       is raised to it, as by noise.
@@ -100,11 +101,27 @@ class VoicePerturbation:
         Returns:
             float32, shape `(other frames, channels)`; a new array.
         """
-        features, chance = np.array(features, dtype=np.float32), chance or random
+        return self.batch([features], chance)[0]
+
+    def batch(self, utterances: list[np.ndarray], chance: random.Random | None = None) -> list[np.ndarray]:
+        """
+        Args:
+            utterances: each as above.
+            chance (`random.Random`, *optional*): what draws the factors; Python's own when not given.
+
+        Returns:
+            As many new arrays, each float32 of shape `(other frames, channels)`.
+        """
+        chance, longest = chance or random, 0
+        if self.pause and chance.random() < self.pause:
+            longest = round(np.exp(chance.uniform(*np.log(LONGEST_PAUSES))))
+        return [self._perturb(np.array(features, dtype=np.float32), chance, longest) for features in utterances]
+
+    def _perturb(self, features: np.ndarray, chance: random.Random, longest_pause: int) -> np.ndarray:
         if self.tempo:
             features = self._stretch(features, np.exp(chance.uniform(-self.tempo, self.tempo)))
-        if self.pause and chance.random() < self.pause:
-            features = self._add_pause(features, chance)
+        if longest_pause:
+            features = self._add_pause(features, chance, longest_pause)
         spectrogram = features[:, : self.num_mels]
         if self.voice:
             factor = np.exp(chance.uniform(-self.voice, self.voice))
@@ -134,9 +151,9 @@ class VoicePerturbation:
             stretched[:, -1] = features[np.round(times).astype(int), -1]
         return stretched
 
-    def _add_pause(self, features: np.ndarray, chance: random.Random) -> np.ndarray:
-        """Up to `LONGEST_PAUSE` frames before or behind, F0 and what else there is 0."""
-        pause = np.zeros((chance.randint(1, LONGEST_PAUSE), features.shape[1]), dtype=np.float32)
+    def _add_pause(self, features: np.ndarray, chance: random.Random, longest: int) -> np.ndarray:
+        """Up to `longest` frames before or behind, F0 and what else there is 0."""
+        pause = np.zeros((chance.randint(1, longest), features.shape[1]), dtype=np.float32)
         if chance.random() < 0.5:
             loudness = features[:, : self.num_mels].mean(axis=1)
             quietest = np.argsort(loudness, kind="stable")[: max(1, len(features) // 10)]

@@ -581,9 +581,9 @@ class EchoDataCollator:
         processor ([`EchoProcessor`]): its feature extractor pads, its tokenizer says what the begin of sequence is.
         pad_to_multiple_of (`int`, *optional*): frames are padded up to a multiple of this, for fixed shapes.
         perturb (`Callable`, *optional*):
-            What is done to the features of each utterance before, such as [`VoicePerturbation`]: it takes them,
-            `(frames, channels)`, and a `random.Random` to draw from, and returns `(other frames, channels)`. For
-            training only.
+            What is done to the features of the utterances before, such as [`VoicePerturbation.batch`]: it takes a list
+            of them, each `(frames, channels)`, and a `random.Random` to draw from, and returns as many, each
+            `(other frames, channels)`. For training only.
         seed (`int`, defaults to 0): of what `perturb` draws.
         epoch (`int`, *optional*, defaults to 0): likewise; [`EchoTrainer`] sets it. `None`, as for a stream, which may
             repeat itself within an epoch: `perturb` gets no `random.Random`, and draws anew each time.
@@ -595,7 +595,7 @@ class EchoDataCollator:
 
     processor: Any
     pad_to_multiple_of: int | None = None
-    perturb: Callable[[np.ndarray, random.Random | None], np.ndarray] | None = None
+    perturb: Callable[[list[np.ndarray], random.Random | None], list[np.ndarray]] | None = None
     seed: int = 0
     epoch: int | None = 0
 
@@ -607,7 +607,7 @@ class EchoDataCollator:
             lengths = [len(utterance) for utterance in features]
             said = [np.asarray(row["labels"]).tolist() for row in rows if row.get("labels") is not None]
             chance = None if self.epoch is None else random.Random(f"{self.seed} {self.epoch} {lengths} {said}")
-            features = [self.perturb(utterance, chance) for utterance in features]
+            features = self.perturb(features, chance)
         padded = self.processor.feature_extractor.pad(
             {"input_features": features},
             padding=True,

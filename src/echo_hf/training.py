@@ -210,7 +210,8 @@ class DataArguments:
     pause: float = field(
         default=0.0,
         metadata={
-            "help": "With this probability up to 2 s of silence, or of its room's noise, stand before or behind."
+            "help": "With this probability the utterances of a batch have silence, or their room's noise, before or"
+            " behind: up to 10 s, mostly less than 2."
         },
     )
     non_speech_share: float = field(
@@ -778,7 +779,7 @@ def train(
         args=training_arguments,
         data_collator=EchoDataCollator(processor),
         train_collator=EchoDataCollator(
-            processor, perturb=perturb if perturb.is_active else None, seed=training_arguments.seed
+            processor, perturb=perturb.batch if perturb.is_active else None, seed=training_arguments.seed
         ),
         train_dataset=train_data.dataset,
         eval_dataset=eval_data.dataset if eval_data else None,
