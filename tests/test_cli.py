@@ -341,6 +341,12 @@ def test_evaluate_counts_and_writes_predictions(capsys, manifest, checkpoint, tm
     assert out.rstrip("\n").partition(": ")[2] == hypotheses[2]
 
 
+def test_evaluate_refuses_a_folder_for_its_output_at_once(capsys, manifest, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("echo_hf.transcription.recognize", lambda *_, **__: pytest.fail("recognised for nothing"))
+    code, _, err = run(capsys, "evaluate", manifest, "--checkpoint", checkpoint, "--output", tmp_path)
+    assert code == 1 and f"--output {tmp_path} is a folder" in err
+
+
 def test_evaluate_as_json(capsys, manifest, checkpoint, tmp_path):
     manifest.write_text(manifest.read_text() + json.dumps({"audio": "gone.wav", "text": "six"}) + "\n")
     common = (manifest, "--checkpoint", checkpoint, "--cache_dir", tmp_path / "cache", "--json")
@@ -572,6 +578,14 @@ def test_a_recipe_gives_options_that_the_command_line_overrides(tmp_path):
         *("--size", "5m"),
     ]
     assert _with_recipe(["--size", "5m"]) == ["--size", "5m"]
+
+
+@pytest.mark.parametrize("written", ['{"dropout": 0.1, "stem_num_layers": 2}', '"dropout=0.1,stem_num_layers=2"'])
+def test_what_a_recipe_overrides_of_the_config_stays_but_for_what_is_named(written, tmp_path):
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(f'{{"config_overrides": {written}}}')
+    options = _with_recipe(["--recipe", str(recipe), "--config_overrides", "dropout=0.2"])
+    assert json.loads(options[-1]) == {"dropout": 0.2, "stem_num_layers": 2} and options[-2] == "--config_overrides"
 
 
 @pytest.mark.parametrize("content", [None, "{", "[1]"])

@@ -83,6 +83,7 @@ def test_feature_groups_take_their_fixed_order():
         ("mask_feature_length", 0),
         ("pad_token_id", None),
         ("pad_token_id", 2),
+        ("decoder_start_token_id", None),
     ],
 )
 def test_impossible_values_raise_and_name_the_field(field, value, tmp_path):

@@ -118,6 +118,9 @@ def test_folder_with_texts_beside_the_audio(manifest):
         (folder / f"{number}.txt").write_text(f" text {number}\n")
     table = load_sources(folder)
     assert table["text"][:] == ["text 0", "text 1", "text 2"]
+    (folder / "1.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"1\.txt: not UTF-8 text"):
+        load_sources(folder)
     (folder / "1.txt").unlink()
     with pytest.raises(ValueError, match=r"1 of 3 audio files have no text .*1\.txt"):
         load_sources(folder)
@@ -174,9 +177,23 @@ def test_sources_are_concatenated_in_order(manifest, tmp_path, processor, cache_
     assert prepared.dataset["speaker"][:] == ["s0", "s1", "s2", None, None]
 
 
-def test_missing_source_is_named():
+def test_lists_that_differ_between_sources_become_text(tmp_path):
+    write_tone(tmp_path / "a.wav")
+    written = write_manifest(tmp_path / "a.jsonl", [{"audio": "a.wav", "text": "a", "words": ["a", 1]}])
+    audio = [{"bytes": None, "path": str(tmp_path / "a.wav")}] * 2
+    saved = datasets.Dataset.from_dict({"audio": audio, "text": ["b", "c"], "words": [["b"], None]})
+    saved.save_to_disk(str(tmp_path / "saved"))
+    assert load_sources([written, tmp_path / "saved"])["words"][:] == ['["a", 1]', '["b"]', None]
+
+
+def test_missing_source_is_named(monkeypatch):
     with pytest.raises(ValueError, match="no such file or folder"):
         load_sources("nowhere/train.jsonl")
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, *_, **__: asked.append(name) or [])
+    with pytest.raises(ValueError, match="cannot be used"):
+        load_sources("someone/speech_v1.0")  # of the Hub
+    assert asked == ["someone/speech_v1.0"]
     with pytest.raises(ValueError, match="No source"):
         load_sources([])
 

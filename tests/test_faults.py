@@ -1,5 +1,6 @@
 """Training that is killed, or finds the disk full or a file damaged, loses nothing but the steps since it saved."""
 
+import errno
 import json
 import os
 import shutil
@@ -262,6 +263,19 @@ def test_a_run_that_cannot_be_pushed_is_saved_and_says_how_to(tones, tmp_path, m
     assert f"hf upload someone/tones {tmp_path / 'run'} . --exclude 'checkpoint-*'" in str(caught.value)
     assert load_checkpoint(tmp_path / "run")
     assert (tmp_path / "run" / "README.md").is_file() and (tmp_path / "run" / "run_summary.json").is_file()
+
+
+def test_a_disk_that_fills_while_a_checkpoint_is_pushed_leaves_the_checkpoint(tones, tmp_path, monkeypatch):
+    def full(self, folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(EchoTrainer, "init_hf_repo", lambda self: setattr(self, "hub_model_id", "someone/tones"))
+    monkeypatch.setattr(EchoTrainer, "_push_from_checkpoint", full)
+    data = DataArguments(train_data=[str(tones / "tones.jsonl")], cache_dir=str(tones / "cache"))
+    arguments = trainer_arguments(tmp_path / "run", push_to_hub=True, save_strategy="steps", save_steps=1)
+    with pytest.raises(OSError, match="No space left on device.* use --resume; checkpoint-1 is whole"):
+        train(model_arguments(), data, arguments)
+    assert find_last_checkpoint(tmp_path / "run").name == "checkpoint-1"
 
 
 @pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])

@@ -236,6 +236,17 @@ def test_coarse_types_are_near(extractor, reference):
     np.testing.assert_allclose(to_mono(as_float(pcm).astype(np.float16)), as_float(pcm), atol=1e-3)
 
 
+@pytest.mark.parametrize("rows", [3, 8])
+def test_a_small_stacked_batch_is_not_taken_for_channels(extractor, rows):
+    batch = np.stack([as_float(voice(seed=seed)) for seed in range(rows)])
+    with pytest.raises(ValueError, match=f"a batch of recordings, or one with {rows} channels. Pass a list"):
+        extractor(batch, sampling_rate=RATE)
+    listed = extractor(list(batch), sampling_rate=RATE)["input_features"]
+    assert len(listed) == rows
+    mixed = extractor(batch.T, sampling_rate=RATE)["input_features"]
+    np.testing.assert_allclose(mixed, extractor(batch.mean(0), sampling_rate=RATE)["input_features"], atol=1e-5)
+
+
 def test_stereo_is_the_mean_of_its_channels():
     left, right = as_float(voice(seed=1)), as_float(voice(seed=2))
     np.testing.assert_allclose(to_mono(np.stack([left, right])), (left + right) / 2, atol=1e-8)

@@ -195,6 +195,8 @@ def test_assisted_and_sampled_generation_take_it_too():
     model, inputs = tiny_model(), features((200,))
     greedy = model.generate(**inputs, ctc_weight=0.7)
     assert torch.equal(model.generate(**inputs, ctc_weight=0.7, assistant_model=tiny_model()), greedy)
+    without_head = tiny_model(ctc_loss_weight=0.0)
+    assert torch.equal(model.generate(**inputs, ctc_weight=0.7, assistant_model=without_head), greedy)
     torch.manual_seed(0)
     sampled = model.generate(**inputs, ctc_weight=0.7, do_sample=True, num_return_sequences=3)
     assert sampled.shape[0] == 3 and not (sampled[:, 1:] == BOS).any()

@@ -12,6 +12,7 @@ from transformers import EncoderDecoderCache
 from transformers import StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
+from echo_hf import modeling_echo
 from echo_hf.configuration_echo import PRESETS
 from echo_hf.configuration_echo import EchoConfig
 from echo_hf.modeling_echo import EchoEncoderOutput
@@ -677,6 +678,23 @@ def test_beam_search_expands_all_the_encoder_gives():
         assert torch.equal(batch[i : i + 1], model.generate(**alone(inputs, i), num_beams=3, **GENERATE))
     returned = model.generate(**inputs, num_beams=3, num_return_sequences=2, **GENERATE)
     assert returned.shape[0] == 6
+
+
+def test_the_loss_asks_no_parameter_for_its_device(monkeypatch):
+    """Replicas of `torch.nn.DataParallel`, which the Trainer makes of a model where it sees two GPUs, have none."""
+    model, inputs = tiny_model(), make_inputs((61,))
+    labels = torch.tensor([[5, 6, 2]])
+    expected = model(**inputs, labels=labels, num_items_in_batch=torch.tensor(7)).loss
+    monkeypatch.setattr(type(model), "device", property(lambda self: next(iter(()))))
+    assert torch.equal(model(**inputs, labels=labels, num_items_in_batch=torch.tensor(7)).loss, expected)
+
+
+def test_generate_warns_of_audio_too_long_for_one_text(monkeypatch):
+    told, model = [], tiny_model("baseline")
+    monkeypatch.setattr(modeling_echo.logger, "warning_once", told.append)
+    for frames in (2990, 4000):
+        model.generate(torch.zeros(1, frames, model.config.num_feature_channels), max_new_tokens=1)
+    assert len(told) == 1 and "hears all 40 s of audio at once" in told[0] and "pipeline" in told[0]
 
 
 def test_sampling_and_assisted_decoding():

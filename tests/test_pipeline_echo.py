@@ -1,5 +1,6 @@
 """`pipeline("automatic-speech-recognition", model=folder)`, with the package and with the checkpoint's own code."""
 
+import copy
 import json
 import os
 import shutil
@@ -161,6 +162,16 @@ def test_half_precision(dtype, head, checkpoint, ctc_checkpoint):
     assert [set(result) for result in recognizer([voice(0.5), voice(1.0)], batch_size=2)] == [{"text"}, {"text"}]
 
 
+def test_of_several_hypotheses_the_best_is_given(recognizer):
+    recordings, beams = [voice(1.0, f0) for f0 in (100, 150, 250)], {"num_beams": 3}
+    several = {"generate_kwargs": {**beams, "num_return_sequences": 3}, "batch_size": 3}
+    expected = recognizer(recordings, generate_kwargs=beams)
+    assert recognizer(recordings, **several) == expected and len({result["text"] for result in expected}) > 1
+    assert recognizer(recordings, return_timestamps="word", **several) == recognizer(
+        recordings, return_timestamps="word", generate_kwargs=beams
+    )
+
+
 def test_greedy_unless_told_otherwise(recognizer):
     for f0 in range(90, 400, 15):  # the first voice on which the two differ, or the test below shows nothing
         audio = voice(1.0, f0)
@@ -232,6 +243,8 @@ def test_timestamps_of_generated_text(ctc_head, checkpoint, recognizer):
         }
         several = timed([audio, voice(0.9, 200), audio], return_timestamps="word", batch_size=2)
         assert several[0] == several[2] == words
+        assistant = {"assistant_model": copy.deepcopy(model)}
+        assert timed(audio, return_timestamps="word", generate_kwargs=assistant) == words
         beams = timed(audio, return_timestamps="word", generate_kwargs={"num_beams": 3})
         assert beams["text"].strip() == timed(audio, generate_kwargs={"num_beams": 3})["text"].strip()
     assert model.config._attn_implementation == "sdpa"
@@ -597,6 +610,16 @@ report["text again"] = recognizer(audio)["text"]
 recognizer.save_pretrained(target + " third")
 recognizer = pipeline("automatic-speech-recognition", model=target + " third", **trust)
 report["text third"] = recognizer(audio)["text"]
+# With a model already loaded, the pipeline's class must be said.
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+parts = {"tokenizer": loaded["AutoTokenizer"], "feature_extractor": loaded["AutoFeatureExtractor"]}
+recognizer = pipeline(
+    "automatic-speech-recognition",
+    model=loaded[head],
+    **parts,
+    pipeline_class=get_class_from_dynamic_module("pipeline_echo.EchoAutomaticSpeechRecognitionPipeline", folder),
+)
+report["text fourth"] = recognizer(audio)["text"]
 report["echo_hf"] = any(name.partition(".")[0] == "echo_hf" for name in sys.modules)
 print(json.dumps(report))
 """
@@ -652,7 +675,8 @@ def test_checkpoint_runs_where_the_package_is_not_installed(
         "AutoProcessor": "EchoProcessor",
     }
     assert report["pipeline"] == [type(native).__name__, type(native.model).__name__, native.type]
-    assert report["text"] == report["text again"] == report["text third"] == native(voice(1.0))["text"]
+    again = [report[f"text{time}"] for time in ("", " again", " third", " fourth")]
+    assert again == [native(voice(1.0))["text"]] * 4
     long = native(voice(1.0), chunk_length_s=0.4, return_timestamps="word", batch_size=2)
     assert report["long"] == json.loads(json.dumps(long))
     # What was saved without the package is the same to who has it.

@@ -201,6 +201,17 @@ def test_a_second_run_keeps_what_is_there(tmp_path, engines):
     assert [row["text"] for row in rows_of(second.manifest)] == [line.text for line in LINES[:4]]
 
 
+@pytest.mark.parametrize(
+    "content",
+    ['{"audio": "a.wav", "text": "of people"}\n', "no JSON\n", '{"synthetic": true}\n{"audio": "a.wav"}\n', "[1]"],
+)
+def test_other_manifests_are_not_overwritten(tmp_path, engines, content):
+    (tmp_path / "train.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=r"train\.jsonl is no manifest of synthetic speech, .* another folder"):
+        synthesize(LINES, tmp_path)
+    assert (tmp_path / "train.jsonl").read_text() == content and not list(tmp_path.rglob("*.flac"))
+
+
 @pytest.mark.parametrize(("text", "reason"), [("broken", "no such phoneme"), ("silent", "silent"), ("", "empty")])
 def test_what_cannot_be_spoken_is_named_and_may_be_skipped(tmp_path, engines, text, reason):
     lines = [LINES[0], Line(text, "en"), LINES[1]]

@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import numpy as np
 import pytest
 import soundfile
@@ -173,7 +174,7 @@ def test_a_run_leaves_a_complete_checkpoint(manifest, tmp_path):
     # Label smoothing went to the model, whose own loss knows CTC, and not to the Trainer.
     model = AutoModelForSpeechSeq2Seq.from_pretrained(output_dir)
     assert isinstance(model, EchoForConditionalGeneration)
-    assert model.config.label_smoothing == 0.1 and arguments.label_smoothing_factor == 0
+    assert model.config.label_smoothing == 0.1 and arguments.label_smoothing_factor == 0.1
     assert model.generation_config.max_length == model.config.max_target_positions == 12
     processor = AutoProcessor.from_pretrained(output_dir)
     assert processor.feature_extractor.feature_groups == model.config.feature_groups == json.loads(TINY_FEATURES)
@@ -188,6 +189,34 @@ def test_a_run_leaves_a_complete_checkpoint(manifest, tmp_path):
     train(further, data, trainer_arguments(tmp_path / "further", max_steps=1))
     config = EchoConfig.from_pretrained(tmp_path / "further")
     assert (config.dropout, config.label_smoothing) == (0.2, 0.0)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_missing_text_of_a_dataset_is_named_or_left_out(normalize, manifest, tmp_path):
+    audio = [{"bytes": None, "path": str(manifest.parent / f"{number}.wav")} for number in range(3)]
+    saved = datasets.Dataset.from_dict({"audio": audio, "text": ["low", None, "high"]})
+    saved.save_to_disk(str(tmp_path / "saved"))
+    options = {"normalize_text": normalize, "cache_dir": str(tmp_path / "cache")}
+    data = DataArguments(train_data=[str(tmp_path / "saved")], **options)
+    with pytest.raises(ValueError, match="saved row 1: there is no text"):
+        train(model_arguments(), data, trainer_arguments(tmp_path / "run", max_steps=1))
+    data.skip_broken = True
+    assert train(model_arguments(), data, trainer_arguments(tmp_path / "run", max_steps=1))["train"]["utterances"] == 2
+
+
+def test_a_run_resumed_after_its_last_step_takes_no_other(manifest, tmp_path):
+    """As when the disk was full at the end. The last step is not the last of an epoch."""
+    output_dir = tmp_path / "run"
+    data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"))
+    settings = {"per_device_train_batch_size": 2, "max_steps": 4, "lr_scheduler_type": "constant"}
+    arguments = trainer_arguments(output_dir, save_strategy="steps", save_steps=4, **settings)
+    train(model_arguments(), data, arguments)
+    expected = (output_dir / "model.safetensors").read_bytes()
+    assert (output_dir / "checkpoint-4" / "model.safetensors").read_bytes() == expected
+    (output_dir / "model.safetensors").unlink()
+    assert train(model_arguments(), data, arguments, resume=True)["steps"] == 4
+    assert (output_dir / "model.safetensors").read_bytes() == expected
+    assert [path.name for path in output_dir.glob("checkpoint-*")] == ["checkpoint-4"]
 
 
 def test_every_part_of_the_loss_is_trained(manifest, tmp_path):

@@ -243,6 +243,11 @@ def _require(*packages: str) -> None:
         raise ImportError(f"this command needs {', '.join(missing)}, not installed: pip install 'echo-hf[train]'")
 
 
+def _refuse_folder(output: str | None) -> None:
+    if output and Path(output).is_dir():
+        raise ValueError(f"--output {output} is a folder; name a file.")
+
+
 def _tell(text: str) -> None:
     sys.stderr.write(text + "\n")
 
@@ -353,7 +358,7 @@ def _train(arguments: list[str]) -> int:
     parser.add_argument("-h", "--help", action="store_true", help="show this help")
     _add_both(parser, "help_all", action="store_true", help="show this help with all options of the Trainer")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
-    parser.add_argument("--recipe", help="JSON file of options by name, as in recipes/; those given here come first")
+    parser.add_argument("--recipe", help="JSON file of options by name, as in recipes/; those given here override it")
     parser._optionals.title = "training (--help_all shows all options of the Trainer)"
     parser._action_groups.sort(key=lambda group: group is parser._optionals)  # data and model come first
     # None: not given. `_settle` decides these by the others.
@@ -481,8 +486,9 @@ def _settle(settings: dict[str, Any]) -> None:
 
 def _with_recipe(arguments: list[str]) -> list[str]:
     """The options of the file that `--recipe` names, if it is there, before the others, which so override them."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="echo-hf train", add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe")
+    parser.add_argument("--config_overrides")
     known, others = parser.parse_known_args(arguments)
     if known.recipe is None:
         return arguments
@@ -492,6 +498,13 @@ def _with_recipe(arguments: list[str]) -> list[str]:
         raise ValueError(f"recipe {known.recipe}: cannot be read as JSON ({error}).") from error
     if not isinstance(options, dict):
         raise ValueError(f"recipe {known.recipe}: must be one JSON object of options by name.")
+    if known.config_overrides is not None:
+        # One option that holds many: those that it does not name stay as in the recipe.
+        from .checkpoint import parse_overrides
+
+        overrides = options.get("config_overrides") or {}
+        overrides = parse_overrides(overrides) if isinstance(overrides, str) else overrides
+        others += ["--config_overrides", json.dumps(overrides | parse_overrides(known.config_overrides))]
     listed = []
     for name, value in options.items():
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
@@ -624,6 +637,7 @@ def _evaluate(options) -> int:
     from .transcription import load_checkpoint
     from .transcription import recognize
 
+    _refuse_folder(options.output)
     overrides = parse_overrides(options.config_overrides)
     columns = (options.dataset_config, options.audio_column, options.text_column)
     tables = [load_sources(source, options.split, *columns) for source in options.data]
@@ -669,9 +683,6 @@ def _evaluate(options) -> int:
         }
 
     whole, each = count(slice(None)), [count(slice(index, index + 1)) for index in range(len(prepared))]
-    if options.output:
-        _write_predictions(Path(options.output), prepared, hypotheses)
-
     audio_seconds = sum(part.seconds for part in prepared)
     if options.format == "json":
         report = {
@@ -693,26 +704,28 @@ def _evaluate(options) -> int:
             ],
         }
         _write(json.dumps(report, ensure_ascii=False))
-        return 0
-    rows = list(zip(options.data, each))
-    if len(rows) > 1:
-        rows.append(("all", whole))
-    _write(_results_table(rows) if options.format == "markdown" else _results_text(rows))
-    real = whole["real"]
-    _tell(f"{audio_seconds / 3600:.2f} h of speech recognised in {_duration(real['seconds'])}.")
-    if real["cut_off"]:
-        _tell(f"{real['cut_off']} transcripts reached the longest length and were cut off (see --max_new_tokens).")
-    empty = [
-        origin
-        for part, texts in zip(prepared, references)
-        for origin, text in zip(part.dataset["origin"], texts)
-        if not normalize_text(text)
-    ]
-    if empty:
-        _tell(
-            f"{len(empty)} reference(s) without words, where all that was recognised counts as insertions:"
-            f" {', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}."
-        )
+    else:
+        rows = list(zip(options.data, each))
+        if len(rows) > 1:
+            rows.append(("all", whole))
+        _write(_results_table(rows) if options.format == "markdown" else _results_text(rows))
+        real = whole["real"]
+        _tell(f"{audio_seconds / 3600:.2f} h of speech recognised in {_duration(real['seconds'])}.")
+        if real["cut_off"]:
+            _tell(f"{real['cut_off']} transcripts reached the longest length and were cut off (see --max_new_tokens).")
+        empty = [
+            origin
+            for part, texts in zip(prepared, references)
+            for origin, text in zip(part.dataset["origin"], texts)
+            if not normalize_text(text)
+        ]
+        if empty:
+            _tell(
+                f"{len(empty)} reference(s) without words, where all that was recognised counts as insertions:"
+                f" {', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}."
+            )
+    if options.output:  # last, so that a full disk leaves the figures
+        _write_predictions(Path(options.output), prepared, hypotheses)
     return 0
 
 
@@ -1159,6 +1172,7 @@ def _benchmark(options) -> int:
     from .benchmark import format_table
     from .benchmark import run_benchmark
 
+    _refuse_folder(options.output)
     if options.threads:
         torch.set_num_threads(options.threads)
     results = run_benchmark(
@@ -1171,15 +1185,15 @@ def _benchmark(options) -> int:
         quick=options.quick,
         report=lambda section: _tell(f"Measuring {section} ..."),
     )
-    if options.output:
-        path = Path(options.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     for name, value in results.items():
         if isinstance(value, list):
             _write(f"\n{name}\n\n{format_table(value)}")
         else:
             _write(f"{name}: {', '.join(f'{key} {item}' for key, item in value.items())}")
+    if options.output:
+        path = Path(options.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

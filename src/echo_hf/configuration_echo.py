@@ -190,7 +190,8 @@ class EchoConfig(PreTrainedConfig):
         hidden_act (`str`, defaults to `"silu"`):
             Activation of the gates.
         max_target_positions (`int`, defaults to 448):
-            Longest transcript in tokens: the default `max_length` of `generate()` and the limit for labels in training.
+            Longest transcript in tokens: the limit for labels in training, and the `max_length` of `generate()` in a
+            new model; one that is loaded has it in its generation config.
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of the normal distribution that embeddings and output heads start from. Other weights
             start by their number of inputs.
@@ -257,7 +258,8 @@ class EchoConfig(PreTrainedConfig):
         mask_feature_min_masks (`int`, defaults to 0):
             Fewest spans of channels an utterance gets.
         use_cache (`bool`, defaults to `True`):
-            Whether `generate()` keeps keys and values of past tokens.
+            Whether the decoder keeps keys and values of past tokens where a call does not say; `generate()` goes by its
+            generation config.
         pad_token_id (`int`, defaults to 0):
             Padding; also the blank of the CTC head. The loss ignores it.
         bos_token_id (`int`, defaults to 1):
@@ -446,6 +448,8 @@ class EchoConfig(PreTrainedConfig):
                 f"pad_token_id must be a token of its own, as no loss counts it and CTC takes it for its blank; got"
                 f" {self.pad_token_id}, with bos_token_id {self.bos_token_id} and eos_token_id {self.eos_token_id}."
             )
+        if self.decoder_start_token_id is None:
+            raise ValueError("decoder_start_token_id is None, and the decoder begins with it; give bos_token_id.")
         for name in ("dropout", "attention_dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")

@@ -37,6 +37,8 @@ from .transcription import find_audio_files
 
 logger = logging.get_logger(__name__)
 
+# A source that ends so is meant as a file. Names of datasets on the Hub may have dots, too.
+FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".arrow", ".parquet", ".zip", *AUDIO_EXTENSIONS)
 NAMED_AT_MOST = 5  # examples in a message that reports many rows
 
 
@@ -84,11 +86,16 @@ def load_sources(
     for column in {column for table in tables for column in table.column_names}:
         types = {str(table.features[column]) for table in tables if column in table.column_names}
         if len(types - {str(datasets.Value("null"))}) > 1:
-            tables = [
-                table.cast_column(column, datasets.Value("string")) if column in table.column_names else table
-                for table in tables
-            ]
+            tables = [_as_text(table, column) if column in table.column_names else table for table in tables]
     return datasets.concatenate_datasets(tables)
+
+
+def _as_text(table: Dataset, column: str) -> Dataset:
+    if isinstance(table.features[column], datasets.Value):
+        return table.cast_column(column, datasets.Value("string"))
+    # A list or an object, which `cast_column` takes for no text.
+    texts = [value if value is None else json.dumps(value, ensure_ascii=False, default=str) for value in table[column]]
+    return table.remove_columns(column).add_column(column, texts)
 
 
 def _load_source(
@@ -103,7 +110,7 @@ def _load_source(
         return _read_folder(path)
     if path.is_dir():
         table = datasets.load_from_disk(str(path))
-    elif path.suffix or path.is_absolute() or len(path.parts) > 2:
+    elif path.suffix.lower() in FILE_SUFFIXES or path.is_absolute() or len(path.parts) > 2:
         raise ValueError(f"{source}: no such file or folder.")
     else:
         try:
@@ -200,10 +207,17 @@ def _read_folder(folder: Path) -> Dataset:
         )
     return _make_table(
         paths=[str(path.absolute()) for path in files],
-        texts=[path.with_suffix(".txt").read_text(encoding="utf-8-sig").strip() for path in files],
+        texts=[_read_text(path.with_suffix(".txt")) for path in files],
         origins=[str(path) for path in files],
         extra={},
     )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}).") from error
 
 
 def _make_table(paths: list[str], texts: list[str], origins: list[str], extra: dict[str, list]) -> Dataset:

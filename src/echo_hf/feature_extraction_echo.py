@@ -368,8 +368,8 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
                 One recording, or a list of recordings of any kind:
 
                 - numpy array, torch tensor or list of numbers: floats in [-1, 1], or integer PCM, which is scaled by
-                  the range of its type. 2-D is one recording whose shorter axis, up to 8, is its channels; they are
-                  averaged. (A 2-D array with more than 8 rows and columns is a batch of rows.)
+                  the range of its type. 2-D is one recording, `(samples, up to 8 channels)` or `(up to 2 channels,
+                  samples)`, whose channels are averaged; with more than 8 rows and columns it is a batch of rows.
                 - path, bytes or binary file object of an audio file, which carries its own sampling rate.
                 - dict with `"array"` or `"raw"`, and `"sampling_rate"`; or with `"bytes"` or `"path"`, as `datasets`
                   gives them.
@@ -499,6 +499,11 @@ def _as_batch(audio) -> tuple[list, bool]:
     shape = tuple(getattr(audio, "shape", ()))  # of an array or a tensor
     if len(shape) == 2 and min(shape) > MAX_CHANNELS or getattr(getattr(audio, "dtype", None), "kind", "") == "O":
         return list(audio), True
+    if len(shape) == 2 and 2 < shape[0] < shape[1]:
+        raise ValueError(
+            f"Audio of shape {shape} is a batch of recordings, or one with {shape[0]} channels. Pass a list for a"
+            " batch; average channels, or pass them as (samples, channels)."
+        )
     if len(shape) == 2 and min(shape) > 1:
         logger.warning_once(
             f"Audio of shape {shape} is taken for one recording with {min(shape)} channels, which are averaged. Pass a"

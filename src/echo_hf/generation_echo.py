@@ -53,7 +53,7 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
         blank_token_id (`int`):
             The blank; `pad_token_id` in Echo.
         bos_token_id (`int`):
-            Begin of sequence, never to be written.
+            Begin of sequence, never to be written; `None` where there is none.
         eos_token_ids (`torch.Tensor` of shape `(ends,)`):
             Ends of sequence.
         weight (`float`):
@@ -70,7 +70,7 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
         logits: torch.Tensor,
         mask: torch.Tensor,
         blank_token_id: int,
-        bos_token_id: int,
+        bos_token_id: int | None,
         eos_token_ids: torch.Tensor,
         weight: float,
         num_hypotheses: int = 1,
@@ -84,8 +84,8 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
         log_probs = torch.where(mask[..., None] > 0, log_probs, IMPOSSIBLE)
         log_probs[..., blank_token_id] = torch.where(mask > 0, log_probs[..., blank_token_id], 0.0)
         self.log_probs = log_probs.clamp(min=IMPOSSIBLE)
-        self.blank_token_id = blank_token_id
-        self.bos_token_id = bos_token_id
+        unsaid = [token for token in (blank_token_id, bos_token_id) if token is not None]
+        self.unsaid_token_ids = torch.tensor(unsaid, device=logits.device)
         self.eos_token_ids = eos_token_ids
         self.weight = weight
         self.num_hypotheses = num_hypotheses
@@ -116,8 +116,7 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
 
     def _advance(self, tokens: torch.Tensor):
         """Takes one more token for each row, `(rows,)`. An end of sequence or padding changes nothing."""
-        is_text = ~torch.isin(tokens, self.eos_token_ids)
-        is_text &= (tokens != self.blank_token_id) & (tokens != self.bos_token_id)
+        is_text = ~torch.isin(tokens, torch.cat((self.eos_token_ids, self.unsaid_token_ids)))
         before_token, before_blank = self._before()
         inputs = torch.where((tokens == self.last)[:, None], before_blank, torch.logaddexp(before_token, before_blank))
         heard = self._heard(tokens)
@@ -178,7 +177,7 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
         heard = (heard - self.prefix[:, None]).clamp(min=IMPOSSIBLE)
         if self.weight < 1:
             heard = self.weight * heard + (1 - self.weight) * scores.to(heard.dtype).log_softmax(-1)
-        heard[:, [self.blank_token_id, self.bos_token_id]] = -torch.inf
+        heard[:, self.unsaid_token_ids] = -torch.inf
         return heard.to(scores.dtype)
 
 

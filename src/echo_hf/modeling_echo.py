@@ -63,6 +63,7 @@ REGISTER_WIDTH = 0.5  # natural log units; e ** 0.5 is about nine semitones
 CONTOUR_FLOOR = 0.1  # natural log units; keeps a monotone's tiny wobble from being blown up to a contour
 BIAS_EPSILON = 1e-8  # as published
 DEFAULT_CTC_WEIGHT = 0.5  # in generate()
+LONG_AUDIO = 30.0  # seconds; generate() warns of more, of which 448 tokens may hold a part only
 
 TOKEN_PITCH_MIN, TOKEN_PITCH_LOW, TOKEN_PITCH_HIGH = 100.0, 71.0, 500.0  # Hz, as published
 
@@ -1172,7 +1173,12 @@ def ctc_loss(
         reduction="sum",
         zero_infinity=True,
     )
-    return total / num_items_in_batch
+    return _divide(total, num_items_in_batch)
+
+
+def _divide(total: torch.Tensor, num_items_in_batch: torch.Tensor | int) -> torch.Tensor:
+    # The Trainer's number need not be on the device of the logits, and replicas of `DataParallel` know of none.
+    return total / (num_items_in_batch.to(total.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch)
 
 
 def shift_tokens_right(labels: torch.Tensor, config: EchoConfig) -> torch.Tensor:
@@ -1238,11 +1244,21 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
             self.generation_config.ctc_weight = DEFAULT_CTC_WEIGHT
         return super()._prepare_generation_config(generation_config, **kwargs)
 
+    def _prepare_generated_length(self, generation_config, *args, inputs_tensor=None, **kwargs):
+        if inputs_tensor is not None and inputs_tensor.ndim == 3:  # features; without, the encoder has heard them
+            seconds = inputs_tensor.shape[1] * self.config.frame_seconds
+            if seconds > LONG_AUDIO:
+                logger.warning_once(
+                    f"generate() hears all {seconds:.0f} s of audio at once and stops at {generation_config.max_length}"
+                    " tokens, if not told otherwise. The pipeline, or `echo-hf transcribe`, cuts long audio at pauses."
+                )
+        return super()._prepare_generated_length(generation_config, *args, inputs_tensor=inputs_tensor, **kwargs)
+
     def _get_logits_processor(self, generation_config, *args, model_kwargs=None, **kwargs):
         """Adds joint decoding with CTC, if `generation_config.ctc_weight` is above 0."""
         processors = super()._get_logits_processor(generation_config, *args, model_kwargs=model_kwargs, **kwargs)
         weight = generation_config.ctc_weight
-        if not weight:
+        if not weight or generation_config.is_assistant:  # what an assistant drafts is scored by the model it assists
             return processors
         if self.ctc_head is None:
             raise ValueError(
@@ -1287,7 +1303,7 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
             reduction="mean" if num_items_in_batch is None else "sum",
             label_smoothing=self.config.label_smoothing if self.training else 0.0,
         )
-        return loss if num_items_in_batch is None else loss / num_items_in_batch
+        return loss if num_items_in_batch is None else _divide(loss, num_items_in_batch)
 
     @can_return_tuple
     def forward(
@@ -1330,8 +1346,6 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
 
         ```"""
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        if torch.is_tensor(num_items_in_batch):
-            num_items_in_batch = num_items_in_batch.to(self.device)
         if labels is not None:
             if use_cache is None:
                 use_cache = False

@@ -248,15 +248,15 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
         self, features, attention_mask, with_times: bool, generate_kwargs: dict
     ) -> Iterator[tuple[list[int], list[tuple[int, int]] | None]]:
         """The same by free-running generation; without the frames unless they are asked for."""
-        options = self._prepare_generate_kwargs(generate_kwargs)
+        # The features also where the encoder has heard them, for an assistant that hears by itself.
+        options = {**self._prepare_generate_kwargs(generate_kwargs), self.model.main_input_name: features}
         if with_times:
             encoder_outputs = self.model.get_encoder()(features, attention_mask=attention_mask)
             # A copy: generate() repeats it in place for every beam.
             options["encoder_outputs"] = type(encoder_outputs)(**encoder_outputs)
-        else:
-            options[self.model.main_input_name] = features
         ids = self.model.generate(attention_mask=attention_mask, **options)
         ids = ids["sequences"] if isinstance(ids, Mapping) else ids
+        ids = ids[:: len(ids) // len(features)]  # the best of several (`num_return_sequences`)
         ends = self.model.config.eos_token_id
         if ends is not None and not torch.isin(ids, torch.as_tensor(ends, device=ids.device)).any(-1).all():
             logger.warning_once(

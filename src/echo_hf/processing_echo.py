@@ -76,8 +76,9 @@ class EchoProcessor(ProcessorMixin):
 
             - audio: `input_features` `(batch, frames, channels)`, `attention_mask` `(batch, frames)`;
             - audio and text: `labels` `(batch, tokens)` besides, which end in `eos_token_id` and do not start with
-              `bos_token_id`: as the model takes them. Padded with `pad_token_id`, which the loss ignores as it does
-              -100, and which can be decoded;
+              `bos_token_id`: as the model takes them. Padded with `pad_token_id`, which can be decoded, and which the
+              loss ignores as it does -100. The Trainer counts only -100 as padding: for it give what collates to
+              [`EchoDataCollator`], or replace them;
             - text alone: what the tokenizer gives, `input_ids` with `bos_token_id` and their `attention_mask`.
 
         Raises:

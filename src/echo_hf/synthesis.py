@@ -320,8 +320,8 @@ def synthesize(
         [`Synthesis`].
 
     Raises:
-        `ValueError`: there is no such engine, none speaks a language, a text cannot be spoken, or the sampling rate is
-            below 8000 Hz.
+        `ValueError`: there is no such engine, none speaks a language, a text cannot be spoken, the sampling rate is
+            below 8000 Hz, or `output_dir` has a `train.jsonl` of other speech.
         `OSError`: an engine is not installed. The message says how to get it.
     """
     unknown = [engine for engine in engines if engine not in ENGINES]
@@ -337,6 +337,11 @@ def synthesize(
                 f" macOS; or name another engine ({', '.join(other for other in ENGINES if other != engine)})."
             )
     output_dir = Path(output_dir)
+    manifest = output_dir / "train.jsonl"
+    if manifest.exists() and not _is_synthetic(manifest):
+        raise ValueError(
+            f"{manifest} is no manifest of synthetic speech, and would be overwritten; take another folder."
+        )
     rows, skipped, seconds, new = [], [], 0.0, 0
     # Threads, since all but a small part of the work is the engine's, which is a process of its own.
     with ThreadPoolExecutor(num_proc) as pool:
@@ -370,11 +375,18 @@ def synthesize(
     if not rows:
         reason = f": {skipped[0][0]!r}: {skipped[0][1]}" if skipped else ""
         raise ValueError(f"None of {len(lines)} texts could be spoken{reason}.")
-    manifest = output_dir / "train.jsonl"
     unfinished = manifest.with_suffix(".part")
     unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     unfinished.replace(manifest)
     return Synthesis(manifest, len(rows), new, seconds, skipped)
+
+
+def _is_synthetic(manifest: Path) -> bool:
+    try:
+        rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
+        return all(row["synthetic"] is True for row in rows)
+    except (ValueError, LookupError, TypeError):
+        return False
 
 
 def _speak(utterance: _Utterance, output_dir: Path) -> tuple[float, bool, str | None]:

@@ -6,6 +6,7 @@ the checks that would otherwise fail late, and one setting that must not reach t
 the loss from the logits alone, and the CTC part would be lost; so `label_smoothing_factor` goes to the model's config.
 """
 
+import copy
 import json
 import math
 import platform
@@ -93,6 +94,7 @@ TRAINING_DEFAULTS = {
     "greater_is_better": False,
     "predict_with_generate": True,
     "train_sampling_strategy": "group_by_length",
+    "use_cache": True,  # the Trainer writes it into the config; in training the model keeps no cache, whatever it says
     "remove_unused_columns": False,  # the collator picks; removed, `length` would be measured by reading all features
 }
 
@@ -303,6 +305,14 @@ class EchoTrainer(Seq2SeqTrainer):
             model_input_name=self.model.main_input_name,
         )
 
+    def _run_epoch(self, *args, **kwargs):
+        # The Trainer asks after a step whether it was the last, so that a run resumed after its last, where that is not
+        # an epoch's too, would take another.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def get_train_dataloader(self):
         collator, self.data_collator = self.data_collator, self.train_collator
         try:
@@ -374,7 +384,9 @@ class EchoTrainer(Seq2SeqTrainer):
         except Exception as error:
             if not is_write_error(error):
                 raise
-            # Of no use, as it lacks what is written last, and on a full disk in the way.
+            if _is_json(folder / TRAINER_STATE_NAME):  # written last: what failed is to copy the model for a push
+                raise explain_write_error(error, folder.parent) from error
+            # Of no use, and on a full disk in the way.
             shutil.rmtree(folder, ignore_errors=True)
             raise explain_write_error(error, folder) from error
 
@@ -594,6 +606,8 @@ def build_model_and_processor(
         model, processor = load_model_and_processor(
             arguments.model_name_or_path, EchoForConditionalGeneration, **overrides
         )
+        if "max_target_positions" in overrides:  # the checkpoint's own way of writing has its old one
+            model.generation_config.max_length = model.config.max_target_positions
     check_fit(processor, model.config)
     if arguments.attn_implementation is not None:
         model.set_attn_implementation(arguments.attn_implementation)
@@ -721,7 +735,10 @@ def train(
         raise ValueError(f"{output_dir} holds a model already; take another folder.")
     # Set before the model is made, so that its weights follow from the seed.
     set_seed(training_arguments.seed)
-    label_smoothing, training_arguments.label_smoothing_factor = training_arguments.label_smoothing_factor, 0.0
+    # The model's own loss smooths, as it knows CTC; the Trainer is not to do it again.
+    label_smoothing = training_arguments.label_smoothing_factor
+    training_arguments = copy.copy(training_arguments)
+    training_arguments.label_smoothing_factor = 0.0
     started_from = model_arguments.model_name_or_path
 
     train_table = load_table(data_arguments, data_arguments.train_data, data_arguments.train_split)
@@ -736,7 +753,9 @@ def train(
             model_name_or_path=str(checkpoint), attn_implementation=model_arguments.attn_implementation
         )
         label_smoothing = EchoConfig.from_pretrained(checkpoint).label_smoothing
-    model, processor = build_model_and_processor(model_arguments, train_table["text"][:], label_smoothing)
+    model, processor = build_model_and_processor(
+        model_arguments, [text or "" for text in train_table["text"]], label_smoothing
+    )
 
     perturb = VoicePerturbation(
         processor.feature_extractor,
@@ -753,19 +772,19 @@ def train(
         "num_proc": data_arguments.num_proc,
         "cache_dir": data_arguments.cache_dir,
     }
-    with training_arguments.main_process_first(desc="features"):  # the other processes find them in the cache
-        train_data = prepare_dataset(
-            train_table,
-            processor,
-            min_seconds=data_arguments.min_seconds,
-            max_seconds=data_arguments.max_seconds,
-            **options,
+    # Of several processes one computes the features, and the others wait for its cache.
+    train_data = prepare_dataset(
+        train_table,
+        processor,
+        min_seconds=data_arguments.min_seconds,
+        max_seconds=data_arguments.max_seconds,
+        **options,
+    )
+    if data_arguments.non_speech_share:
+        train_data = add_non_speech(
+            train_data, data_arguments.non_speech_share, processor, training_arguments.seed, **options
         )
-        if data_arguments.non_speech_share:
-            train_data = add_non_speech(
-                train_data, data_arguments.non_speech_share, processor, training_arguments.seed, **options
-            )
-        eval_data = prepare_dataset(eval_table, processor, **options) if eval_table is not None else None
+    eval_data = prepare_dataset(eval_table, processor, **options) if eval_table is not None else None
     if model.config.ctc_loss_weight > 0 and (beyond := count_beyond_ctc(train_data, model.config)):
         logger.warning(
             f"{beyond} of {len(train_data.dataset)} utterances have more tokens than encoder frames, and the CTC loss"
@@ -864,7 +883,7 @@ def load_table(arguments: DataArguments, sources: list[str], split: str) -> data
     """The utterances of `sources` as [`load_sources`] reads them, with texts normalised if `arguments` say so."""
     table = load_sources(sources, split, arguments.dataset_config, arguments.audio_column, arguments.text_column)
     if arguments.normalize_text:
-        texts = [normalize_text(text) for text in table["text"][:]]
+        texts = [text if text is None else normalize_text(text) for text in table["text"]]
         table = table.remove_columns("text").add_column("text", texts)
     return table
 
