@@ -5,8 +5,8 @@ the same tokens, optimizer, schedule, seed and number of steps, by the same Trai
 one function counts their errors. What differs is what each architecture asks for: Echo hears log-mel and F0, Moonshine
 the waveform, Whisper log-mel of a fixed length. The peers know no CTC, so Echo is trained without it too.
 
-    python recipes/peers.py --recipe recipes/peers.json --train_data digits/train.jsonl words/train.jsonl \
-        --eval_data digits/dev.jsonl words/dev.jsonl --output_dir peers
+    python recipes/peers.py --recipe recipes/peers.json --train_data digits/train.jsonl syllables/train.jsonl \
+        --eval_data digits/dev.jsonl syllables/dev.jsonl --output_dir peers
 
 Models that are in `output_dir` already are not trained again, so `--test_data` can be added at the end.
 """

@@ -11,7 +11,7 @@ import pytest
 from echo_hf import cli
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*.md"), *ROOT.glob("model_cards/*.md")])
+PAGES = sorted(page for folder in (".", "docs", "recipes", "model_cards") for page in ROOT.glob(f"{folder}/*.md"))
 HANDLERS = ("transcribe", "evaluate", "plot", "diagnose", "non_speech", "demo", "benchmark", "synthesize")
 BLOCKS = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 

@@ -4,6 +4,7 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import re
 
 import pytest
 
@@ -16,6 +17,8 @@ MODULES = [module.name for module in pkgutil.iter_modules(echo_hf.__path__)]
 def test_examples(name):
     module = importlib.import_module(f"echo_hf.{name}")
     assert doctest.testmod(module, optionflags=doctest.ELLIPSIS).failed == 0
+    for block in re.findall(r"```python\n(.*?)```", inspect.getsource(module), re.DOTALL):
+        assert block.lstrip().startswith(">>> "), "an example that is not run"
 
 
 @pytest.mark.parametrize("name", ["", *(f".{name}" for name in MODULES)])

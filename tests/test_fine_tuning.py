@@ -307,8 +307,8 @@ def test_adapter_gets_its_gradients_through_checkpointing(reentrant, tiny, speec
 
 
 @pytest.mark.slow
-def test_what_the_page_says_runs(tiny, tmp_path, monkeypatch):
-    """Training and adapters, as they are written there; test_export.py has what comes after."""
+def test_training_and_adapters_of_the_page_run(tiny, tmp_path, monkeypatch):
+    """As they are written there; test_export.py has what comes after, in its own words."""
     pytest.importorskip("peft")
     page = (Path(__file__).parent.parent / "docs" / "fine_tuning.md").read_text(encoding="utf-8")
     blocks = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "Trainer" in block]

@@ -24,6 +24,8 @@ def test_notebook_was_committed_with_its_outputs(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    # Run once, from start to end.
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert any(cell.outputs for cell in code)
     assert all(output.output_type != "error" for cell in code for output in cell.outputs)
     texts = [
@@ -48,9 +50,11 @@ def test_notebook_asks_a_question_and_defines_nothing(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path):
     notebook = nbformat.read(path, as_version=4)
+    committed = [bool(cell.get("outputs")) for cell in notebook.cells]
     started = time.monotonic()
     NotebookClient(notebook, timeout=LONGEST, kernel_name="python3").execute()
     assert time.monotonic() - started < LONGEST
+    assert [bool(cell.get("outputs")) for cell in notebook.cells] == committed
 
 
 def test_recordings_have_their_texts():

@@ -186,3 +186,13 @@ def test_what_is_there_is_scored_and_not_trained_again(manifest, tmp_path, monke
 def test_a_recipe_of_what_is_not_for_all_is_refused(option, tmp_path):
     with pytest.raises(ValueError, match=f"{option} cannot be applied to all"):
         peers.read_recipe(settings(tmp_path, **{option: 0.1}), tmp_path, ["x"])
+
+
+def test_the_command_compares_what_it_is_told_and_prints_the_table(monkeypatch, capsys):
+    seen = {}
+    result = {"parameters": 2_000_000, "seconds": 0.5, "memory": None, "scores": {}}
+    monkeypatch.setattr(peers, "compare", lambda **given: seen.update(given) or {"echo": result})
+    options = ["--recipe", "peers.json", "--train_data", "a", "b", "--eval_data", "c", "--output_dir", "out"]
+    peers.main(options)
+    assert (seen["train_data"], seen["eval_data"], seen["test_data"]) == (["a", "b"], ["c"], [])
+    assert "| 2.00 |" in capsys.readouterr().out

@@ -101,10 +101,12 @@ def build_model_card(
     Example:
 
     ```python
-    from echo_hf.model_card import CardArguments, build_model_card
+    >>> from echo_hf.model_card import CardArguments, build_model_card
 
-    card = build_model_card("my-model", CardArguments(card_license="cc-by-4.0", card_language=["ga"]))
-    card.save("my-model/README.md")
+    >>> about = CardArguments(card_license="cc-by-4.0", card_language=["ga"])
+    >>> card = build_model_card("my-model", about)  # doctest: +SKIP
+    >>> card.save("my-model/README.md")  # doctest: +SKIP
+
     ```
     """
     folder, arguments = Path(folder), arguments or CardArguments()
