@@ -37,6 +37,7 @@ from transformers import set_seed
 from echo_hf.benchmark import format_table
 from echo_hf.benchmark import measure
 from echo_hf.benchmark import peak_memory
+from echo_hf.checkpoint import parse_overrides
 from echo_hf.configuration_echo import EchoConfig
 from echo_hf.data import EchoDataCollator
 from echo_hf.data import prepare_dataset
@@ -47,7 +48,6 @@ from echo_hf.training import EchoTrainer
 from echo_hf.training import ModelArguments
 from echo_hf.training import build_model_and_processor
 from echo_hf.training import load_table
-from echo_hf.training import parse_overrides
 
 # Preset of Echo, and what its config has besides; the first is what the peers are made as large as.
 ECHO = {
@@ -170,7 +170,7 @@ class PeerDataCollator(EchoDataCollator):
             spectrogram = torch.nn.functional.pad(spectrogram, (0, self.frames - spectrogram.shape[-1]))
             return {"input_features": spectrogram, "labels": batch["labels"]}
         read = partial(extractor._read, sampling_rate=None, resample=True)
-        waveforms = [torch.from_numpy(np.asarray(read(row["audio"], row["origin"]))) for row in rows]
+        waveforms = [torch.from_numpy(read(row["audio"], row["origin"])) for row in rows]
         pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
         mask = pad([torch.ones(len(waveform), dtype=torch.long) for waveform in waveforms])
         return {"input_values": pad(waveforms), "attention_mask": mask, "labels": batch["labels"]}

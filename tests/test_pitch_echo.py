@@ -11,7 +11,6 @@ from echo_hf import pitch_echo
 from echo_hf.metrics import f0_metrics
 from echo_hf.metrics import f0_test_signals
 from echo_hf.pitch_echo import accumulated_phase
-from echo_hf.pitch_echo import align_f0
 from echo_hf.pitch_echo import aperiodicity_code
 from echo_hf.pitch_echo import estimate_f0
 from echo_hf.pitch_echo import estimate_f0_batch
@@ -335,29 +334,6 @@ def test_fast_dio_agrees_with_dio(test_signals):
     dio, fast = (estimate_f0(waveform, 16000, 160, method) for method in ("dio", "dio_fast"))
     result = f0_metrics(dio, fast)
     assert result["gpe"] == 0 and result["vde"] < 0.06 and 0 < result["cents"] < 20
-
-
-# Alignment -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("given", "wanted"), [(101, 100), (101, 25), (7, 7), (5, 17), (1, 9), (1001, 250), (3, 1)])
-def test_alignment_is_the_nearest_index(given, wanted):
-    f0 = contour(frames=given)
-    expected = [f0[min(int(np.floor(i * given / wanted + 1e-12)), given - 1)] for i in range(wanted)]
-    np.testing.assert_array_equal(align_f0(f0, wanted), expected)
-
-
-def test_alignment_to_one_frame_less_cuts_the_last():
-    for frames in (2, 10, 101, 3001):
-        f0 = contour(frames=frames)
-        np.testing.assert_array_equal(align_f0(f0, frames - 1), f0[:-1])
-
-
-def test_alignment_refuses_nothing():
-    with pytest.raises(ValueError, match="at least one frame"):
-        align_f0(np.zeros(0), 3)
-    with pytest.raises(ValueError, match="0 frames"):
-        align_f0(np.zeros(3), 0)
 
 
 # Pitch per token -----------------------------------------------------------------------------------------------------

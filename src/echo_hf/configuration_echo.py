@@ -29,20 +29,6 @@ if TYPE_CHECKING:
 # in Hz last. The order is fixed here, so that a dictionary of widths is enough to know where each channel is.
 FEATURE_GROUPS = ("spectrogram", "waveform", "phase", "envelope", "aperiodicity", "pitch")
 
-# Files that travel with a checkpoint, so that it loads where echo_hf is not installed (`trust_remote_code=True`).
-CODE_FILES = (
-    "configuration_echo.py",
-    "pitch_echo.py",
-    "feature_extraction_echo.py",
-    "tokenization_echo.py",
-    "processing_echo.py",
-    "generation_echo.py",
-    "modeling_echo.py",
-    "alignment_echo.py",
-    "segmentation_echo.py",
-    "pipeline_echo.py",
-)
-
 AUTO_MAP = {
     "AutoConfig": "configuration_echo.EchoConfig",
     "AutoFeatureExtractor": "feature_extraction_echo.EchoFeatureExtractor",
@@ -69,8 +55,8 @@ BASELINE = {
     "token_pitch": "none",
 }
 
-PRESETS = {
-    "baseline": {},
+# What pitch may do, each by itself.
+MECHANISMS = {
     "theta": {"theta_mode": "phase"},
     "radius": {"radius_mode": "bounded"},
     "bias": {"pitch_bias": "gaussian"},
@@ -78,34 +64,23 @@ PRESETS = {
     "gate": {"pitch_gate": True},
     "pitch_input": {"pitch_stem": True},
     "token_pitch": {"token_pitch": "mean"},
-    "all": {
-        "theta_mode": "phase",
-        "radius_mode": "bounded",
-        "pitch_bias": "gaussian",
-        "silence_scaling": True,
-        "pitch_gate": True,
-        "pitch_stem": True,
-        "token_pitch": "mean",
-    },
-    # The two settings of the published prototype, with its first mel frequencies and a learned theta.
-    "published_mean_sigmoid": {
-        "theta_mode": "mean",
-        "radius_mode": "sigmoid",
-        "rotary_frequencies": "mel",
-        "rotary_theta": 10000.0,
-        "mel_corner_frequency": 700.0,
-        "mel_max_frequency": 8000.0,
-        "learn_theta": True,
-    },
-    "published_frame_raw": {
-        "theta_mode": "frame",
-        "radius_mode": "raw",
-        "rotary_frequencies": "mel",
-        "rotary_theta": 10000.0,
-        "mel_corner_frequency": 700.0,
-        "mel_max_frequency": 8000.0,
-        "learn_theta": True,
-    },
+}
+
+# Of both settings of the published prototype: its first mel frequencies and a learned theta.
+PUBLISHED = {
+    "rotary_frequencies": "mel",
+    "rotary_theta": 10000.0,
+    "mel_corner_frequency": 700.0,
+    "mel_max_frequency": 8000.0,
+    "learn_theta": True,
+}
+
+PRESETS = {
+    "baseline": {},
+    **MECHANISMS,
+    "all": {name: value for mechanism in MECHANISMS.values() for name, value in mechanism.items()},
+    "published_mean_sigmoid": {"theta_mode": "mean", "radius_mode": "sigmoid", **PUBLISHED},
+    "published_frame_raw": {"theta_mode": "frame", "radius_mode": "raw", **PUBLISHED},
 }
 
 # Sizes by about the number of parameters they give with the byte vocabulary: layers, width, heads and inner width of a
@@ -533,9 +508,9 @@ class EchoConfig(PreTrainedConfig):
         folder, here = Path(save_directory), Path(__file__).parent
         if not folder.is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            for name in CODE_FILES:
-                if (here / name).is_file() and here.resolve() != folder.resolve():
-                    shutil.copyfile(here / name, folder / name)
+            if here.resolve() != folder.resolve():
+                for path in here.glob("*_echo.py"):
+                    shutil.copyfile(path, folder / path.name)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 

@@ -432,32 +432,26 @@ def _compute_features(
     fingerprint = features_fingerprint(extractor, identities)
     # `datasets` writes under another name and renames, so that a file is whole; the lock saves doing the same twice.
     with FileLock(cache_dir / f"features-{fingerprint}.lock"):
-        return _map_features(table, extractor, skip_broken, num_proc, cache_dir, fingerprint)
-
-
-def _map_features(
-    table: Dataset, extractor, skip_broken: bool, num_proc: int | None, cache_dir: Path, fingerprint: str
-) -> Dataset:
-    return table.map(
-        _extract,
-        batched=True,
-        batch_size=16,
-        writer_batch_size=64,
-        remove_columns=table.column_names,
-        features=datasets.Features(
-            {
-                "input_features": datasets.Array2D((None, extractor.feature_size), "float32"),
-                "length": datasets.Value("int32"),
-                "problem": datasets.Value("string"),
-            }
-        ),
-        fn_kwargs={"extractor": extractor, "skip_broken": skip_broken},
-        num_proc=num_proc if num_proc is not None and num_proc > 1 else None,
-        cache_file_name=str(cache_dir / f"features-{fingerprint}.arrow"),
-        new_fingerprint=fingerprint,
-        load_from_cache_file=True,
-        desc="Computing features",
-    )
+        return table.map(
+            _extract,
+            batched=True,
+            batch_size=16,
+            writer_batch_size=64,
+            remove_columns=table.column_names,
+            features=datasets.Features(
+                {
+                    "input_features": datasets.Array2D((None, extractor.feature_size), "float32"),
+                    "length": datasets.Value("int32"),
+                    "problem": datasets.Value("string"),
+                }
+            ),
+            fn_kwargs={"extractor": extractor, "skip_broken": skip_broken},
+            num_proc=num_proc if num_proc is not None and num_proc > 1 else None,
+            cache_file_name=str(cache_dir / f"features-{fingerprint}.arrow"),
+            new_fingerprint=fingerprint,
+            load_from_cache_file=True,
+            desc="Computing features",
+        )
 
 
 def features_fingerprint(extractor, identities: Iterable[str]) -> str:

@@ -29,6 +29,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from .modeling_echo import mask_frames
+
 KINDS = ("gate", "mlp", "q", "k", "v", "o", "norm", "encoder")
 PROJECTIONS = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o"}
 SPARSITY_THRESHOLD = 0.1  # of the root mean square of the frame's vector
@@ -189,7 +191,7 @@ class EchoDiagnostics:
             mask = torch.ones(features.shape[:2], device=features.device, dtype=torch.long)
         lengths = encoder._get_feat_extract_output_lengths(mask.sum(-1))
         frames = encoder._get_feat_extract_output_lengths(features.shape[1])
-        self._frame_mask = torch.arange(frames, device=features.device)[None] < lengths[:, None]
+        self._frame_mask = mask_frames(lengths, frames)
 
     def _end_encoder(self, encoder, arguments, output) -> None:
         states = output[0]
@@ -216,7 +218,7 @@ class EchoDiagnostics:
         ids, mask = given.get("input_ids"), given.get("attention_mask")
         # None: all of it is real. Labels that end before others' leave their end of sequence as an input too, whose
         # prediction is of padding.
-        ends = torch.tensor((decoder.config.pad_token_id, *_as_tuple(decoder.config.eos_token_id)))
+        ends = torch.tensor((decoder.config.pad_token_id, *decoder.config.ends_of_sequence))
         self._token_mask = None if ids is None else ~torch.isin(ids, ends.to(ids.device))
         if mask is not None and mask.dim() == 2:
             length = (ids if ids is not None else given["inputs_embeds"]).shape[1]
@@ -314,10 +316,6 @@ def _overheard(rotary: nn.Module) -> Iterator[list[torch.Tensor]]:
         yield thetas
     finally:
         del rotary.frequencies  # the method of the class is there again
-
-
-def _as_tuple(value: int | list[int]) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def _row(label: str, *values) -> str:

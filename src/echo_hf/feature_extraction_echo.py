@@ -26,7 +26,6 @@ from transformers.utils import logging
 
 from .configuration_echo import validate_feature_groups
 from .pitch_echo import accumulated_phase
-from .pitch_echo import align_f0
 from .pitch_echo import aperiodicity_code
 from .pitch_echo import check_tracker
 from .pitch_echo import estimate_f0_batch
@@ -475,7 +474,7 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
             features["waveform"] = waveform[: num_frames * hop_length].reshape(num_frames, hop_length)
         if f0 is not None:
             # The tracker's frame after the last hop has no frame of the spectrogram to go with, and is left out.
-            f0 = align_f0(f0, num_frames)
+            f0 = f0[:num_frames]
             features["pitch"] = f0[:, None]
         if "phase" in groups:
             phase = accumulated_phase(f0, hop_length / rate)[:, None].astype(np.float32)

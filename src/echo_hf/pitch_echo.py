@@ -311,17 +311,10 @@ def _strongest_lags(torch, windows, centres, exists, tables):
     return torch.cat(lag), torch.cat(strength), torch.cat(energy)
 
 
-def track_autocorrelation(
-    waveform: np.ndarray, sampling_rate: int, frame_period: float, f0_min: float, f0_max: float
-) -> np.ndarray:
-    """F0 by [`track_autocorrelation_batch`], of one utterance. Arguments and result as in [`track_dio`]."""
-    return track_autocorrelation_batch([waveform], sampling_rate, frame_period, f0_min, f0_max)[0]
-
-
-# Another tracker is a function with the arguments of `track_dio`, entered here under the name that `method` takes.
-TRACKERS = {"dio": track_dio, "dio_fast": track_dio_fast, "autocorrelation": track_autocorrelation}
 # Those that take several utterances at once, and a device.
 BATCH_TRACKERS = {"autocorrelation": track_autocorrelation_batch}
+# Another tracker is a function with the arguments of `track_dio`, entered here under the name that `method` takes.
+TRACKERS = {"dio": track_dio, "dio_fast": track_dio_fast, **BATCH_TRACKERS}
 
 
 def check_tracker(method: str, f0_min: float, f0_max: float, sampling_rate: int):
@@ -433,28 +426,6 @@ def _num_threads() -> int:
         return 1  # worker processes share the cores already
     affinity = getattr(os, "sched_getaffinity", None)  # what this process may use; not on every system
     return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def align_f0(f0: np.ndarray, num_frames: int) -> np.ndarray:
-    """F0 on another number of frames by the nearest index, `floor(i * F / T)` for i in 0..T-1.
-
-    Values are chosen, never averaged or interpolated: what lies between a voiced and an unvoiced frame is not a pitch.
-
-    Args:
-        f0: shape `(F,)`.
-        num_frames: T, the number of frames wanted.
-
-    Returns:
-        shape `(T,)`, values of `f0`.
-
-    Raises:
-        `ValueError`: `f0` is empty, or fewer than one frame is wanted.
-    """
-    f0 = np.asarray(f0)
-    if f0.ndim != 1 or len(f0) == 0 or num_frames < 1:
-        raise ValueError(f"Cannot align F0 of shape {f0.shape} to {num_frames} frames; both need at least one frame.")
-    # In whole numbers, where a product in floating point could round below the index that is meant.
-    return f0[np.minimum(np.arange(num_frames) * len(f0) // num_frames, len(f0) - 1)]
 
 
 def normalise_pitch(f0: np.ndarray) -> np.ndarray:

@@ -1,9 +1,9 @@
 """Pictures of what Echo hears and how pitch moves its attention. Needs matplotlib: `pip install "echo-hf[plot]"`.
 
 Each function returns a `matplotlib.figure.Figure`, made without pyplot, so that a notebook, a file and TensorBoard all
-take it and no window opens. What a model does is asked of the model: angles come from its own rotary embedding, F0 at
-the encoder's frames from its own encoder. Colours are those of Okabe and Ito, and what a colour says, a line's style or
-a label says too.
+take it and no window opens. What a model does is asked of the model: angles come from its own rotary embedding, and F0
+is put on the encoder's frames as the encoder does it. Colours are those of Okabe and Ito, and what a colour says, a
+line's style or a label says too.
 """
 
 import json
@@ -20,7 +20,7 @@ from .feature_extraction_echo import EchoFeatureExtractor
 from .segmentation_echo import runs
 
 # The colour-blind safe palette of Okabe and Ito (https://jfly.uni-koeln.de/color/).
-BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+BLACK, ORANGE, SKY = "#000000", "#E69F00", "#56B4E9"
 BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 
 THETA_MODES = ("none", "mean", "frame", "phase")
@@ -502,11 +502,7 @@ def plot_learning_curves(log_history: str | PathLike | Iterable[Mapping[str, Any
     # key in the log, label, colour, line, marker
     for key, label, color, style, marker in (
         ("loss", "training loss", BLUE, "-", ""),
-        ("ce_loss", "training, cross-entropy", SKY, "--", ""),
-        ("ctc_loss", "training, CTC", GREEN, ":", ""),
         ("eval_loss", "evaluation loss", ORANGE, "-", "o"),
-        ("eval_ce_loss", "evaluation, cross-entropy", BLACK, "--", "o"),
-        ("eval_ctc_loss", "evaluation, CTC", PURPLE, ":", "o"),
     ):
         handles += _draw_log(axis, log_history, key, 1.0, color=color, linestyle=style, marker=marker, label=label)
     axis.set_xlabel("step")

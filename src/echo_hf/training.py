@@ -583,7 +583,7 @@ def build_model_and_processor(
 
     Args:
         arguments ([`ModelArguments`]): which.
-        texts (`Sequence[str]`): training transcripts, for a tokenizer with merged tokens.
+        texts (`Sequence[str]`): training transcripts, of which the tokenizer is made.
         label_smoothing (`float`, defaults to 0.0): goes into the config.
 
     Raises:
