@@ -231,3 +231,11 @@ def test_nothing_is_pickled_and_no_pickle_is_loaded(checkpoint, tmp_path):
             cls.from_pretrained(tmp_path / "one")
     again = EchoForConditionalGeneration.from_pretrained(tmp_path / "one", use_safetensors=False)
     assert all(torch.equal(again.state_dict()[name], values) for name, values in model.state_dict().items())
+
+
+def test_what_was_saved_in_half_precision_is_trained_in_whole(checkpoint, tmp_path):
+    model, processor = load_model_and_processor(checkpoint)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    processor.save_pretrained(tmp_path / "half")
+    loaded, _ = load_model_and_processor(tmp_path / "half")
+    assert {weight.dtype for weight in loaded.parameters()} == {torch.float32} == {loaded.dtype}

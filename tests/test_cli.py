@@ -1,5 +1,6 @@
 """The commands do what they say, name what is wrong, and end with the right exit code."""
 
+import io
 import json
 import re
 import subprocess
@@ -14,6 +15,7 @@ import echo_hf
 from conftest import voice
 from echo_hf import transcription
 from echo_hf.cli import _with_recipe
+from echo_hf.cli import _write
 from echo_hf.cli import main
 from echo_hf.training import build_config
 from test_subtitles import parse_srt
@@ -240,6 +242,13 @@ def test_transcripts_in_files(capsys, recordings, long_recording, checkpoint, tm
     (cue,) = parse_vtt((tmp_path / "out" / "vtt" / "a.vtt").read_text())
     assert 0.0 <= cue[0] < cue[1] <= 0.3
     assert len(parse_srt((tmp_path / "out" / "srt" / "long.srt").read_text())) == 3
+    # A text beside its recording is somebody's; in a folder of their own transcripts are written anew.
+    (recordings / "a.txt").write_text("what was said")
+    beside = (*common, "--format", "text", "--output_dir")
+    code, _, err = run(capsys, *beside, recordings)
+    assert code == 1 and "a.txt stands beside its recording already" in err
+    assert (recordings / "a.txt").read_text() == "what was said" and not (recordings / "b.txt").exists()
+    assert run(capsys, *beside, tmp_path / "out" / "text")[0] == 0
     write_voice(recordings / "sub" / "a.flac")
     code, _, err = run(capsys, *common, "--output_dir", tmp_path / "second")
     assert code == 1 and "a.wav" in err and "a.flac" in err and not (tmp_path / "second").exists()
@@ -640,3 +649,11 @@ def test_without_generation_the_best_model_is_that_of_the_least_loss():
         settings |= {"save_steps": None}
         _settle(settings)
         assert settings["metric_for_best_model"] == metric
+
+
+def test_into_files_goes_utf8_whatever_the_system_writes(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr("echo_hf.cli._transcribe", lambda options: _write("caf\udce9.wav: Привет") or 0)
+    assert main(["transcribe"]) == 0
+    assert written.getvalue() == b"caf\xe9.wav: " + "Привет\n".encode()

@@ -140,6 +140,8 @@ def test_every_number_is_from_the_run(finished):
     toned = build_model_card(finished(metrics=METRICS | tones))
     assert "| Tone error rate (%) | 10.00 | 3 in 30 tones |" in toned.text
     assert "jane/digits" not in text and "/data" not in text, "where files lie is nobody's business"
+    elsewhere = {"sources": [r"C:\Users\jane\dev.jsonl"], "utterances": 1, "hours": 1.0, "skipped": 0}
+    assert "Users" not in build_model_card(finished(eval=elsewhere)).text
     resumed = build_model_card(finished(resumed_from="checkpoint-9")).text
     assert "those since `checkpoint-9` in 11.0 minutes." in resumed and "loss" not in resumed
     assert "chose the best of the run's checkpoints" in build_model_card(finished(best_checkpoint="checkpoint-9")).text
@@ -189,6 +191,8 @@ def test_a_card_written_by_hand_is_left_alone(finished):
     )
     assert not write_model_card(folder)
     assert "# Mine" in (folder / "README.md").read_text()
+    (folder / "README.md").write_bytes("# Écrit à la main".encode("latin-1"))
+    assert not write_model_card(folder)
 
 
 def test_a_run_leaves_its_card(manifest, tmp_path):  # noqa: F811

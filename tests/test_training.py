@@ -167,6 +167,7 @@ def test_a_run_leaves_a_complete_checkpoint(manifest, tmp_path):
     summary = train(model_arguments(), data, arguments)
 
     assert summary["steps"] == 4 and summary["train"]["utterances"] == 6
+    assert summary["best_checkpoint"] is None  # the last is what was saved
     assert summary["metrics"]["reference_words"] == 6
     assert 0 <= summary["metrics"]["wer"]
     for name in ("train_results.json", "eval_results.json", "trainer_state.json", "run_summary.json"):
@@ -297,6 +298,11 @@ def test_too_few_checkpoints_to_average_leave_the_last_weights(manifest, tmp_pat
     [
         (1, {}, "average_checkpoints must be 0, or at least 2, got 1"),
         (3, {"save_total_limit": 2}, "save_total_limit keeps 2; raise it"),
+        (
+            3,
+            {"save_total_limit": 3, "eval_strategy": "steps"},
+            "the best, which may be old; raise it to 4",
+        ),
         (2, {"load_best_model_at_end": True, "eval_strategy": "steps"}, "leave one of them out"),
         (2, {"save_strategy": "no"}, "none are saved; set save_strategy"),
     ],

@@ -1,7 +1,9 @@
 """Files of all kinds are transcribed or refused with a reason: no crash, no hang, no memory without bound."""
 
 import io
+import os
 import struct
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,8 @@ from echo_hf import transcription
 from echo_hf.benchmark import peak_memory
 from echo_hf.pipeline_echo import EchoAutomaticSpeechRecognitionPipeline
 from echo_hf.transcription import Transcript
+from echo_hf.transcription import expand_paths
+from echo_hf.transcription import find_audio_files
 from echo_hf.transcription import load_checkpoint
 from echo_hf.transcription import transcribe_files
 
@@ -223,3 +227,27 @@ def test_the_progress_bar_survives_what_headers_claim(tmp_path):
     assert transcription._claimed_seconds(tmp_path / "text.wav") == 0.0
     soundfile.write(tmp_path / "a.wav", voice(0.5), SAMPLING_RATE)
     assert transcription._claimed_seconds(tmp_path / "a.wav") == 0.5
+
+
+def test_a_folder_gives_each_file_once_and_no_hidden_one(tmp_path):
+    for name in ("b.wav", "a.wav", "._a.wav", ".hidden/c.wav", "below/d.flac", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = [tmp_path / name for name in ("a.wav", "b.wav", "below/d.flac")]
+    assert find_audio_files(tmp_path) == found
+    assert expand_paths([tmp_path / "b.wav", tmp_path]) == [found[1], found[0], found[2]]
+    hidden = tmp_path / ".hidden"  # asked for
+    assert expand_paths([hidden, tmp_path / "._a.wav"]) == [hidden / "c.wav", tmp_path / "._a.wav"]
+
+
+@pytest.mark.skipif(os.name != "posix" or sys.platform == "darwin", reason="names are text there")
+def test_a_name_need_not_be_text(recognizer, tmp_path):
+    path, other = Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.wav")), tmp_path / "café.wav"
+    for name in (path, other):
+        with open(name, "wb") as file:
+            soundfile.write(file, voice(1.0), SAMPLING_RATE, format="WAV")
+    first, second = transcribe_files(recognizer, [path, other])
+    assert first.path == path and first.text == second.text and first.error is second.error is None
+    path.write_bytes(b"no audio")
+    with pytest.raises(ValueError, match="Cannot read"):
+        recognizer.feature_extractor(str(path))

@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.errors import HFValidationError
@@ -264,7 +265,7 @@ def _load_model(checkpoint: str | Path, config: EchoConfig, model_class, overrid
     saved = EchoForCTC if (config.architectures or [""])[0] == "EchoForCTC" else EchoForConditionalGeneration
     with _unreported() if overrides and model_class is None else nullcontext():
         model, report = (model_class or saved).from_pretrained(
-            checkpoint, config=config, output_loading_info=True, ignore_mismatched_sizes=True
+            checkpoint, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
     remedy = "Copy both from the same model"
     remedy += f", or leave {', '.join(overrides)} as it was saved." if overrides else "."

@@ -163,6 +163,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         `int`: the exit code, 0 or 1 (130 if interrupted). A command line that makes no sense exits with 2.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if hasattr(sys.stdout, "reconfigure"):
+        # Into files and pipes what is written goes as UTF-8 on every system; a terminal shows what it can. Names of
+        # files need not be text.
+        to_screen = sys.stdout.isatty()
+        sys.stdout.reconfigure(
+            encoding=None if to_screen else "utf-8", errors="replace" if to_screen else "surrogateescape"
+        )
     parser = argparse.ArgumentParser(
         prog="echo-hf",
         description=DESCRIPTION,
@@ -1101,7 +1108,8 @@ def _transcribe(options) -> int:
 
 
 def _output_files(folder: str, files: list[Path], suffix: str) -> dict[Path, Path]:
-    """Where the transcript of each file goes; the folder is made."""
+    """Where the transcript of each file goes; the folder is made. One that lies beside its recording is somebody's, to
+    train on perhaps, and refused."""
     outputs: dict[Path, Path] = {}
     taken: dict[str, Path] = {}
     for path in files:
@@ -1109,6 +1117,8 @@ def _output_files(folder: str, files: list[Path], suffix: str) -> dict[Path, Pat
         if other is not path:
             raise ValueError(f"{other} and {path} would have the same transcript in {folder}; do them one by one.")
         outputs[path] = Path(folder) / f"{path.stem}{suffix}"
+        if outputs[path].exists() and outputs[path].parent.resolve() == path.parent.resolve():
+            raise ValueError(f"{outputs[path]} stands beside its recording already; take another folder.")
     Path(folder).mkdir(parents=True, exist_ok=True)
     return outputs
 

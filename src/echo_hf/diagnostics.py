@@ -392,7 +392,6 @@ class DiagnosticsCallback(TrainerCallback):
         model.eval()
         try:
             batch = {name: tensor.to(model.device) for name, tensor in self.batch.items()}
-            batch["input_features"] = batch["input_features"].to(model.dtype)
             with EchoDiagnostics(model) as diagnostics, torch.no_grad():
                 model(**batch)
             for name, value in flatten(diagnostics.to_dict()):

@@ -81,6 +81,8 @@ def open_audio(source) -> Iterator[tuple[Any, str]]:
         name = os.fspath(source)
         if not os.path.isfile(name):
             raise FileNotFoundError(f"No audio file at {name!r}. A URL has to be downloaded first.")
+        if not name.isascii() and os.name == "posix":  # such a name need not be UTF-8, which soundfile takes it for
+            source = os.fsencode(name)
     else:
         name = str(getattr(source, "name", f"<{type(source).__name__}>"))
         content = source.read() if hasattr(source, "read") else bytes(source)
@@ -443,7 +445,8 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
             try:
                 samples, rate = load_audio(samples)
             except (ValueError, FileNotFoundError) as error:
-                raise type(error)(f"{name}: {error}") from error
+                kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+                raise kind(f"{name}: {error}") from error
         if rate is None and sampling_rate is None:
             logger.warning_once(
                 f"The sampling rate of the audio is not given and taken to be {self.sampling_rate} Hz. Pass"

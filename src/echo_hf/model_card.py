@@ -8,6 +8,8 @@ no file can know, such as the licence or the languages, comes from [`CardArgumen
 
 import json
 import math
+import os
+import re
 import shlex
 from dataclasses import dataclass
 from dataclasses import field
@@ -182,7 +184,7 @@ def write_model_card(
         `bool`: whether it was written.
     """
     path = Path(folder) / CARD_FILE
-    if path.is_file() and MARK not in path.read_text(encoding="utf-8"):
+    if path.is_file() and MARK.encode() not in path.read_bytes():
         return False
     build_model_card(folder, arguments, model_name, base_model, repo_id).save(path)
     return True
@@ -196,7 +198,8 @@ def _names(part: dict[str, Any]) -> list[str]:
     """Sources as they are told of: files and folders without those they lie in, which say nothing to others."""
     from_hub = part.get("from_hub", [])
     return [
-        source if source in from_hub else source.rstrip("/").rpartition("/")[2] for source in part.get("sources", [])
+        source if source in from_hub else re.split(r"[/\\]", source.rstrip("/\\"))[-1]
+        for source in part.get("sources", [])
     ]
 
 
@@ -286,7 +289,7 @@ def _describe_evaluation(
 
 def _quote(argument: str) -> str:
     """An argument as a shell takes it, with the user's own folder as `~`."""
-    home = str(Path.home()) + "/"
+    home = str(Path.home()) + os.sep
     name, equals, value = argument.partition("=")
     if name.startswith("--") and value.startswith(home):  # a shell knows `~` at the start of a word only
         return f"{name} {_quote(value)}"

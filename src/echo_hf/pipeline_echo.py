@@ -193,10 +193,10 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
         if segment.is_speech or len(segment.waveform) < self.feature_extractor.hop_length:  # which is an error
             features = self.feature_extractor(
                 segment.waveform, sampling_rate=rate, return_tensors="pt", return_attention_mask=True
-            ).to(dtype=self.dtype)
+            )  # in float32: the model casts all but F0, of which half precision would keep a hertz or two
         else:  # a frame, so that it can be in a batch; the model does not get to see it
             features = {
-                "input_features": torch.zeros(1, 1, self.feature_extractor.feature_size, dtype=self.dtype),
+                "input_features": torch.zeros(1, 1, self.feature_extractor.feature_size),
                 "attention_mask": torch.ones(1, 1, dtype=torch.int32),
             }
         times = (segment.start / rate, (segment.start + len(segment.waveform)) / rate, segment.overlap / rate)

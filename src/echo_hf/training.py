@@ -459,6 +459,11 @@ class CheckpointAveraging(TrainerCallback):
                 "average_checkpoints and load_best_model_at_end both decide what the weights are at the end; leave one"
                 " of them out (--load_best_model_at_end false)."
             )
+        if args.save_total_limit == self.count and args.eval_strategy != "no":
+            raise ValueError(
+                f"average_checkpoints is {self.count}, and of as many as save_total_limit keeps one is the best,"
+                f" which may be old; raise it to {self.count + 1}."
+            )
         if args.fsdp:
             raise ValueError("average_checkpoints cannot be used with FSDP, which keeps parts of the weights.")
 
@@ -828,7 +833,8 @@ def train(
         "epochs": round(trainer.state.epoch or 0.0, 2),
         "resumed_from": checkpoint.name if resume else None,
         "base_model": started_from if started_from and not Path(started_from).exists() else None,
-        "best_checkpoint": trainer.state.best_model_checkpoint,
+        # The Trainer notes the best whether or not it takes it.
+        "best_checkpoint": trainer.state.best_model_checkpoint if training_arguments.load_best_model_at_end else None,
         "seconds": round(time.monotonic() - started, 1),
         "train": _describe(train_data, data_arguments.train_data),
         "eval": _describe(eval_data, data_arguments.eval_data) if eval_data else None,
@@ -904,7 +910,7 @@ def _warn_of_overlap(train_table, eval_table) -> None:
 def _describe(data: PreparedData, sources: list[str]) -> dict[str, Any]:
     return {
         "sources": list(sources),
-        "from_hub": [source for source in sources if not Path(source).exists()],
+        "from_hub": [source for source in sources if not Path(source).expanduser().exists()],
         "utterances": len(data.dataset),
         "hours": round(data.seconds / 3600, 3),
         "skipped": len(data.skipped),

@@ -128,7 +128,6 @@ def recognize(
         if control == "zeroed":
             batch["input_features"] = torch.zeros_like(batch["input_features"])
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        batch["input_features"] = batch["input_features"].to(model.dtype)
         if model.can_generate():
             ids = model.generate(**batch, **generate_kwargs)
             ends = torch.as_tensor(model.config.eos_token_id, device=ids.device)
@@ -145,15 +144,19 @@ def recognize(
 
 
 def find_audio_files(folder: str | os.PathLike) -> list[Path]:
-    """Audio files in a folder and the folders in it, by their extension, in the order of their paths."""
-    return sorted(
-        path for path in Path(folder).rglob("*") if path.suffix.lower() in AUDIO_EXTENSIONS and path.is_file()
-    )
+    """Audio files in a folder and the folders in it, by their extension, in the order of their paths.
+
+    Those are left out whose name, or a folder's, begins with a dot: some systems put notes beside files so, under names
+    like theirs.
+    """
+    folder = Path(folder)
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_EXTENSIONS and path.is_file())
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
     """
-    Audio files that paths stand for: a file for itself, a folder for the audio files in it and below.
+    Audio files that paths stand for: a file for itself, a folder for the audio files in it and below; each once.
 
     Raises:
         `ValueError`: there is no such file or folder, or no audio in a folder; the message names it.
@@ -169,7 +172,7 @@ def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
             files.append(path)
         else:
             raise ValueError(f"{path}: no such file or folder.")
-    return files
+    return list(dict.fromkeys(files))
 
 
 @dataclass(frozen=True)
