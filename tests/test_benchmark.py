@@ -73,6 +73,16 @@ def test_unknown_settings_are_named(settings, message):
         run_benchmark(**{"sections": ("pitch",), **settings})
 
 
+def test_what_was_measured_is_kept_when_a_later_section_fails(tmp_path, capsys, monkeypatch):
+    rows = [{"audio": "1 s", "ms": 2.0}]
+    monkeypatch.setattr("echo_hf.benchmark.benchmark_f0", lambda **_: rows)
+    monkeypatch.setattr("echo_hf.benchmark.benchmark_scaling", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["benchmark", "f0", "scaling", "--quick", "--output", str(tmp_path / "speed.json")])
+    assert json.loads((tmp_path / "speed.json").read_text())["f0"] == rows
+    assert "| 1 s | 2" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_every_section_runs_and_writes_its_rows(tmp_path, capsys):
     assert main(["benchmark", "--quick", "--output", str(tmp_path / "speed.json")]) == 0

@@ -390,7 +390,8 @@ def run_benchmark(
     size: str | None = None,
     compiled: bool = False,
     quick: bool = False,
-    report: Callable[[str], None] = lambda text: None,
+    report: Callable[[str], None] = lambda section: None,
+    keep: Callable[[dict[str, Any]], None] = lambda results: None,
 ) -> dict[str, Any]:
     """
     Runs sections of the benchmark.
@@ -404,6 +405,7 @@ def run_benchmark(
             generation and training only.
         quick (`bool`, defaults to `False`): whether to run each section once at its smallest, to see that it runs.
         report (`Callable`): is told what is being measured.
+        keep (`Callable`): is given all results so far after each section, since a later one may fail for memory.
 
     Returns:
         `dict[str, Any]`: `machine`, `settings`, `parameters` (in millions) of the models compared, and the rows of each
@@ -467,6 +469,7 @@ def run_benchmark(
             if section in ("generation", "training"):
                 settings["models"] = models
             results[section] = functions[section](rounds=rounds, device=where, **settings)
+            keep(results)
     finally:
         logging.set_verbosity(verbosity)
     return results

@@ -1185,6 +1185,15 @@ def _benchmark(options) -> int:
     _refuse_folder(options.output)
     if options.threads:
         torch.set_num_threads(options.threads)
+
+    def keep(results):
+        section = list(results)[-1]
+        _write(f"\n{section}\n\n{format_table(results[section])}")
+        if options.output:
+            path = Path(options.output)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
     results = run_benchmark(
         tuple(options.sections) or SECTIONS,
         rounds=options.rounds,
@@ -1194,16 +1203,11 @@ def _benchmark(options) -> int:
         compiled=options.compile,
         quick=options.quick,
         report=lambda section: _tell(f"Measuring {section} ..."),
+        keep=keep,
     )
     for name, value in results.items():
-        if isinstance(value, list):
-            _write(f"\n{name}\n\n{format_table(value)}")
-        else:
+        if not isinstance(value, list):
             _write(f"{name}: {', '.join(f'{key} {item}' for key, item in value.items())}")
-    if options.output:
-        path = Path(options.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
