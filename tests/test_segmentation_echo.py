@@ -1,6 +1,7 @@
 """Recordings are cut where nobody speaks, in bounded memory, and what both sides of a cut heard is joined once."""
 
 import tracemalloc
+from functools import partial
 
 import numpy as np
 import pytest
@@ -98,12 +99,28 @@ def test_levels_are_in_decibels():
 
 
 def test_a_short_recording_is_one_segment_as_it_is():
-    audio = np.concatenate([silence(1), voice(1.0), silence(1.5), voice(1.0), silence(0.4)])[:-50]
+    audio = np.concatenate([silence(0.9), voice(1.0), silence(1.5), voice(1.0), silence(0.4)])[:-50]
     (segment,) = segments_of(audio)
     assert len(segment.waveform) == len(audio) and segment.is_speech and not segment.is_shared
     (segment,) = segments_of(noise(2.0, -80.0))
     assert not segment.is_speech
     assert segments_of(silence(0)) == []
+
+
+@pytest.mark.parametrize("level", [-120.0, -60.0, -40.0])
+def test_long_pauses_at_the_ends_of_a_short_one_are_left_out(level):
+    """What is written of a recording does not hang on when it was started and stopped."""
+    quiet = partial(noise, level=level)
+    said = np.concatenate([voice(0.6), quiet(1.5), voice(0.5, 200)])
+    for before, behind in ((1.2, 0.3), (0.3, 1.5), (1.0, 1.4)):
+        (segment,) = segments_of(np.concatenate([quiet(before), said, quiet(behind)])[:-30])
+        kept = [KEPT if seconds >= 1 else round(seconds * SAMPLING_RATE) for seconds in (before, behind)]
+        assert segment.is_speech and not segment.is_shared and segment.overlap == 0
+        assert len(segment.waveform) == pytest.approx(len(said) + sum(kept), abs=3 * FRAME)
+        assert segment.start == pytest.approx(before * SAMPLING_RATE - kept[0], abs=2 * FRAME)
+    faint = np.concatenate([0.02 * voice(1.2), voice(1.0)])  # a voice all the same
+    (segment,) = segments_of(faint)
+    assert len(segment.waveform) == len(faint)
 
 
 def test_a_long_one_is_cut_at_every_long_pause_and_the_silence_left_out():

@@ -56,8 +56,10 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
 
     Besides the stock pipeline's, these arguments, when it is made or called:
 
-    - `chunk_length_s` (defaults to 20): a recording longer than so many seconds is cut into segments that are not; see
-      [`~echo_hf.segmentation_echo.segment_blocks`]. 0: never. `batch_size` segments go through the model together.
+    - `chunk_length_s` (defaults to 20): a recording longer than so many seconds is cut into segments that are not, and
+      pauses of a second before and behind the speech are left out; see
+      [`~echo_hf.segmentation_echo.segment_blocks`]. 0: all of it goes through the model, as it is. `batch_size`
+      segments go through the model together.
     - `stride_length_s` (defaults to a sixth of it): where there is no pause to cut at, two segments share twice so many
       seconds, or the sum of two such lengths. Their texts are joined at the words that both have.
     - `return_timestamps`: `True` for the times of segments, `"word"`, or with [`EchoForCTC`] `"char"`.

@@ -23,9 +23,10 @@ SILENCE_LEVEL = -70.0  # dB under a full-scale square wave; no frame louder than
 NOISE_QUANTILE, SPEECH_QUANTILE = 0.1, 0.95  # of the levels of a stretch of audio: its background, and its speech
 PAUSE_MARGIN, PAUSE_DEPTH = 10.0, 12.0  # dB above the background, and under speech, within which a frame is quiet
 SHORTEST_PAUSE = 0.2  # seconds; closures of stops are shorter
-LONG_PAUSE = 1.0  # seconds; a pause as long as this always ends a segment
+LONG_PAUSE = 1.0  # seconds; a pause as long as this always ends a segment, and is left out at the ends of a recording
 KEPT_PAUSE = 0.25  # seconds of a pause that stay with the speech beside it: faint sounds begin and end words
 VOICED_RUN = 3  # frames of F0 that count as voice; fewer are errors of the tracker in noise
+OUTER_VOICED_RUN = 10  # the same in a second of quiet at an end, where seven in a row have been seen in white noise
 F0_CONTEXT = 0.1  # seconds of audio on either side of a stretch whose F0 is asked
 
 SAME_WORD = 0.6  # seconds between the times that two segments give to one word, at most
@@ -138,9 +139,10 @@ def segment_blocks(
     """
     Cuts a recording at its pauses.
 
-    A recording of up to `longest` seconds is one segment, as it is. A longer one is cut at every pause of a second, and
-    where none comes within `longest` seconds, at the longest pause in the second half of them, else in the first half.
-    Of a pause, a quarter of a second stays on either side (both may keep the same), and the rest is in no segment.
+    A recording of up to `longest` seconds is one segment; pauses of a second and more before and behind its speech are
+    left out, and otherwise it is as it is. A longer one is cut at every pause of a second, and where none comes within
+    `longest` seconds, at the longest pause in the second half of them, else in the first half. Of a pause, a quarter of
+    a second stays on either side (both may keep the same), and the rest is in no segment.
     Where there is no pause at all, the cut is made anyway, and the next segment begins `overlap` seconds earlier, so
     that each word is whole in one of the two.
 
@@ -184,7 +186,9 @@ def segment_blocks(
         ended = len(buffer) <= limit * frame
         if ended and offset == 0:
             if len(buffer):
-                yield whole_segment(buffer, frame)
+                whole = whole_segment(buffer, frame)
+                first, stop = cutter.ends(buffer) if whole.is_speech else (0, len(buffer))
+                yield whole._replace(waveform=buffer[first:stop], start=first)
             return
         if len(buffer) < frame:
             return
@@ -216,17 +220,35 @@ class _Cutter:
         self.kept = round(KEPT_PAUSE * sampling_rate / frame)
         self.speech_level = -np.inf  # dB
 
+    def ends(self, waveform: np.ndarray) -> tuple[int, int]:
+        """First sample, and the sample behind the last, of a recording without the long pauses at its ends."""
+        levels = frame_levels(waveform, self.frame)
+        num_frames = len(levels)
+        first, stop = 0, len(waveform)
+        outer = np.zeros(num_frames, dtype=bool)
+        for start, end in runs(self._quiet(levels)) if num_frames else []:
+            outer[start:end] = end - start >= self.long and (start == 0 or end == num_frames)
+        for start, end in self._pauses(waveform, levels, outer, OUTER_VOICED_RUN):
+            if end - start >= self.long and start == 0:
+                first = (end - self.kept) * self.frame
+            elif end - start >= self.long and end == num_frames:
+                stop = (start + self.kept) * self.frame
+        return first, stop
+
+    def _quiet(self, levels: np.ndarray) -> np.ndarray:
+        """Whether each frame's level is that of a pause."""
+        background, speech = np.quantile(levels, (NOISE_QUANTILE, SPEECH_QUANTILE))
+        self.speech_level = max(self.speech_level, speech)
+        highest = min(background + PAUSE_MARGIN, self.speech_level - PAUSE_DEPTH)
+        return levels <= max(highest, SILENCE_LEVEL)
+
     def cut(self, waveform: np.ndarray, shared_before: int, shared: int, ended: bool) -> tuple[int, int, int, int]:
         """First frame and the frame behind the last of the next segment, the frame to go on from, and how many frames
         from there on have been heard. The segment is empty where there is no speech."""
         levels = frame_levels(waveform, self.frame)
         num_frames = len(levels)
-        background, speech = np.quantile(levels, (NOISE_QUANTILE, SPEECH_QUANTILE))
-        self.speech_level = max(self.speech_level, speech)
-        highest = min(background + PAUSE_MARGIN, self.speech_level - PAUSE_DEPTH)
-        quiet = levels <= max(highest, SILENCE_LEVEL)
         first, pauses = 0, []
-        for start, stop in self._pauses(waveform, levels, quiet):
+        for start, stop in self._pauses(waveform, levels, self._quiet(levels)):
             if start == 0:
                 if stop == num_frames:
                     return 0, 0, num_frames - (0 if ended else min(self.kept, num_frames - 1)), 0
@@ -248,9 +270,11 @@ class _Cutter:
         advance = stop if ended and stop == num_frames else max(start, stop - self.kept)
         return first, min(start + self.kept, stop), advance, 0
 
-    def _pauses(self, waveform: np.ndarray, levels: np.ndarray, quiet: np.ndarray) -> Iterator[tuple[int, int]]:
+    def _pauses(
+        self, waveform: np.ndarray, levels: np.ndarray, quiet: np.ndarray, voiced_run: int = VOICED_RUN
+    ) -> Iterator[tuple[int, int]]:
         """Quiet and unvoiced stretches of frames that are long enough, or at the begin. F0 is estimated stretch by
-        stretch as they are asked for."""
+        stretch as they are asked for; fewer than `voiced_run` frames of it are none."""
         for start, stop in runs(quiet):
             if stop - start < self.shortest and start > 0:
                 continue
@@ -259,7 +283,7 @@ class _Cutter:
                 before = min(start, self.context)
                 f0 = self.estimate_f0(waveform[(start - before) * self.frame : (stop + self.context) * self.frame])
                 for first, last in runs(np.asarray(f0)[before : before + stop - start] > 0):
-                    unvoiced[first:last] = last - first < VOICED_RUN
+                    unvoiced[first:last] = last - first < voiced_run
             for first, last in runs(unvoiced):
                 if last - first >= self.shortest or start + first == 0:
                     yield start + first, start + last
