@@ -19,7 +19,6 @@ measure that neither the scale of a block nor other frames and utterances can mo
 import inspect
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
@@ -205,7 +204,7 @@ class EchoDiagnostics:
         given = inspect.signature(rotary.forward).bind(*arguments, **keywords).arguments
         f0, mask = given.get("f0"), self._frame_mask
         with torch.no_grad():
-            theta = seen_theta(rotary, given["position_ids"], f0, given.get("attention_mask"))
+            theta = rotary.theta(given["position_ids"].device, f0, given.get("attention_mask"))
             radius = rotary.radius(f0, given.get("pitch"))
         self.measurements.theta.update(theta.expand(mask.shape)[mask])
         radius = torch.ones_like(mask, dtype=torch.float32) if radius is None else radius[..., 0]
@@ -291,31 +290,6 @@ class EchoDiagnostics:
 def find_module(model: nn.Module, class_name: str) -> nn.Module | None:
     """The first module of that class, wherever the class comes from: a checkpoint may have brought its own code."""
     return next((module for module in model.modules() if type(module).__name__ == class_name), None)
-
-
-def seen_theta(
-    rotary: nn.Module, position_ids: torch.Tensor, f0: torch.Tensor | None, mask: torch.Tensor | None
-) -> torch.Tensor:
-    """The theta of each frame from which an `EchoRotaryEmbedding` makes its frequencies, `(B or 1, S or 1)`."""
-    with _overheard(rotary) as thetas:
-        rotary.angles(position_ids, f0, mask)
-    return thetas[0]
-
-
-@contextmanager
-def _overheard(rotary: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """What `rotary.frequencies` is asked for. The module has theta for a moment only and gives it to no one else."""
-    thetas, frequencies = [], rotary.frequencies
-
-    def frequencies_overheard(theta: torch.Tensor) -> torch.Tensor:
-        thetas.append(theta)
-        return frequencies(theta)
-
-    rotary.frequencies = frequencies_overheard
-    try:
-        yield thetas
-    finally:
-        del rotary.frequencies  # the method of the class is there again
 
 
 def _row(label: str, *values) -> str:

@@ -305,20 +305,24 @@ class EchoRotaryEmbedding(nn.Module):
         mel = pairs * (math.log10(1.0 + top / corner) / max(self.head_dim // 2 - 1, 1))  # x_c / 2595
         return theta[..., None] / MEL_THETA * (corner * (10.0**mel - 1.0) / MEL_UNIT)
 
-    def angles(self, position_ids: torch.Tensor, f0: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
-        """Rotary angles in [0, 2 pi), `(B or 1, S, C)`."""
-        dtype = precise_dtype(position_ids.device)
-        theta = torch.tensor([[self.config.rotary_theta]], device=position_ids.device, dtype=dtype)  # (1, 1)
+    def theta(self, device: torch.device, f0: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
+        """Theta of each frame, `(B or 1, S or 1)`."""
+        dtype = precise_dtype(device)
+        theta = torch.tensor([[self.config.rotary_theta]], device=device, dtype=dtype)  # (1, 1)
         if self.config.learn_theta:
             theta = theta * self.log_theta.to(dtype).exp()
         if self.theta_mode == "mean":
             theta = theta + masked_mean(f0.to(dtype), mask)
         elif self.theta_mode in ("frame", "phase"):
             theta = theta + f0.to(dtype)
-        omega = self.frequencies(theta) % (2 * math.pi)
+        return theta
+
+    def angles(self, position_ids: torch.Tensor, f0: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
+        """Rotary angles in [0, 2 pi), `(B or 1, S, C)`."""
+        omega = self.frequencies(self.theta(position_ids.device, f0, mask)) % (2 * math.pi)
         if self.theta_mode == "phase":
             return omega.cumsum(dim=1) % (2 * math.pi)
-        return position_ids[..., None].to(dtype) * omega % (2 * math.pi)
+        return position_ids[..., None].to(omega.dtype) * omega % (2 * math.pi)
 
     def radius(self, f0: torch.Tensor, pitch: torch.Tensor) -> torch.Tensor | None:
         """Rotary radius, `(B, S, 1)`, float32, or None for 1."""

@@ -717,9 +717,7 @@ def _fastest_turn(encoder, f0: np.ndarray) -> float:
     import torch
 
     rotary = _rotary(encoder, "none")
-    theta = torch.tensor([rotary.config.rotary_theta], dtype=torch.float64)
-    if rotary.config.learn_theta:
-        theta = theta * rotary.log_theta.double().exp()
+    theta = rotary.theta(torch.device("cpu"), None, None)
     return float(rotary.frequencies(theta + float(f0.max()))[..., :ROTARY_PAIRS].max())
 
 
