@@ -55,10 +55,10 @@ def test_commands_can_be_read(page, monkeypatch, capsys):
             # What a page leaves out as it stands above, and what takes several processes, or a GPU.
             for name, value in (("--train_data", "train.jsonl"), ("--output_dir", "out")):
                 command += [] if name in command else [name, value]
-            for name in ("--ddp_backend", "--fsdp_config", "--fsdp"):
+            for name, num_words in (("--ddp_backend", 2), ("--fsdp_config", 2), ("--fsdp", 1)):
                 if name in command:
                     at = command.index(name)
-                    del command[at : at + 1 + (name != "--fsdp")]
+                    del command[at : at + num_words]
             command = [word for word in command if word != "--resume"] + ["--use_cpu"]
         try:
             code = cli.main(command)

@@ -94,7 +94,7 @@ def _as_text(table: Dataset, column: str) -> Dataset:
     if isinstance(table.features[column], datasets.Value):
         return table.cast_column(column, datasets.Value("string"))
     # A list or an object, which `cast_column` takes for no text.
-    texts = [value if value is None else json.dumps(value, ensure_ascii=False, default=str) for value in table[column]]
+    texts = [value if value is None else str(_plain(value)) for value in table[column]]
     return table.remove_columns(column).add_column(column, texts)
 
 
@@ -190,7 +190,7 @@ def _read_manifest(path: Path, audio_column: str | None, text_column: str | None
 
 def _plain(value: Any) -> Any:
     # Lists and objects of an extra column may differ in shape from line to line, which no table can hold.
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (list, dict)) else value
 
 
 def _read_folder(folder: Path) -> Dataset:

@@ -87,6 +87,7 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
         unsaid = [token for token in (blank_token_id, bos_token_id) if token is not None]
         self.unsaid_token_ids = torch.tensor(unsaid, device=logits.device)
         self.eos_token_ids = eos_token_ids
+        self.no_text_ids = torch.cat((eos_token_ids, self.unsaid_token_ids))
         self.weight = weight
         self.num_hypotheses = num_hypotheses
         self.probs = self.log_probs.exp()
@@ -116,7 +117,7 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
 
     def _advance(self, tokens: torch.Tensor):
         """Takes one more token for each row, `(rows,)`. An end of sequence or padding changes nothing."""
-        is_text = ~torch.isin(tokens, torch.cat((self.eos_token_ids, self.unsaid_token_ids)))
+        is_text = ~torch.isin(tokens, self.no_text_ids)
         before_token, before_blank = self._before()
         inputs = torch.where((tokens == self.last)[:, None], before_blank, torch.logaddexp(before_token, before_blank))
         heard = self._heard(tokens)
