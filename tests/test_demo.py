@@ -62,7 +62,7 @@ def test_page_in_a_browser(monkeypatch, capsys):
     gradio = pytest.importorskip("gradio")
     playwright = pytest.importorskip("playwright.sync_api")
     browser_path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser_path is None:
+    if browser_path is None:  # a program of the system, which pip does not bring; CONTRIBUTING.md tells of it
         pytest.skip("no Chromium is installed")
     port, visited, seen = free_port(), [], {}
 

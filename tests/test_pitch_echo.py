@@ -308,6 +308,7 @@ def test_a_failed_import_of_torch_names_the_remedy(monkeypatch):
         estimate_f0(np.zeros(1600), 16000, 160, "autocorrelation")
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
 def test_autocorrelation_in_a_process_forked_after_torch_has_used_threads():
     code = """
 import os, signal, numpy as np, torch
@@ -324,8 +325,6 @@ if child == 0:
     os._exit(0 if same else 1)
 assert os.waitpid(child, 0)[1] == 0 and torch.get_num_threads() == 2
 """
-    if not hasattr(os, "fork"):
-        pytest.skip("there is no fork on this system")
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -266,7 +266,7 @@ def test_the_command_makes_babble_that_training_can_read(tmp_path, engines, caps
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_engines_themselves_speak(tmp_path, engine):
-    if shutil.which(engine) is None:
+    if shutil.which(engine) is None:  # a program of the system, which pip does not bring; the others have a stand-in
         pytest.skip(f"{engine} is not installed")
     lines = [Line("four", "en"), Line("one two three four five six seven eight", "en")] * 3
     lines += [Line("uno dos tres", "es"), Line("ma3", "cmn"), Line("baa1", "yue")] if engine == "espeak-ng" else []
