@@ -439,6 +439,57 @@ def test_what_perturbs_a_batch_hangs_on_seed_epoch_and_batch_alone(processor):
     assert streamed(first)["input_features"].all()
 
 
+def joinable(processor, texts, language, frames=50, start=0):
+    """Rows whose features say which they are."""
+    return [
+        {
+            "input_features": np.full((frames, 9), start + number, np.float32),
+            "labels": processor.tokenizer(text)["input_ids"],
+            "text": text,
+            "language": language,
+        }
+        for number, text in enumerate(texts)
+    ]
+
+
+def test_joined_utterances_are_those_of_the_batch_with_their_texts(processor):
+    english = joinable(processor, ["one", "two", "", "four", "five"], "en", start=1)
+    french = joinable(processor, ["deux", "trois"], "fr", start=6)
+    rows = [row for pair in zip(english, [*french, *french[:0]]) for row in pair] + english[2:]
+    said, counts = {index + 1: row["text"] for index, row in enumerate(english + french)}, set()
+    for epoch in range(20):
+        batch = EchoDataCollator(processor, join=1.0, epoch=epoch)(rows)
+        assert set(batch) == {"input_features", "attention_mask", "labels"}
+        heard = []
+        for features, mask, labels in zip(*(batch[name] for name in ("input_features", "attention_mask", "labels"))):
+            parts = [int(value) for value in features[mask.bool(), 0][::50]]
+            heard += parts
+            assert mask.sum() == 50 * len(parts)
+            assert len({part > 5 for part in parts}) == 1, "languages are not joined"
+            ids = labels[labels != -100].tolist()
+            expected = " ".join(said[part] for part in parts if said[part])
+            assert ids == processor.tokenizer(expected)["input_ids"][1:]
+        assert sorted(heard) == list(range(1, 8))
+        counts.add(len(batch["labels"]))
+    assert len(counts) > 1 and max(counts) < 7, "another number at a time, and never each alone"
+
+
+def test_joining_is_as_frequent_as_asked_and_stops_at_its_limits(processor):
+    rows = joinable(processor, ["a word"] * 6, "en", frames=600)
+    for limit, lengths in ((None, [1800, 1800]), (17, [1200, 1200, 1200]), (15, [600] * 6)):
+        # 20 s hold three of 6 s. Each text has 8 tokens, and three of them joined 22.
+        made = [
+            EchoDataCollator(processor, join=1.0, max_label_length=limit, epoch=epoch)(rows)["attention_mask"].sum(-1)
+            for epoch in range(10)
+        ]
+        assert lengths in [lengths_made.tolist() for lengths_made in made]
+        assert all(max(lengths_made) <= max(lengths) for lengths_made in made)
+    joined = sum(len(EchoDataCollator(processor, join=0.3, epoch=epoch)(rows)["labels"]) < 6 for epoch in range(200))
+    assert 40 <= joined <= 80
+    with pytest.raises(ValueError, match="a row has no `text`"):
+        EchoDataCollator(processor, join=1.0)([{key: row[key] for key in ("input_features", "labels")} for row in rows])
+
+
 def test_collator_without_labels_and_with_a_fixed_multiple(processor):
     rows = [{"input_features": np.ones((length, 9), np.float32), "text": "left aside"} for length in (3, 5)]
     batch = EchoDataCollator(processor, pad_to_multiple_of=8)(rows)

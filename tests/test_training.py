@@ -230,6 +230,68 @@ def test_every_part_of_the_loss_is_trained(manifest, tmp_path):
     assert after.ctc_head.bias.any()
 
 
+# Consistency ---------------------------------------------------------------------------------------------------------
+
+
+def test_disagreement_is_the_divergence_of_each_view_from_the_other():
+    first, second = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.125, 0.125, 0.75])
+    logits = torch.stack([first.log(), second.log(), second.log(), second.log()])[:, None].repeat(1, 2, 1)
+    logits.requires_grad_()
+    mask = torch.tensor([[1, 0], [1, 0], [1, 1], [1, 1]])  # the second utterance's views are the same
+    value = training.disagreement(logits + 3.0, mask)
+    expected = (second * (second / first).log()).sum() + (first * (first / second).log()).sum()
+    torch.testing.assert_close(value, expected)
+    # Each view is drawn to the other as to a target: the gradient of a cross-entropy.
+    value.backward()
+    torch.testing.assert_close(logits.grad[:2, 0], torch.stack([first - second, second - first]))
+    assert logits.grad[2:].abs().max() < 1e-6 and not logits.grad[:2, 1].any()
+
+
+def test_consistency_adds_what_views_disagree_on_a_token_to_the_loss(manifest, tmp_path, monkeypatch):
+    model, processor = build_model_and_processor(model_arguments(), ["low", "high"])
+    rows = list(prepare_dataset(load_sources(manifest), processor, cache_dir=tmp_path / "cache").dataset)
+    batch = EchoDataCollator(processor)(rows)
+    tokens = (batch["labels"] != -100).sum()
+    frames = model._get_feat_extract_output_lengths(batch["attention_mask"].sum(-1)).sum()
+
+    def loss_of(weight, **settings):
+        trainer = EchoTrainer(
+            model=model,
+            args=trainer_arguments(tmp_path / "run"),
+            data_collator=EchoDataCollator(processor),
+            train_dataset=rows,
+            processing_class=processor,
+            consistency_weight=weight,
+        )
+        return trainer.compute_loss(model, dict(batch), **settings)
+
+    model.train()
+    for settings in ({}, {"num_items_in_batch": tokens}, {"num_items_in_batch": 3 * tokens}):
+        plain = loss_of(0.0, **settings)
+        # Nothing is masked or dropped out, so two views say the same as one.
+        torch.testing.assert_close(loss_of(0.5, **settings), plain)
+        with monkeypatch.context() as context:
+            context.setattr(training, "disagreement", lambda logits, mask: mask.sum() * 1.0)
+            share = tokens / settings.get("num_items_in_batch", tokens)
+            weight = model.config.ctc_loss_weight
+            expected = plain + 0.5 * share * ((1 - weight) + weight * frames / tokens)
+            torch.testing.assert_close(loss_of(0.5, **settings), expected)
+    model.eval()
+    monkeypatch.setattr(training, "disagreement", lambda *_: pytest.fail("an evaluation hears each once"))
+    loss_of(0.5)
+
+
+def test_a_run_hears_views_that_differ(manifest, tmp_path, monkeypatch):
+    measured, measure = [], training.disagreement
+    monkeypatch.setattr(training, "disagreement", lambda *given: measured.append(measure(*given)) or measured[-1])
+    data = DataArguments(
+        train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"), consistency_weight=0.2, join=0.5
+    )
+    summary = train(model_arguments(config_overrides=TINY + ",dropout=0.2"), data, trainer_arguments(tmp_path / "run"))
+    assert len(measured) == 8 and all(value > 0 for value in measured)  # tokens and frames of 4 steps
+    assert np.isfinite(summary["train_loss"])
+
+
 class Interrupt(TrainerCallback):
     """The user's Ctrl+C in the middle of the second epoch."""
 
@@ -247,6 +309,8 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(manifest, tmp_path, 
         tempo_perturbation=0.2,
         voice_perturbation=0.2,
         channel_perturbation=0.2,
+        join=0.5,
+        consistency_weight=0.2,
     )
     arguments = model_arguments(config_overrides=TINY + ",dropout=0.2,apply_spec_augment=true")
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": save_steps}  # an epoch has 3 steps
@@ -348,6 +412,9 @@ def test_settings_that_cannot_be_are_refused_before_features_are_computed(manife
             "average_checkpoints is 3, and save_total_limit keeps 2",
         ),
         ({"voice_perturbation": 1.5}, {}, r"voice must be in \[0, 1\], got 1.5"),
+        ({"join": -0.5}, {}, r"join must be in \[0, 1\], got -0.5"),
+        ({"consistency_weight": -1.0}, {}, "consistency_weight must not be negative, got -1.0"),
+        ({"consistency_weight": 0.2}, {}, "two views of an utterance would be the same"),
     ):
         data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"), **options)
         with pytest.raises(ValueError, match=message):

@@ -39,6 +39,7 @@ logger = logging.get_logger(__name__)
 
 # A source that ends so is meant as a file. Names of datasets on the Hub may have dots, too.
 FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".arrow", ".parquet", ".zip", *AUDIO_EXTENSIONS)
+LONGEST_JOINED = 20.0  # seconds of utterances that a collator joins
 NAMED_AT_MOST = 5  # examples in a message that reports many rows
 
 
@@ -592,7 +593,12 @@ class EchoDataCollator:
             What is done to the features of the utterances before, such as [`VoicePerturbation.batch`]: it takes a list
             of them, each `(frames, channels)`, and a `random.Random` to draw from, and returns as many, each
             `(other frames, channels)`. For training only.
-        seed (`int`, defaults to 0): of what `perturb` draws.
+        join (`float`, defaults to 0.0):
+            Probability that the utterances of a batch are joined: those of a language, as many as were drawn and as
+            20 s hold, one behind the other, with their texts; so the batch has fewer and longer rows. Rows need `text`;
+            those without a `language` are taken to be of one.
+        max_label_length (`int`, *optional*): longest transcript in tokens that joining may make.
+        seed (`int`, defaults to 0): of what is drawn.
         epoch (`int`, *optional*, defaults to 0): likewise; [`EchoTrainer`] sets it. `None`, as for a stream, which may
             repeat itself within an epoch: `perturb` gets no `random.Random`, and draws anew each time.
 
@@ -604,18 +610,29 @@ class EchoDataCollator:
     processor: Any
     pad_to_multiple_of: int | None = None
     perturb: Callable[[list[np.ndarray], random.Random | None], list[np.ndarray]] | None = None
+    join: float = 0.0
+    max_label_length: int | None = None
     seed: int = 0
     epoch: int | None = 0
 
+    @property
+    def draws(self) -> bool:
+        """Whether chance has a part in its batches."""
+        return self.perturb is not None or self.join > 0
+
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         features = [np.asarray(row["input_features"], dtype=np.float32) for row in rows]
-        if self.perturb is not None:
+        chance = None
+        if self.draws and self.epoch is not None:
             # Loaders fetch batches ahead, in whatever process. So chance hangs on the batch itself, and not on what was
             # drawn before it: a run that is resumed hears what it would have heard.
             lengths = [len(utterance) for utterance in features]
             said = [np.asarray(row["labels"]).tolist() for row in rows if row.get("labels") is not None]
-            chance = None if self.epoch is None else random.Random(f"{self.seed} {self.epoch} {lengths} {said}")
+            chance = random.Random(f"{self.seed} {self.epoch} {lengths} {said}")
+        if self.perturb is not None:
             features = self.perturb(features, chance)
+        if self.join and (chance or random).random() < self.join:
+            rows, features = self._join(rows, features, chance or random)
         padded = self.processor.feature_extractor.pad(
             {"input_features": features},
             padding=True,
@@ -630,6 +647,38 @@ class EchoDataCollator:
             labels = [ids[1:] if len(ids) and ids[0] == begin else ids for ids in labels]
             batch["labels"] = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
         return batch
+
+    def _join(self, rows: list[dict[str, Any]], features: list[np.ndarray], chance) -> tuple[list, list]:
+        """Fewer and longer rows, each with `labels` alone, and their features."""
+        if any(row.get("text") is None for row in rows):
+            raise ValueError("Utterances are joined with their texts, and a row has no `text`; leave `join` out.")
+        extractor, tokenizer = self.processor.feature_extractor, self.processor.tokenizer
+        limit = round(LONGEST_JOINED * extractor.sampling_rate / extractor.hop_length)
+        most = chance.randint(2, max(2, limit // max(map(len, features))))
+
+        def language(index: int) -> str:
+            return str(rows[index].get("language"))
+
+        def fits(indices: list[int]) -> bool:  # the tokens between two are no more than the ends they have alone
+            tokens = sum(len(rows[index]["labels"]) for index in indices)
+            if self.max_label_length is not None and tokens > self.max_label_length:
+                return False
+            return sum(len(features[index]) for index in indices) <= limit
+
+        # Those of a source side by side, as they may be of one speaker.
+        order = sorted(range(len(rows)), key=lambda index: (language(index), str(rows[index].get("source"))))
+        joined, joined_features = [], []
+        for _, indices in groupby(order, key=language):
+            parts: list[int] = []
+            for index in [*indices, None]:
+                if parts and (index is None or len(parts) == most or not fits([*parts, index])):
+                    text = " ".join(rows[part]["text"] for part in parts if rows[part]["text"])
+                    labels = tokenizer(text)["input_ids"] if len(parts) > 1 else rows[parts[0]]["labels"]
+                    joined.append({"labels": labels})
+                    joined_features.append(np.concatenate([features[part] for part in parts]))
+                    parts = []
+                parts.append(index)
+        return joined, joined_features
 
 
 __all__ = [

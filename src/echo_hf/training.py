@@ -69,6 +69,7 @@ from .model_card import TRAINING_ARGUMENTS_FILE
 from .model_card import CardArguments
 from .model_card import write_model_card
 from .modeling_echo import EchoForConditionalGeneration
+from .modeling_echo import mask_frames
 from .non_speech import non_speech_table
 from .processing_echo import EchoProcessor
 from .tokenization_echo import EchoTokenizer
@@ -223,6 +224,20 @@ class DataArguments:
             " as a share of the utterances; try 0.05."
         },
     )
+    join: float = field(
+        default=0.0,
+        metadata={
+            "help": "With this probability the utterances of a batch are joined, several of a language one behind the"
+            " other, up to 20 s, so that long speech is trained where most recordings are short."
+        },
+    )
+    consistency_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Each utterance is heard twice in a batch, with other masks and dropout, and this is the weight of"
+            " what the two disagree on; try 0.2. A step takes twice as long. Needs apply_spec_augment or dropout."
+        },
+    )
     average_checkpoints: int = field(
         default=0,
         metadata={
@@ -251,6 +266,8 @@ class EchoTrainer(Seq2SeqTrainer):
         train_collator (`Callable`, *optional*): makes a training batch; `data_collator` makes the others, and all if
             not given.
         card_arguments ([`CardArguments`], *optional*): what to say in the model card that cannot be measured.
+        consistency_weight (`float`, defaults to 0.0): see [`disagreement`]; above 0, every row of a training batch is
+            given to the model twice. Its frames and its tokens have the weights of the two parts of the hybrid loss.
 
     Raises:
         `ValueError`: the processor is not the model's; the `hub_strategy` would push the state of the optimizer; or
@@ -262,6 +279,7 @@ class EchoTrainer(Seq2SeqTrainer):
         *args,
         train_collator: EchoDataCollator | None = None,
         card_arguments: CardArguments | None = None,
+        consistency_weight: float = 0.0,
         **kwargs,
     ):
         settings = kwargs.get("args")
@@ -272,7 +290,7 @@ class EchoTrainer(Seq2SeqTrainer):
             check_fit(processor, config)  # a token too many is an "index out of range" in the middle of training
         super().__init__(*args, **kwargs)
         self.train_collator = train_collator or self.data_collator
-        if isinstance(self.train_collator, EchoDataCollator) and self.train_collator.perturb is not None:
+        if isinstance(self.train_collator, EchoDataCollator) and self.train_collator.draws:
             if self.args.dataloader_persistent_workers:
                 raise ValueError(
                     "dataloader_persistent_workers: processes that outlive an epoch would perturb the next one alike;"
@@ -283,6 +301,28 @@ class EchoTrainer(Seq2SeqTrainer):
             else:
                 self.train_collator.epoch = None
         self.card_arguments = card_arguments or CardArguments()
+        self.consistency_weight = consistency_weight
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not (self.consistency_weight and model.training):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = {name: value.repeat_interleave(2, dim=0) for name, value in inputs.items()}
+        tokens = None if num_items_in_batch is None else 2 * num_items_in_batch
+        loss, outputs = super().compute_loss(model, inputs, True, tokens)
+        is_token = inputs["labels"] != -100
+        between = disagreement(outputs["logits"], is_token)
+        if outputs.get("ctc_logits") is not None:
+            lengths = self.model._get_feat_extract_output_lengths(inputs["attention_mask"].sum(-1))
+            is_frame = mask_frames(lengths, outputs["ctc_logits"].shape[1])
+            frames = disagreement(outputs["ctc_logits"], is_frame)
+            between = torch.lerp(between, frames, self.model.config.ctc_loss_weight)
+        if tokens is None:
+            between = between / is_token.sum()
+        else:  # the mean of the processes' gradients is taken, each of which knows the tokens of all
+            scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            between = between * scale / tokens
+        loss = loss + self.consistency_weight * between
+        return (loss, outputs) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset=None):
         """The Trainer's, but for `group_by_length`: its sampler draws an order from the random state of the process.
@@ -415,6 +455,26 @@ class EchoTrainer(Seq2SeqTrainer):
             self.push_in_progress.jobs.append(job)
         else:
             self.push_in_progress = PushInProgress([job])
+
+
+def disagreement(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """How far two views of each utterance are apart: the Kullback-Leibler divergences of their distributions, each view
+    from the other, which is held fixed. As a loss it keeps a model from learning a few utterances by heart (consistency
+    regularisation of CTC, Yao et al., https://huggingface.co/papers/2410.05101; of decoders, R-Drop, Liang et al.,
+    https://huggingface.co/papers/2106.14448).
+
+    Args:
+        logits (`torch.Tensor` of shape `(2 * B, positions, vocab_size)`): rows `2 * i` and `2 * i + 1` are views of the
+            same utterance.
+        mask (`torch.Tensor` of shape `(2 * B, positions)`): where positions are real.
+
+    Returns:
+        `torch.Tensor` of shape `()`: the sum over all rows and real positions.
+    """
+    scores = logits.float().log_softmax(-1)
+    other = scores.detach().unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    divergence = torch.nn.functional.kl_div(scores, other, reduction="none", log_target=True).sum(-1)
+    return divergence.masked_fill(~mask.bool(), 0.0).sum()
 
 
 class _TellEpoch(TrainerCallback):
@@ -723,8 +783,11 @@ def train(
         check_hub_strategy(training_arguments)
     if data_arguments.diagnostics:
         require_tensorboard()
-    if not 0 <= data_arguments.non_speech_share <= 1:
-        raise ValueError(f"non_speech_share must be in [0, 1], got {data_arguments.non_speech_share}.")
+    for name in ("non_speech_share", "join"):
+        if not 0 <= getattr(data_arguments, name) <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {getattr(data_arguments, name)}.")
+    if data_arguments.consistency_weight < 0:
+        raise ValueError(f"consistency_weight must not be negative, got {data_arguments.consistency_weight}.")
     if data_arguments.average_checkpoints:
         averaging = CheckpointAveraging(data_arguments.average_checkpoints)
         averaging.check(training_arguments)
@@ -762,6 +825,11 @@ def train(
         model_arguments, [text or "" for text in train_table["text"]], label_smoothing
     )
 
+    if data_arguments.consistency_weight and not model.config.apply_spec_augment and not model.config.dropout:
+        raise ValueError(
+            "consistency_weight is set, and the two views of an utterance would be the same: set"
+            " --config_overrides apply_spec_augment=true, or dropout."
+        )
     perturb = VoicePerturbation(
         processor.feature_extractor,
         tempo=data_arguments.tempo_perturbation,
@@ -803,7 +871,11 @@ def train(
         args=training_arguments,
         data_collator=EchoDataCollator(processor),
         train_collator=EchoDataCollator(
-            processor, perturb=perturb.batch if perturb.is_active else None, seed=training_arguments.seed
+            processor,
+            perturb=perturb.batch if perturb.is_active else None,
+            join=data_arguments.join,
+            max_label_length=model.config.max_target_positions,
+            seed=training_arguments.seed,
         ),
         train_dataset=train_data.dataset,
         eval_dataset=eval_data.dataset if eval_data else None,
@@ -811,6 +883,7 @@ def train(
         compute_metrics=make_compute_metrics(processor.tokenizer) if training_arguments.predict_with_generate else None,
         callbacks=callbacks,
         card_arguments=card_arguments,
+        consistency_weight=data_arguments.consistency_weight,
     )
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
     # As the Trainer calls it itself: otherwise it would push at once, before the model is evaluated.
