@@ -548,6 +548,11 @@ def test_train_resume_evaluate_transcribe(capsys, tones, tmp_path, monkeypatch):
     assert code == 1 and "holds a run already" in err
     code, _, err = run(capsys, "train", "--resume", "--output_dir", output_dir, "--label_smoothing_factor", "0.3")
     assert code == 1 and "label_smoothing_factor would change" in err
+    remembered = (output_dir / "train_command.json").read_text()
+    (output_dir / "train_command.json").write_text(remembered[:20])
+    code, _, err = run(capsys, "train", "--resume", "--output_dir", output_dir)
+    assert code == 1 and "train_command.json is cut off or damaged" in err and "delete it, and give --resume" in err
+    (output_dir / "train_command.json").write_text(remembered)
     code, out, _ = run(capsys, "train", "--resume", "--output_dir", output_dir)
     assert code == 0 and "since checkpoint-4" in out
     summary = json.loads((output_dir / "run_summary.json").read_text())

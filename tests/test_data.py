@@ -455,7 +455,7 @@ def joinable(processor, texts, language, frames=50, start=0):
 def test_joined_utterances_are_those_of_the_batch_with_their_texts(processor):
     english = joinable(processor, ["one", "two", "", "four", "five"], "en", start=1)
     french = joinable(processor, ["deux", "trois"], "fr", start=6)
-    rows = [row for pair in zip(english, [*french, *french[:0]]) for row in pair] + english[2:]
+    rows = [english[0], french[0], english[1], french[1], *english[2:]]
     said, counts = {index + 1: row["text"] for index, row in enumerate(english + french)}, set()
     for epoch in range(20):
         batch = EchoDataCollator(processor, join=1.0, epoch=epoch)(rows)
@@ -486,8 +486,19 @@ def test_joining_is_as_frequent_as_asked_and_stops_at_its_limits(processor):
         assert all(max(lengths_made) <= max(lengths) for lengths_made in made)
     joined = sum(len(EchoDataCollator(processor, join=0.3, epoch=epoch)(rows)["labels"]) < 6 for epoch in range(200))
     assert 40 <= joined <= 80
-    with pytest.raises(ValueError, match="a row has no `text`"):
-        EchoDataCollator(processor, join=1.0)([{key: row[key] for key in ("input_features", "labels")} for row in rows])
+    shorter = [EchoDataCollator(processor, join=1.0, max_joined_seconds=13, epoch=epoch)(rows) for epoch in range(10)]
+    assert all(batch["input_features"].shape == (3, 1200, 9) for batch in shorter)
+
+
+def test_what_cannot_be_joined_is_refused(processor):
+    rows = joinable(processor, ["a word"] * 2, "en")
+    for name in ("text", "labels"):
+        incomplete = [*rows, {**rows[0], name: None}]
+        with pytest.raises(ValueError, match=r"a row has no `text` or no `labels`.*remove_unused_columns"):
+            EchoDataCollator(processor, join=0.01)(incomplete)
+    extractor = EchoFeatureExtractor(feature_groups={"spectrogram": 8, "phase": 1, "pitch": 1})
+    with pytest.raises(ValueError, match="'phase' cannot be joined"):
+        EchoDataCollator(EchoProcessor(extractor, EchoTokenizer()), join=0.1)
 
 
 def test_collator_without_labels_and_with_a_fixed_multiple(processor):

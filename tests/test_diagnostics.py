@@ -3,6 +3,7 @@
 import json
 import math
 
+import datasets
 import numpy as np
 import pytest
 import soundfile
@@ -14,8 +15,11 @@ from echo_hf import EchoConfig
 from echo_hf import EchoFeatureExtractor
 from echo_hf import EchoForConditionalGeneration
 from echo_hf import EchoForCTC
+from echo_hf import plotting
+from echo_hf.checkpoint import load_model_and_processor
 from echo_hf.cli import main
 from echo_hf.diagnostics import KINDS
+from echo_hf.diagnostics import DiagnosticsCallback
 from echo_hf.diagnostics import EchoDiagnostics
 from echo_hf.diagnostics import RunningStatistics
 from echo_hf.modeling_echo import EchoEncoder
@@ -279,6 +283,18 @@ def test_command_cuts_long_recordings_and_names_broken_ones(ctc_checkpoint, tmp_
 
 
 @pytest.mark.slow
+def test_what_is_too_long_for_a_picture_is_not_drawn(checkpoint, monkeypatch):
+    _, processor = load_model_and_processor(checkpoint)
+    rows = [
+        {"input_features": np.ones((frames, 81), np.float32), "text": "oh", "labels": [1, 5, 2]} for frames in (60, 40)
+    ]
+    dataset = datasets.Dataset.from_list(rows).with_format("numpy", ["input_features"], output_all_columns=True)
+    for seconds, expected in ((1, 60), (0.5, 40), (0.1, None)):
+        monkeypatch.setattr(plotting, "LONGEST_PICTURE", seconds)
+        drawn = DiagnosticsCallback(dataset, processor).drawn
+        assert (drawn and len(drawn["input_features"])) == expected
+
+
 def test_training_writes_scalars_and_pictures_for_tensorboard(tmp_path, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -16,6 +16,9 @@ HANDLERS = ("transcribe", "evaluate", "plot", "diagnose", "non_speech", "demo", 
 BLOCKS = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 
 
+COMMANDS = ("transcribe", "train", "evaluate", "synthesize", "non-speech", "benchmark", "diagnose", "plot", "demo")
+
+
 def commands(page: Path) -> list[list[str]]:
     """What follows `echo-hf`, of each such line in the page's blocks of shell commands."""
     found = []
@@ -74,6 +77,10 @@ def test_options_in_the_text_are_there(page):
         name, *words = command.split()
         named = {word.split("=")[0] for word in words if word.startswith("--")}
         assert named <= options(name), f"echo-hf {command}: {sorted(named - options(name))}"
+    # Those that stand alone are of some command, or of a program that starts one.
+    known = set.union(*map(options, COMMANDS)) | {"--nproc_per_node", "--nnodes"}
+    alone = {option for option in re.findall(r"`(--[a-z0-9_-]+)", text)}
+    assert alone <= known, f"{sorted(alone - known)}"
 
 
 def test_there_are_commands_to_read():

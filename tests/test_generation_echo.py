@@ -11,6 +11,7 @@ from echo_hf import EchoConfig
 from echo_hf import EchoForConditionalGeneration
 from echo_hf.generation_echo import IMPOSSIBLE
 from echo_hf.generation_echo import EchoCTCPrefixLogitsProcessor
+from echo_hf.generation_echo import find_cut_off
 from echo_hf.generation_echo import log_cumulative_products
 
 BLANK, BOS, EOS = 0, 1, 2
@@ -37,6 +38,12 @@ def transcripts(logits):
         text = collapse(path)
         found[text] = found.get(text, 0.0) + math.exp(sum(log_probs[t, token].item() for t, token in enumerate(path)))
     return found
+
+
+def test_texts_without_an_end_are_cut_off():
+    ids = torch.tensor([[BOS, 3, EOS, BLANK], [BOS, 3, 4, 3], [BOS, 4, 4, BLANK]])
+    for ends, expected in ((EOS, [False, True, True]), ([EOS, 3], [False, False, True]), (None, [False] * 3)):
+        assert find_cut_off(ids, GenerationConfig(eos_token_id=ends)).tolist() == expected
 
 
 @pytest.mark.parametrize("prefix", [(), (3,), (4, 4), (3, 4, 3), (3, 3, 3)])

@@ -697,6 +697,27 @@ def test_generate_warns_of_audio_too_long_for_one_text(monkeypatch):
     assert len(told) == 1 and "hears all 40 s of audio at once" in told[0] and "pipeline" in told[0]
 
 
+def test_what_whisper_takes_and_echo_does_not_is_named():
+    model, inputs = tiny_model(), make_inputs((61,))
+    with pytest.raises(ValueError, match="takes no language, task: it writes the language that it hears"):
+        model.generate(**inputs, language="en", task="transcribe")
+    model.generation_config.language = "en"  # as scripts for Whisper do
+    with pytest.raises(ValueError, match="takes no language: "):
+        model.generate(**inputs, language="fr")
+    with pytest.raises(ValueError, match="Times come from the pipeline"):
+        model.generate(**inputs, return_timestamps=True)
+
+
+def test_labels_that_cannot_be_are_refused():
+    model, inputs = tiny_model(), make_inputs((61,))
+    longest = model.config.max_target_positions
+    model(**inputs, labels=torch.full((1, longest), 5))
+    with pytest.raises(ValueError, match=f"Labels of {longest + 1} tokens are longer than max_target_positions"):
+        model(**inputs, labels=torch.full((1, longest + 1), 5))
+    with pytest.raises(ValueError, match="give labels, decoder_input_ids or decoder_inputs_embeds.*label_smoothing"):
+        model(**inputs)
+
+
 def test_sampling_and_assisted_decoding():
     model, inputs = tiny_model(), make_inputs((61,))
     torch.manual_seed(0)

@@ -293,11 +293,16 @@ def test_words_are_where_attention_was(recognizer, checkpoint, monkeypatch):
 
 def test_attention_is_that_of_generating(recognizer):
     features = recognizer.feature_extractor(voice(1.0), sampling_rate=SAMPLING_RATE, return_tensors="pt")
-    ids = recognizer.model.generate(**features)
-    tokens = [token for token in ids[0].tolist() if token > 2]
+    model, options = recognizer.model, {"output_attentions": True, "return_dict_in_generate": True}
+    model.set_attn_implementation("eager")
+    generated = model.generate(**features, min_new_tokens=5, **options)
+    model.set_attn_implementation("sdpa")
+    tokens = generated["sequences"][0, 1:-1].tolist()
     with torch.no_grad():
         weights = recognizer._cross_attention(features["input_features"], features["attention_mask"], tokens)
-    assert weights.shape == (len(tokens) + 1, 25)
+    steps = [torch.stack(step).mean(dim=(0, 2))[0, -1] for step in generated["cross_attentions"]]  # layers and heads
+    np.testing.assert_allclose(weights, torch.stack(steps).numpy(), atol=1e-5)
+    assert weights.shape == (len(tokens) + 1, 25) and len(tokens) >= 4
     np.testing.assert_allclose(weights.sum(axis=1), 1.0, atol=1e-5)
     assert recognizer.model.config._attn_implementation == "sdpa"
 

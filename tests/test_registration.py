@@ -34,18 +34,15 @@ def run_python(code: str, *arguments) -> dict:
 
 
 @pytest.mark.slow
-def test_import_is_fast_and_lazy():
+def test_import_loads_nothing_heavy():
     report = run_python(
-        "import json, sys, time\n"
+        "import json, sys\n"
         "import transformers\n"
-        "start = time.perf_counter()\n"
         "import echo_hf\n"
-        "seconds = time.perf_counter() - start\n"
         "heavy = ('torch', 'tokenizers', 'pyworld', 'soundfile', 'transformers.models.auto.modeling_auto')\n"
-        "print(json.dumps({'seconds': seconds, 'loaded': [name for name in heavy if name in sys.modules],\n"
+        "print(json.dumps({'loaded': [name for name in heavy if name in sys.modules],\n"
         "                  'ours': sorted(name for name in sys.modules if name.startswith('echo_hf'))}))"
     )
-    assert report["seconds"] < 1
     assert report["loaded"] == []
     assert report["ours"] == ["echo_hf", "echo_hf.registration"]
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from accelerate import Accelerator
 from transformers import AutoModelForSpeechSeq2Seq
 from transformers import AutoProcessor
 from transformers import Seq2SeqTrainingArguments
@@ -16,6 +17,7 @@ from transformers import pipeline
 from echo_hf import EchoConfig
 from echo_hf import EchoFeatureExtractor
 from echo_hf import EchoForConditionalGeneration
+from echo_hf import EchoForCTC
 from echo_hf import EchoProcessor
 from echo_hf import EchoTokenizer
 from echo_hf import training
@@ -124,6 +126,13 @@ def test_what_does_not_fit_is_named(extractor, tokenizer, message):
     processor = EchoProcessor(EchoFeatureExtractor(**extractor), tokenizer)
     with pytest.raises(ValueError, match=message):
         check_fit(processor, EchoConfig())
+
+
+def test_one_of_several_ends_may_be_the_tokenizers():
+    processor = build_processor(EchoConfig(), EchoTokenizer())
+    check_fit(processor, EchoConfig(eos_token_id=[2, 5]))
+    with pytest.raises(ValueError, match=r"eos_token_id: 2 in the tokenizer, \[5\] in the model"):
+        check_fit(processor, EchoConfig(eos_token_id=[5]))
 
 
 def test_a_checkpoint_cannot_be_made_another_model(tmp_path):
@@ -254,7 +263,7 @@ def test_consistency_adds_what_views_disagree_on_a_token_to_the_loss(manifest, t
     tokens = (batch["labels"] != -100).sum()
     frames = model._get_feat_extract_output_lengths(batch["attention_mask"].sum(-1)).sum()
 
-    def loss_of(weight, **settings):
+    def loss_of(weight, model=model, inputs=batch, **settings):
         trainer = EchoTrainer(
             model=model,
             args=trainer_arguments(tmp_path / "run"),
@@ -263,19 +272,38 @@ def test_consistency_adds_what_views_disagree_on_a_token_to_the_loss(manifest, t
             processing_class=processor,
             consistency_weight=weight,
         )
-        return trainer.compute_loss(model, dict(batch), **settings)
+        return trainer.compute_loss(model, dict(inputs), **settings)
+
+    def disagree_by_one(context):
+        """At every real position, so that it is known how much is added."""
+        context.setattr(training, "disagreement", lambda logits, mask: (mask.expand(logits.shape[:2]) * 1.0).sum())
 
     model.train()
-    for settings in ({}, {"num_items_in_batch": tokens}, {"num_items_in_batch": 3 * tokens}):
-        plain = loss_of(0.0, **settings)
-        # Nothing is masked or dropped out, so two views say the same as one.
-        torch.testing.assert_close(loss_of(0.5, **settings), plain)
+    ctc_weight = model.config.ctc_loss_weight
+    for num_processes in (1, 2):  # of which the Trainer takes the mean, having multiplied the loss by their number
+        monkeypatch.setattr(Accelerator, "num_processes", property(lambda self, number=num_processes: number))
+        for settings in ({}, {"num_items_in_batch": tokens}, {"num_items_in_batch": 3 * tokens}):
+            plain = loss_of(0.0, **settings)
+            # Nothing is masked or dropped out, so two views say the same as one.
+            torch.testing.assert_close(loss_of(0.5, **settings), plain)
+            with monkeypatch.context() as context:
+                disagree_by_one(context)
+                share = num_processes * tokens / settings["num_items_in_batch"] if settings else 1.0
+                expected = plain + 0.5 * share * ((1 - ctc_weight) + ctc_weight * frames / tokens)
+                torch.testing.assert_close(loss_of(0.5, **settings), expected)
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 1))
+
+    # A model without a decoder disagrees about frames alone; without a mask all of them are real.
+    ctc_model = EchoForCTC(model.config).train()
+    whole = {name: tensor for name, tensor in batch.items() if name != "attention_mask"}
+    all_frames = len(rows) * model._get_feat_extract_output_lengths(batch["input_features"].shape[1])
+    for inputs, count in ((batch, frames), (whole, all_frames)):
+        plain = loss_of(0.0, ctc_model, inputs)
+        torch.testing.assert_close(loss_of(0.5, ctc_model, inputs), plain)
         with monkeypatch.context() as context:
-            context.setattr(training, "disagreement", lambda logits, mask: mask.sum() * 1.0)
-            share = tokens / settings.get("num_items_in_batch", tokens)
-            weight = model.config.ctc_loss_weight
-            expected = plain + 0.5 * share * ((1 - weight) + weight * frames / tokens)
-            torch.testing.assert_close(loss_of(0.5, **settings), expected)
+            disagree_by_one(context)
+            torch.testing.assert_close(loss_of(0.5, ctc_model, inputs), plain + 0.5 * count / tokens)
+
     model.eval()
     monkeypatch.setattr(training, "disagreement", lambda *_: pytest.fail("an evaluation hears each once"))
     loss_of(0.5)
@@ -284,12 +312,24 @@ def test_consistency_adds_what_views_disagree_on_a_token_to_the_loss(manifest, t
 def test_a_run_hears_views_that_differ(manifest, tmp_path, monkeypatch):
     measured, measure = [], training.disagreement
     monkeypatch.setattr(training, "disagreement", lambda *given: measured.append(measure(*given)) or measured[-1])
+    made, make = [], EchoDataCollator.__call__
+    monkeypatch.setattr(EchoDataCollator, "__call__", lambda self, rows: made.append(make(self, rows)) or made[-1])
     data = DataArguments(
-        train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"), consistency_weight=0.2, join=0.5
+        train_data=[str(manifest)],
+        cache_dir=str(tmp_path / "cache"),
+        consistency_weight=0.2,
+        join=1.0,
+        max_seconds=1.0,
     )
-    summary = train(model_arguments(config_overrides=TINY + ",dropout=0.2"), data, trainer_arguments(tmp_path / "run"))
-    assert len(measured) == 8 and all(value > 0 for value in measured)  # tokens and frames of 4 steps
+    settings = {"per_device_train_batch_size": 4, "max_steps": 10}
+    arguments = model_arguments(config_overrides=TINY + ",dropout=0.2")
+    summary = train(arguments, data, trainer_arguments(tmp_path / "run", **settings))
+    assert len(measured) == 20 and all(value > 0 for value in measured)  # tokens and frames of 10 steps
     assert np.isfinite(summary["train_loss"])
+    # Joined to 1 s and 12 tokens at most; in this vocabulary "high low" has 10, and three texts have more.
+    seconds = [batch["attention_mask"].sum(-1).max() / 100 for batch in made]
+    assert 0.6 < max(seconds) <= 1.0
+    assert 5 < max(batch["labels"].shape[1] for batch in made) <= 12
 
 
 class Interrupt(TrainerCallback):
@@ -397,6 +437,10 @@ def test_clips_without_speech_are_trained_on_with_an_empty_text(manifest, tmp_pa
     settings = DataArguments(
         train_data=[str(manifest)], non_speech_share=0.5, f0_drop=0.5, f0_shift=0.2, cache_dir=str(tmp_path)
     )
+    spoken = data.dataset.add_column("language", ["en"] * 6)
+    told = training.PreparedData(spoken.with_format("numpy", ["input_features"], output_all_columns=True), [], 1.0)
+    languages = training.add_non_speech(told, 0.4, processor, seed=3, cache_dir=tmp_path).dataset["language"]
+    assert languages[:] == ["en"] * 6 + [None] * 3  # which utterances are joined hangs on it
     summary = train(model_arguments(attn_implementation="eager"), settings, trainer_arguments(tmp_path / "run"))
     assert summary["train"]["utterances"] == 9 and np.isfinite(summary["train_loss"])
     assert "attn_implementation" not in (tmp_path / "run" / "config.json").read_text()

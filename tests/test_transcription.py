@@ -4,7 +4,6 @@ import io
 import os
 import struct
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -145,12 +144,10 @@ def test_hostile_files_are_transcribed_or_refused(recognizer, tmp_path):
 
     def transcribe_all():
         nonlocal refused
-        for (name, _), path in zip(contents, files):
-            begun = time.monotonic()
+        for path in files:
             (transcript,) = transcribe_files(recognizer, [path], **options)
             check(transcript, path)
             refused += transcript.error is not None
-            assert time.monotonic() - begun < 20, name
 
     grown = peak_memory(transcribe_all, torch.device("cpu"))  # MiB
     assert 50 < refused < len(contents) - 50, "some can be read and some cannot"

@@ -419,10 +419,11 @@ def run_benchmark(
             raise ValueError(f"Section {section!r} is not known; choose from {', '.join(SECTIONS)}.")
     if compiled and (others := set(sections) - {"generation", "training"}):
         raise ValueError(f"Only generation and training are measured compiled, not {', '.join(sorted(others))}.")
-    if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"dtype {dtype!r} is not one of PyTorch's; float32, bfloat16 and float16 are.")
+    named = getattr(torch, dtype, None)
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise ValueError(f"dtype {dtype!r} is none that models compute in; float32, bfloat16 and float16 are.")
     try:
-        where, what = torch.device(device), getattr(torch, dtype)
+        where, what = torch.device(device), named
         torch.zeros(1, device=where)
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without that device
         raise ValueError(f"The models cannot run on {device!r}: {error}") from error

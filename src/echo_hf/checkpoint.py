@@ -105,7 +105,8 @@ def check_fit(processor: EchoProcessor, config: EchoConfig) -> None:
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"vocab_size: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}.")
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        if getattr(tokenizer, name) != getattr(config, name):
+        several = name == "eos_token_id" and tokenizer.eos_token_id in config.ends_of_sequence
+        if not several and getattr(tokenizer, name) != getattr(config, name):
             raise ValueError(
                 f"{name}: {getattr(tokenizer, name)} in the tokenizer, {getattr(config, name)} in the model."
             )

@@ -391,7 +391,7 @@ def _train(arguments: list[str]) -> int:
     command_file = output_dir / COMMAND_FILE
     if known.resume and find_last_checkpoint(output_dir) is None:
         raise ValueError(f"There is no checkpoint to resume from in {output_dir}; start without --resume.")
-    before = json.loads(command_file.read_text(encoding="utf-8")) if known.resume and command_file.is_file() else []
+    before = _read_command(command_file) if known.resume and command_file.is_file() else []
     arguments = before + arguments
     settings = vars(parser.parse_args(arguments))
     if before:
@@ -411,7 +411,9 @@ def _train(arguments: list[str]) -> int:
         def on_train_begin(self, args, state, control, **kwargs):
             if state.is_world_process_zero:
                 command_file.parent.mkdir(parents=True, exist_ok=True)
-                command_file.write_text(json.dumps(remembered) + "\n", encoding="utf-8")
+                unfinished = command_file.with_suffix(".part")  # so that a kill leaves the old one or the new
+                unfinished.write_text(json.dumps(remembered) + "\n", encoding="utf-8")
+                unfinished.replace(command_file)
 
     try:
         summary = train(model, data, training, resume=known.resume, callbacks=[RememberCommand()], card_arguments=card)
@@ -423,6 +425,16 @@ def _train(arguments: list[str]) -> int:
     if training.process_index == 0:
         _write(_training_report(summary))
     return 0
+
+
+def _read_command(path: Path) -> list[str]:
+    """The options that a run was started with."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is cut off or damaged ({error}): delete it, and give --resume with the options of the run."
+        ) from error
 
 
 def _refuse_other_models(before: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -851,11 +863,11 @@ def _draw_curves(options):
 
 def _draw_recording(options):
     from . import plotting
-    from .transcription import BUNDLED_RECORDINGS
+    from .transcription import bundled_recordings
     from .transcription import expand_paths
     from .transcription import load_checkpoint
 
-    path = str(expand_paths([options.input or BUNDLED_RECORDINGS])[0])
+    path = str((expand_paths([options.input]) if options.input else bundled_recordings())[0])
     model, processor = load_checkpoint(options.checkpoint, "cpu")
     extractor, title = processor.feature_extractor, options.title
     waveform = extractor._read(path, path, extractor.sampling_rate, resample=True)
@@ -913,13 +925,13 @@ def _diagnose(options) -> int:
     import torch
 
     from .diagnostics import EchoDiagnostics
-    from .transcription import BUNDLED_RECORDINGS
+    from .transcription import bundled_recordings
     from .transcription import expand_paths
     from .transcription import load_checkpoint
     from .transcription import make_pipeline
     from .transcription import transcribe_files
 
-    files = expand_paths(options.paths or [BUNDLED_RECORDINGS])
+    files = expand_paths(options.paths) if options.paths else bundled_recordings()
     model, processor = load_checkpoint(options.checkpoint, options.device)
     diagnostics, heard = EchoDiagnostics(model), 0
     with diagnostics, torch.inference_mode():
@@ -1061,15 +1073,13 @@ def _add_transcribe(commands) -> None:
 
 def _transcribe(options) -> int:
     from .subtitles import group_cues
-    from .transcription import BUNDLED_RECORDINGS
+    from .transcription import bundled_recordings
     from .transcription import expand_paths
     from .transcription import load_checkpoint
     from .transcription import make_pipeline
     from .transcription import transcribe_files
 
-    if not options.paths and not BUNDLED_RECORDINGS.is_dir():
-        raise ValueError("This installation came without recordings; name files or folders to transcribe.")
-    files = expand_paths(options.paths or [BUNDLED_RECORDINGS])
+    files = expand_paths(options.paths) if options.paths else bundled_recordings()
     outputs = {}
     if options.output_dir:
         outputs = _output_files(options.output_dir, files, TRANSCRIPT_SUFFIXES[options.format])
@@ -1115,7 +1125,10 @@ def _output_files(folder: str, files: list[Path], suffix: str) -> dict[Path, Pat
     for path in files:
         other = taken.setdefault(path.stem, path)
         if other is not path:
-            raise ValueError(f"{other} and {path} would have the same transcript in {folder}; do them one by one.")
+            raise ValueError(
+                f"{other} and {path} would have the same transcript in {folder}; rename one, or give each a folder of"
+                " its own."
+            )
         outputs[path] = Path(folder) / f"{path.stem}{suffix}"
         if outputs[path].exists() and outputs[path].parent.resolve() == path.parent.resolve():
             raise ValueError(f"{outputs[path]} stands beside its recording already; take another folder.")

@@ -39,7 +39,7 @@ logger = logging.get_logger(__name__)
 
 # A source that ends so is meant as a file. Names of datasets on the Hub may have dots, too.
 FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".arrow", ".parquet", ".zip", *AUDIO_EXTENSIONS)
-LONGEST_JOINED = 20.0  # seconds of utterances that a collator joins
+MAX_JOINED_SECONDS = 20.0  # of utterances that a collator joins
 NAMED_AT_MOST = 5  # examples in a message that reports many rows
 
 
@@ -595,25 +595,35 @@ class EchoDataCollator:
             `(other frames, channels)`. For training only.
         join (`float`, defaults to 0.0):
             Probability that the utterances of a batch are joined: those of a language, as many as were drawn and as
-            20 s hold, one behind the other, with their texts; so the batch has fewer and longer rows. Rows need `text`;
-            those without a `language` are taken to be of one.
+            `max_joined_seconds` hold, one behind the other, their texts parted by a space; so the batch has fewer and
+            longer rows. Rows need `text` and `labels`; those without a `language` are taken to be of one.
+        max_joined_seconds (`float`, defaults to 20.0): longest audio that joining may make.
         max_label_length (`int`, *optional*): longest transcript in tokens that joining may make.
         seed (`int`, defaults to 0): of what is drawn.
         epoch (`int`, *optional*, defaults to 0): likewise; [`EchoTrainer`] sets it. `None`, as for a stream, which may
-            repeat itself within an epoch: `perturb` gets no `random.Random`, and draws anew each time.
+            repeat itself within an epoch: `perturb` gets no `random.Random`, and all is drawn anew each time.
 
     Returns (`__call__`):
         `dict[str, torch.Tensor]`: `input_features` `(batch, frames, channels)`, `attention_mask` `(batch, frames)` and,
         if the rows have them, `labels` `(batch, tokens)`.
+
+    Raises:
+        `ValueError`: utterances are to be joined, and rows have no `text` or `labels`, or the accumulated phase, which
+            would begin anew within a row.
     """
 
     processor: Any
     pad_to_multiple_of: int | None = None
     perturb: Callable[[list[np.ndarray], random.Random | None], list[np.ndarray]] | None = None
     join: float = 0.0
+    max_joined_seconds: float = MAX_JOINED_SECONDS
     max_label_length: int | None = None
     seed: int = 0
     epoch: int | None = 0
+
+    def __post_init__(self):
+        if self.join and "phase" in self.processor.feature_extractor.feature_groups:
+            raise ValueError("The feature group 'phase' cannot be joined; leave it or `join` out.")
 
     @property
     def draws(self) -> bool:
@@ -621,6 +631,11 @@ class EchoDataCollator:
         return self.perturb is not None or self.join > 0
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if self.join and any(row.get(name) is None for row in rows for name in ("text", "labels")):
+            raise ValueError(
+                "Utterances are joined with their texts, and a row has no `text` or no `labels`: a stream has no texts,"
+                " and a Trainer leaves them out unless `remove_unused_columns` is false. Or leave `join` out."
+            )
         features = [np.asarray(row["input_features"], dtype=np.float32) for row in rows]
         chance = None
         if self.draws and self.epoch is not None:
@@ -650,16 +665,15 @@ class EchoDataCollator:
 
     def _join(self, rows: list[dict[str, Any]], features: list[np.ndarray], chance) -> tuple[list, list]:
         """Fewer and longer rows, each with `labels` alone, and their features."""
-        if any(row.get("text") is None for row in rows):
-            raise ValueError("Utterances are joined with their texts, and a row has no `text`; leave `join` out.")
         extractor, tokenizer = self.processor.feature_extractor, self.processor.tokenizer
-        limit = round(LONGEST_JOINED * extractor.sampling_rate / extractor.hop_length)
+        limit = round(self.max_joined_seconds * extractor.sampling_rate / extractor.hop_length)
         most = chance.randint(2, max(2, limit // max(map(len, features))))
 
         def language(index: int) -> str:
             return str(rows[index].get("language"))
 
-        def fits(indices: list[int]) -> bool:  # the tokens between two are no more than the ends they have alone
+        def fits(indices: list[int]) -> bool:
+            # Each has a begin and an end of sequence of its own, of which a joined one keeps two; spaces are fewer.
             tokens = sum(len(rows[index]["labels"]) for index in indices)
             if self.max_label_length is not None and tokens > self.max_label_length:
                 return False

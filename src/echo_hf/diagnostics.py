@@ -306,8 +306,8 @@ class DiagnosticsCallback(TrainerCallback):
     """
     Writes diagnostics of the model in training into TensorBoard, as the run `diagnostics` beside the Trainer's own: at
     the start and at every evaluation (every saving, if there is none) the scalars of [`EchoDiagnostics`] on a few
-    utterances, always the same, and of the first of them the pictures of [`~echo_hf.plotting`]: angles, similarity,
-    bias, alignment.
+    utterances, always the same, and the pictures of [`~echo_hf.plotting`] of the first of them that is not too long for
+    one: angles, similarity, bias, alignment.
 
     Between those times nothing listens, so that training steps cost what they did.
 
@@ -323,11 +323,14 @@ class DiagnosticsCallback(TrainerCallback):
     def __init__(self, dataset, processor, num_utterances: int = 8):
         require_tensorboard()
         from .data import EchoDataCollator
+        from .plotting import LONGEST_PICTURE
 
         rows = dataset.select(range(min(num_utterances, len(dataset))))
         self.tokenizer = processor.tokenizer
-        self.text = rows[0]["text"]
-        self.features = torch.as_tensor(rows[0]["input_features"], dtype=torch.float32)
+        extractor = processor.feature_extractor
+        longest = LONGEST_PICTURE * extractor.sampling_rate // extractor.hop_length
+        # The utterance that is drawn; None where all are too long to be.
+        self.drawn = next((row for row in rows if len(row["input_features"]) <= longest), None)
         self.batch = EchoDataCollator(processor)([rows[index] for index in range(len(rows))])
         self.writer = None
         self.last_step = None
@@ -370,11 +373,15 @@ class DiagnosticsCallback(TrainerCallback):
                 model(**batch)
             for name, value in flatten(diagnostics.to_dict()):
                 self.writer.add_scalar(name, value, step)
-            figures = {"alignment": plotting.plot_alignment(model, self.features, self.tokenizer, text=self.text)}
+            if self.drawn is None:
+                return
+            features = torch.as_tensor(self.drawn["input_features"], dtype=torch.float32)
+            text = self.drawn["text"]
+            figures = {"alignment": plotting.plot_alignment(model, features, self.tokenizer, text=text)}
             if diagnostics.measurements.f0.count:
-                figures["angles"] = plotting.plot_angles(model, self.features)
-                figures["similarity"] = plotting.plot_similarity(model, self.features)
-                figures["bias"] = plotting.plot_pitch_bias(model, self.features)
+                figures["angles"] = plotting.plot_angles(model, features)
+                figures["similarity"] = plotting.plot_similarity(model, features)
+                figures["bias"] = plotting.plot_pitch_bias(model, features)
             for name, figure in figures.items():
                 self.writer.add_figure(name, figure, step)
         finally:

@@ -126,7 +126,7 @@ def traced_parts(model: EchoForConditionalGeneration) -> list[tuple[nn.Module, d
         "attention_mask": torch.ones(2, frames, dtype=torch.long, device=model.device),
     }
     encoder, decoder = EncoderForExport(model).eval(), DecoderForExport(model).eval()
-    token = torch.full((2, 1), model.config.eos_token_id, dtype=torch.long, device=model.device)
+    token = torch.full((2, 1), model.config.decoder_start_token_id, dtype=torch.long, device=model.device)
     with torch.no_grad():
         caches = encoder(**inputs)[1:]
         longer = decoder(token, *caches)[1:]
@@ -211,7 +211,7 @@ def export_onnx(model: EchoForConditionalGeneration, folder: str | Path) -> Path
     ends = model.generation_config.eos_token_id
     settings = {
         "decoder_start_token_id": model.config.decoder_start_token_id,
-        "eos_token_ids": ends if isinstance(ends, list) else [ends],
+        "eos_token_ids": ends if isinstance(ends, list) else [] if ends is None else [ends],
         "pad_token_id": model.config.pad_token_id,
         "max_length": model.generation_config.max_length,
         "min_frames": min_frames(model),
@@ -221,7 +221,7 @@ def export_onnx(model: EchoForConditionalGeneration, folder: str | Path) -> Path
 
 
 class OnnxEcho:
-    """Runs what [`export_onnx`] wrote, with onnxruntime and numpy alone.
+    """Runs what [`export_onnx`] wrote, with onnxruntime, on arrays of numpy.
 
     Args:
         folder (`str` or `Path`): of the two graphs.
@@ -258,11 +258,18 @@ class OnnxEcho:
         Args:
             input_features (`np.ndarray` of shape `(B, T, channels)`): of [`EchoFeatureExtractor`].
             attention_mask (`np.ndarray` of shape `(B, T)`, *optional*): 1 for real frames.
-            max_length (`int`, *optional*): most tokens, the begin of sequence included; the model's own if not given.
+            max_length (`int`, *optional*): most tokens, the begin of sequence included, at least 2; the model's own if
+                not given.
 
         Returns:
             `np.ndarray` of shape `(B, tokens)`, int64: begin of sequence, tokens, end of sequence, padding.
+
+        Raises:
+            `ValueError`: `max_length` leaves no room for a token.
         """
+        max_length = self.settings["max_length"] if max_length is None else max_length
+        if max_length < 2:
+            raise ValueError(f"max_length must be at least 2, for the begin of sequence and a token, got {max_length}.")
         features = np.asarray(input_features, dtype=np.float32)
         mask = np.ones(features.shape[:2]) if attention_mask is None else np.asarray(attention_mask)
         missing = max(0, self.settings["min_frames"] - features.shape[1])
@@ -276,7 +283,7 @@ class OnnxEcho:
             following = np.where(ended, self.settings["pad_token_id"], logits.argmax(-1))
             tokens = np.concatenate((tokens, following[:, None]), axis=1)
             ended |= np.isin(following, self.settings["eos_token_ids"])
-            if ended.all() or tokens.shape[1] >= (max_length or self.settings["max_length"]):
+            if ended.all() or tokens.shape[1] >= max_length:
                 return tokens
             inputs["input_ids"] = tokens[:, -1:]
             fed = {name: inputs[name] for name in self.decoder_inputs}

@@ -11,6 +11,22 @@ from transformers import LogitsProcessor
 IMPOSSIBLE = -1e10
 
 
+def find_cut_off(ids: torch.Tensor, generation_config) -> torch.Tensor:
+    """Which texts `generate()` stopped for their length.
+
+    Args:
+        ids (`torch.LongTensor` of shape `(B, L)`): what it gave.
+        generation_config (`GenerationConfig`): says what ends a text; without an `eos_token_id` nothing does, and none
+            counts as cut off.
+
+    Returns:
+        `torch.BoolTensor` of shape `(B,)`.
+    """
+    if generation_config.eos_token_id is None:
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    return ~torch.isin(ids, torch.as_tensor(generation_config.eos_token_id, device=ids.device)).any(-1)
+
+
 def log_cumulative_products(factors: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
     """`x_t = a_t * (x_{t-1} + b_t)` for all t at once, `x` before the first being 0; all in logarithms.
 

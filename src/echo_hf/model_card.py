@@ -6,7 +6,6 @@
 no file can know, such as the licence or the languages, comes from [`CardArguments`] and is left out if not given.
 """
 
-import json
 import math
 import os
 import re
@@ -20,6 +19,7 @@ from huggingface_hub import EvalResult
 from huggingface_hub import ModelCard
 from huggingface_hub import ModelCardData
 
+from .checkpoint import read_json
 from .cli import COMMAND_FILE
 from .configuration_echo import EchoConfig
 from .metrics import RATES
@@ -191,7 +191,7 @@ def write_model_card(
 
 
 def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _names(part: dict[str, Any]) -> list[str]:

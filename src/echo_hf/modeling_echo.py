@@ -53,7 +53,6 @@ from .generation_echo import EchoCTCPrefixLogitsProcessor
 
 logger = logging.get_logger(__name__)
 
-MEL_SCALE = 2595.0  # steps of the mel scale a decade above its corner frequency
 MEL_THETA = 220.0  # theta at which the mel frequencies are what they are named
 MEL_UNIT = 1000.0  # mel frequencies are given in thousands
 
@@ -64,6 +63,12 @@ CONTOUR_FLOOR = 0.1  # natural log units; keeps a monotone's tiny wobble from be
 BIAS_EPSILON = 1e-8  # as published
 DEFAULT_CTC_WEIGHT = 0.5  # in generate()
 LONG_AUDIO = 30.0  # seconds; generate() warns of more, of which 448 tokens may hold a part only
+# What generate() of Whisper takes and this one has no use for.
+WHISPER_OPTIONS = (
+    *("language", "task", "is_multilingual", "prompt_ids", "prompt_condition_type", "forced_decoder_ids"),
+    *("condition_on_prev_tokens", "return_timestamps", "return_token_timestamps", "return_segments"),
+    *("compression_ratio_threshold", "logprob_threshold", "no_speech_threshold", "num_segment_frames"),
+)
 
 TOKEN_PITCH_MIN, TOKEN_PITCH_LOW, TOKEN_PITCH_HIGH = 100.0, 71.0, 500.0  # Hz, as published
 
@@ -1218,9 +1223,6 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module):
         self.proj_out = new_embeddings
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
@@ -1240,6 +1242,14 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
         return shift_tokens_right(labels, self.config)
 
     def _prepare_generation_config(self, generation_config, **kwargs):
+        # Here, since a setting that stands in the model's own, as scripts for Whisper put it there, would be taken for
+        # known later, and do nothing.
+        foreign = [name for name in WHISPER_OPTIONS if kwargs.get(name) is not None]
+        if foreign:
+            raise ValueError(
+                f"generate() of Echo takes no {', '.join(foreign)}: it writes the language that it hears, as it was"
+                " trained to. Leave them out. Times come from the pipeline: return_timestamps=True, or 'word'."
+            )
         # Only what the model's own settings hold may be given to generate(), and those of another making lack it. Those
         # of a checkpoint that is loaded without its CTC head have a weight, which then is nobody's wish.
         if self.ctc_head is None:
@@ -1329,8 +1339,20 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
             input_features (`torch.Tensor` of shape `(B, T, channels)`): see [`EchoEncoder.forward`].
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 for real frames.
             decoder_input_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): made from `labels` when not given.
+            decoder_attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 1 for real tokens.
+            encoder_outputs ([`EchoEncoderOutput`] or `tuple`, *optional*): the encoder's, in place of `input_features`.
+            past_key_values (`Cache`, *optional*): keys and values of the tokens before these.
+            decoder_inputs_embeds (`torch.Tensor` of shape `(B, L, D)`, *optional*): in place of `decoder_input_ids`.
+            decoder_position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): places of the tokens in the text.
+            use_cache (`bool`, *optional*): whether `past_key_values` are returned; the config's if not given, and not
+                with labels.
             labels (`torch.LongTensor` of shape `(B, L)`, *optional*): tokens with the end of sequence and without its
-                begin; -100 and pad are ignored.
+                begin, at most `max_target_positions`; -100 and pad are ignored.
+            num_items_in_batch (`int` or `torch.Tensor`, *optional*): label tokens that the sums of the losses are
+                divided by; those of `labels` if not given.
+
+        Raises:
+            `ValueError`: there is nothing to decode, the labels are too long, or the shapes do not fit the config.
 
         Returns:
             [`EchoSeq2SeqLMOutput`] with `logits` of shape `(B, L, vocab_size)`. With labels, `loss` is
@@ -1351,10 +1373,21 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
         ```"""
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         if labels is not None:
+            if labels.shape[1] > self.config.max_target_positions:
+                raise ValueError(
+                    f"Labels of {labels.shape[1]} tokens are longer than max_target_positions,"
+                    f" {self.config.max_target_positions}, at which generate() stops. Leave long utterances out, or"
+                    " raise max_target_positions."
+                )
             if use_cache is None:
                 use_cache = False
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = shift_tokens_right(labels, self.config)
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
+            raise ValueError(
+                "There is nothing to decode: give labels, decoder_input_ids or decoder_inputs_embeds. (A Trainer with a"
+                " label_smoothing_factor takes the labels away; set label_smoothing in the model's config instead.)"
+            )
         if encoder_outputs is None and input_features is not None:
             encoder_outputs = self.model.encoder(input_features, attention_mask=attention_mask, **kwargs)
         outputs = self.model(

@@ -23,7 +23,7 @@ from .data import load_sources
 from .data import prepare_dataset
 from .metrics import normalize_text
 from .metrics import score
-from .transcription import BUNDLED_RECORDINGS
+from .transcription import bundled_recordings
 from .transcription import make_pipeline
 from .transcription import recognize
 
@@ -399,7 +399,7 @@ def measure_non_speech(
     rate, kinds = processor.feature_extractor.sampling_rate, (*TRAINING_KINDS, *FURTHER_KINDS)
     seed += EVALUATION_SEEDS
     clips = [non_speech_table(count, seed, (kind,), CLIP_SECONDS, sampling_rate=rate) for kind in kinds]
-    speech = load_sources(BUNDLED_RECORDINGS if sources is None else sources)
+    speech = load_sources(bundled_recordings()[0].parent if sources is None else sources)
     if len(speech) > count:
         speech = speech.select(np.sort(np.random.default_rng(seed).choice(len(speech), count, replace=False)))
     table = datasets.concatenate_datasets([*clips, *_with_tails(speech, processor.feature_extractor, seed)])

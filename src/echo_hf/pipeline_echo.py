@@ -28,6 +28,7 @@ from .feature_extraction_echo import AUDIO_KEYS
 from .feature_extraction_echo import BLOCK_FRAMES
 from .feature_extraction_echo import F0_GROUPS
 from .feature_extraction_echo import is_file
+from .generation_echo import find_cut_off
 from .modeling_echo import mean_cross_attention
 from .pitch_echo import estimate_f0
 from .segmentation_echo import Segment
@@ -259,8 +260,7 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
         ids = self.model.generate(attention_mask=attention_mask, **options)
         ids = ids["sequences"] if isinstance(ids, Mapping) else ids
         ids = ids[:: len(ids) // len(features)]  # the best of several (`num_return_sequences`)
-        ends = self.model.config.eos_token_id
-        if ends is not None and not torch.isin(ids, torch.as_tensor(ends, device=ids.device)).any(-1).all():
+        if find_cut_off(ids, self.model.generation_config).any():
             logger.warning_once(
                 "A transcript reached the longest length that generate() allows and was cut off. Shorter segments"
                 " (`chunk_length_s`) or a larger `max_new_tokens` keep all of it."

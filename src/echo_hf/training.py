@@ -55,6 +55,7 @@ from .configuration_echo import BASELINE
 from .configuration_echo import PRESETS
 from .configuration_echo import SIZES
 from .configuration_echo import EchoConfig
+from .data import MAX_JOINED_SECONDS
 from .data import EchoDataCollator
 from .data import PreparedData
 from .data import load_sources
@@ -69,6 +70,7 @@ from .model_card import TRAINING_ARGUMENTS_FILE
 from .model_card import CardArguments
 from .model_card import write_model_card
 from .modeling_echo import EchoForConditionalGeneration
+from .modeling_echo import ignore_padding
 from .modeling_echo import mask_frames
 from .non_speech import non_speech_table
 from .processing_echo import EchoProcessor
@@ -228,7 +230,7 @@ class DataArguments:
         default=0.0,
         metadata={
             "help": "With this probability the utterances of a batch are joined, several of a language one behind the"
-            " other, up to 20 s, so that long speech is trained where most recordings are short."
+            " other, up to 20 s or max_seconds, so that long speech is trained where most recordings are short."
         },
     )
     consistency_weight: float = field(
@@ -266,12 +268,15 @@ class EchoTrainer(Seq2SeqTrainer):
         train_collator (`Callable`, *optional*): makes a training batch; `data_collator` makes the others, and all if
             not given.
         card_arguments ([`CardArguments`], *optional*): what to say in the model card that cannot be measured.
-        consistency_weight (`float`, defaults to 0.0): see [`disagreement`]; above 0, every row of a training batch is
-            given to the model twice. Its frames and its tokens have the weights of the two parts of the hybrid loss.
+        consistency_weight (`float`, defaults to 0.0): above 0, every row of a training batch is given to the model
+            twice, so that a step takes twice the time and memory, and the loss that is minimised and logged has this
+            many times the [`disagreement`] of the two added: that of the decoder's tokens and that of the CTC head's
+            frames, weighted as their losses are, both divided by the number of label tokens. The model must mask or
+            drop out something in training, or the two are the same.
 
     Raises:
         `ValueError`: the processor is not the model's; the `hub_strategy` would push the state of the optimizer; or
-            batches are perturbed in processes that outlive an epoch.
+            batches are perturbed or joined in processes that outlive an epoch.
     """
 
     def __init__(
@@ -293,7 +298,7 @@ class EchoTrainer(Seq2SeqTrainer):
         if isinstance(self.train_collator, EchoDataCollator) and self.train_collator.draws:
             if self.args.dataloader_persistent_workers:
                 raise ValueError(
-                    "dataloader_persistent_workers: processes that outlive an epoch would perturb the next one alike;"
+                    "dataloader_persistent_workers: processes that outlive an epoch would change the next one alike;"
                     " leave it out."
                 )
             if self.train_dataset is not None and has_length(self.train_dataset):
@@ -306,23 +311,38 @@ class EchoTrainer(Seq2SeqTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not (self.consistency_weight and model.training):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs = {name: value.repeat_interleave(2, dim=0) for name, value in inputs.items()}
+        inputs = {
+            name: value.repeat_interleave(2, dim=0) if torch.is_tensor(value) else value
+            for name, value in inputs.items()
+        }
         tokens = None if num_items_in_batch is None else 2 * num_items_in_batch
         loss, outputs = super().compute_loss(model, inputs, True, tokens)
-        is_token = inputs["labels"] != -100
-        between = disagreement(outputs["logits"], is_token)
-        if outputs.get("ctc_logits") is not None:
-            lengths = self.model._get_feat_extract_output_lengths(inputs["attention_mask"].sum(-1))
-            is_frame = mask_frames(lengths, outputs["ctc_logits"].shape[1])
-            frames = disagreement(outputs["ctc_logits"], is_frame)
-            between = torch.lerp(between, frames, self.model.config.ctc_loss_weight)
+        settings = self.args
+        is_token = ignore_padding(inputs["labels"], self.model.config) != -100
+        # Per token, as the model's own loss, of which the Trainer takes the mean over processes or replicas.
         if tokens is None:
-            between = between / is_token.sum()
-        else:  # the mean of the processes' gradients is taken, each of which knows the tokens of all
-            scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            between = between * scale / tokens
-        loss = loss + self.consistency_weight * between
+            share = 1 / (inputs["labels"] != -100).sum()
+        elif settings.average_tokens_across_devices:
+            share = self.accelerator.num_processes // self.get_tp_size() / tokens
+        else:
+            share = 1 / (max(1, settings.n_gpu) * tokens)
+        between = self._disagreement(outputs, inputs, is_token)
+        loss = loss + self.consistency_weight * share * between
         return (loss, outputs) if return_outputs else loss
+
+    def _disagreement(self, outputs, inputs, is_token: torch.Tensor) -> torch.Tensor:
+        """Of the tokens and of the frames, weighted as their losses are; the sum over both views of all utterances."""
+        is_decoder = self.model.can_generate()
+        weight = self.model.config.ctc_loss_weight if is_decoder else 1.0
+        total = (1 - weight) * disagreement(outputs["logits"], is_token) if is_decoder else 0.0
+        frame_logits = outputs.get("ctc_logits") if is_decoder else outputs["logits"]
+        if frame_logits is None:
+            return total
+        mask = inputs.get("attention_mask")
+        if mask is None:
+            mask = torch.ones(inputs["input_features"].shape[:2], device=frame_logits.device)
+        lengths = self.model._get_feat_extract_output_lengths(mask.sum(-1).long())
+        return total + weight * disagreement(frame_logits, mask_frames(lengths, frame_logits.shape[1]))
 
     def _get_train_sampler(self, train_dataset=None):
         """The Trainer's, but for `group_by_length`: its sampler draws an order from the random state of the process.
@@ -700,7 +720,7 @@ def find_last_checkpoint(output_dir: str | Path) -> Path | None:
 
 def _is_json(path: Path) -> bool:
     try:
-        json.loads(path.read_bytes())
+        read_json(path)
     except (OSError, ValueError):
         return False
     return True
@@ -825,7 +845,9 @@ def train(
         model_arguments, [text or "" for text in train_table["text"]], label_smoothing
     )
 
-    if data_arguments.consistency_weight and not model.config.apply_spec_augment and not model.config.dropout:
+    config = model.config
+    masked = config.apply_spec_augment and (config.mask_time_prob or config.mask_feature_prob)
+    if data_arguments.consistency_weight and not (masked or config.dropout or config.attention_dropout):
         raise ValueError(
             "consistency_weight is set, and the two views of an utterance would be the same: set"
             " --config_overrides apply_spec_augment=true, or dropout."
@@ -874,6 +896,7 @@ def train(
             processor,
             perturb=perturb.batch if perturb.is_active else None,
             join=data_arguments.join,
+            max_joined_seconds=min(MAX_JOINED_SECONDS, data_arguments.max_seconds or MAX_JOINED_SECONDS),
             max_label_length=model.config.max_target_positions,
             seed=training_arguments.seed,
         ),
@@ -950,9 +973,9 @@ def add_non_speech(data: PreparedData, share: float, processor: EchoProcessor, s
     count = math.ceil(share * len(data.dataset))
     table = non_speech_table(count, seed, sampling_rate=processor.feature_extractor.sampling_rate)
     added = prepare_dataset(table, processor, allow_empty_text=True, **options)
-    columns = ["input_features", "length", "labels", "audio", "text", "origin"]
+    # What the clips do not have, such as a language, is None for them.
     return PreparedData(
-        dataset=datasets.concatenate_datasets([each.dataset.select_columns(columns) for each in (data, added)]),
+        dataset=datasets.concatenate_datasets([data.dataset, added.dataset]),
         skipped=data.skipped,
         seconds=data.seconds + added.seconds,
     )

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from .checkpoint import load_model_and_processor
 from .feature_extraction_echo import open_audio
+from .generation_echo import find_cut_off
 from .pipeline_echo import LONGEST_SEGMENT
 from .pipeline_echo import EchoAutomaticSpeechRecognitionPipeline
 from .processing_echo import EchoProcessor
@@ -102,10 +103,13 @@ def recognize(
         `list[str]`: the texts, in the order of `dataset`; and `int`: how many were cut off at the longest length.
 
     Raises:
-        `ValueError`: the control is not known, or there is no other utterance to shuffle with.
+        `ValueError`: the control is not known, there is no other utterance to shuffle with, or a CTC model is given
+            settings of `generate()`.
     """
     from .data import EchoDataCollator
 
+    if generate_kwargs and not model.can_generate():
+        raise ValueError(f"A CTC model generates nothing, and takes no {', '.join(generate_kwargs)}; leave them out.")
     if control is not None and control not in CONTROLS:
         raise ValueError(f"control must be one of {', '.join(CONTROLS)}, got {control!r}.")
     source = np.arange(len(dataset))  # which utterance's features each utterance gets
@@ -130,8 +134,7 @@ def recognize(
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         if model.can_generate():
             ids = model.generate(**batch, **generate_kwargs)
-            ends = torch.as_tensor(model.config.eos_token_id, device=ids.device)
-            cut_off += int((~torch.isin(ids, ends).any(-1)).sum())
+            cut_off += int(find_cut_off(ids, model.generation_config).sum())
             batch_texts = processor.batch_decode(ids, skip_special_tokens=True)
         else:
             with torch.inference_mode():
@@ -166,13 +169,26 @@ def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
         if path.is_dir():
             found = find_audio_files(path)
             if not found:
-                raise ValueError(f"{path}: no audio files in this folder.")
+                raise ValueError(f"{path}: no audio files in this folder ({', '.join(sorted(AUDIO_EXTENSIONS))}).")
             files += found
         elif path.is_file():
             files.append(path)
         else:
             raise ValueError(f"{path}: no such file or folder.")
     return list(dict.fromkeys(files))
+
+
+def bundled_recordings() -> list[Path]:
+    """
+    The recordings that come with the package.
+
+    Raises:
+        `ValueError`: this installation has none.
+    """
+    files = find_audio_files(BUNDLED_RECORDINGS)
+    if not files:
+        raise ValueError("This installation came without recordings; name files or folders.")
+    return files
 
 
 @dataclass(frozen=True)
