@@ -278,10 +278,11 @@ def test_words_are_where_attention_was(recognizer, checkpoint, monkeypatch):
     ids = tokenizer.encode("low é")  # of 6 tokens, and the end of sequence
     stretches = [(0, 3), (3, 8), (8, 12), (20, 21), (21, 30), (30, 41), (45, 50)]
 
-    def attend(features, attention_mask, tokens):
-        weights = np.zeros((len(tokens) + 1, 50))
+    def attend(encoder_outputs, texts):
+        (tokens,) = texts
+        weights = np.zeros((1, len(tokens) + 1, 50))
         for row, (start, stop) in enumerate(stretches):
-            weights[row, start:stop] = 1.0 / (stop - start)
+            weights[0, row, start:stop] = 1.0 / (stop - start)
         return weights
 
     monkeypatch.setattr(model, "generate", lambda **kwargs: torch.tensor([ids]))
@@ -298,11 +299,17 @@ def test_attention_is_that_of_generating(recognizer):
     generated = model.generate(**features, min_new_tokens=5, **options)
     model.set_attn_implementation("sdpa")
     tokens = generated["sequences"][0, 1:-1].tolist()
+    # Beside another utterance, longer and with fewer tokens.
+    both = [voice(1.0), voice(1.5, f0=200.0)]
+    both = recognizer.feature_extractor(both, sampling_rate=SAMPLING_RATE, return_tensors="pt", padding=True)
     with torch.no_grad():
-        weights = recognizer._cross_attention(features["input_features"], features["attention_mask"], tokens)
+        encoder_outputs = model.get_encoder()(both["input_features"], attention_mask=both["attention_mask"])
+        weights = recognizer._cross_attention(encoder_outputs, [tokens, tokens[:1]])
+    assert weights.shape == (2, len(tokens) + 1, 38) and not weights[0, :, 25:].any()
+    weights = weights[0, :, :25]
     steps = [torch.stack(step).mean(dim=(0, 2))[0, -1] for step in generated["cross_attentions"]]  # layers and heads
     np.testing.assert_allclose(weights, torch.stack(steps).numpy(), atol=1e-5)
-    assert weights.shape == (len(tokens) + 1, 25) and len(tokens) >= 4
+    assert len(tokens) >= 4
     np.testing.assert_allclose(weights.sum(axis=1), 1.0, atol=1e-5)
     assert recognizer.model.config._attn_implementation == "sdpa"
 

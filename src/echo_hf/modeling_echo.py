@@ -1424,26 +1424,26 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
 
 
 def mean_cross_attention(
-    model: EchoForConditionalGeneration, input_features: torch.Tensor, decoder_input_ids: torch.LongTensor
+    model: EchoForConditionalGeneration, decoder_input_ids: torch.LongTensor, **heard
 ) -> torch.Tensor:
-    """Where the decoder looked as it predicted each next token of one utterance: the mean of all heads and layers.
+    """Where the decoder looked as it predicted each next token: the mean of all heads and layers.
 
     Args:
         model ([`EchoForConditionalGeneration`]): attends eagerly meanwhile, as other attentions do not tell their
             weights.
-        input_features (`torch.Tensor` of shape `(1, T, channels)`): without padding.
-        decoder_input_ids (`torch.LongTensor` of shape `(1, L)`): tokens, the first `decoder_start_token_id`.
+        decoder_input_ids (`torch.LongTensor` of shape `(B, L)`): tokens, the first `decoder_start_token_id`.
+        heard: `input_features` or `encoder_outputs`, and `attention_mask`, as the model takes them.
 
     Returns:
-        `torch.Tensor` of shape `(L, S)`, float32.
+        `torch.Tensor` of shape `(B, L, S)`, float32.
     """
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
-        outputs = model(input_features, decoder_input_ids=decoder_input_ids, output_attentions=True)
+        outputs = model(decoder_input_ids=decoder_input_ids, use_cache=False, output_attentions=True, **heard)
     finally:
         model.set_attn_implementation(implementation)
-    return torch.stack(outputs.cross_attentions).float().mean(dim=(0, 1, 2))
+    return torch.stack(outputs.cross_attentions).float().mean(dim=(0, 2))
 
 
 class EchoForCTC(EchoPreTrainedModel):

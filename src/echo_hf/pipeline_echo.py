@@ -274,22 +274,26 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
         log_probs = None
         if self.model.ctc_head is not None:
             log_probs = self.model.ctc_head(encoder_outputs.last_hidden_state).float().log_softmax(-1).cpu().numpy()
+        weights = None
         for row, (tokens, length) in enumerate(zip(texts, lengths)):
             spans = None
             if log_probs is not None:
                 spans = align_by_ctc(log_probs[row, :length], tokens, self.model.config.pad_token_id)
             if spans is None:  # no CTC head, or more tokens than it has frames for
-                spans = align_by_attention(
-                    self._cross_attention(features[row, None], attention_mask[row, None], tokens)
-                )
+                if weights is None:
+                    weights = self._cross_attention(encoder_outputs, texts)
+                spans = align_by_attention(weights[row, : len(tokens) + 1, :length])
                 spans = spans[:-1]  # the last stretch is that of the end of sequence
             yield tokens, [tuple(span) for span in spans.tolist()]
 
-    def _cross_attention(self, features, attention_mask, tokens: list[int]) -> np.ndarray:
+    def _cross_attention(self, encoder_outputs, texts: list[list[int]]) -> np.ndarray:
         """Mean attention over heads and layers of each token, and of the end of sequence, to the encoder's frames when
-        it was predicted: `(tokens + 1, frames)`."""
-        ids = torch.tensor([[self.model.config.decoder_start_token_id, *tokens]], device=self.model.device)
-        return mean_cross_attention(self.model, features[:, : int(attention_mask.sum())], ids).cpu().numpy()
+        it was predicted: `(texts, most tokens + 1, frames)`."""
+        config = self.model.config
+        rows = [torch.tensor([config.decoder_start_token_id, *tokens]) for tokens in texts]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=config.pad_token_id)
+        ids = ids.to(self.model.device)
+        return mean_cross_attention(self.model, ids, encoder_outputs=encoder_outputs).cpu().numpy()
 
     # From tokens to a text and its times -----------------------------------------------------------------------------
 

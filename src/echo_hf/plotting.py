@@ -439,7 +439,7 @@ def plot_alignment(
             if not [token for token in ids if token not in tokenizer.all_special_ids]:
                 raise ValueError("The model wrote nothing for this utterance; give a text to align.")
             inputs = torch.tensor([[config.decoder_start_token_id, *ids[:-1]]], device=features.device)
-            weights = mean_cross_attention(model, features, inputs).cpu().numpy()  # (L, S)
+            weights = mean_cross_attention(model, inputs, input_features=features)[0].cpu().numpy()  # (L, S)
     finally:
         model.train(was_training)
     seconds = config.inputs_to_logits_ratio / config.sampling_rate
