@@ -280,6 +280,42 @@ def test_broken_file_is_an_error_or_skipped(manifest, processor, cache_dir, kind
         prepare_dataset(table, processor, cache_dir=cache_dir)
 
 
+def test_all_that_cannot_be_decoded_is_named_and_the_rest_computed_once(manifest, processor, cache_dir, monkeypatch):
+    for number in (0, 2):
+        soundfile.write(manifest.parent / "clips" / f"{number}.wav", np.full(4000, np.nan), RATE, subtype="FLOAT")
+    table = load_sources(manifest)
+    with pytest.raises(ValueError, match=r"2 of 3 utterances cannot be used: .*line 1.*line 3.*`skip_broken`"):
+        prepare_dataset(table, processor, cache_dir=cache_dir)
+    monkeypatch.setattr(data, "_extract", lambda *_, **__: pytest.fail("features were computed again"))
+    prepared = prepare_dataset(table, processor, skip_broken=True, cache_dir=cache_dir)
+    assert prepared.dataset["text"][:] == ["two two"] and len(prepared.skipped) == 2
+
+
+def test_odd_values_of_a_manifest_are_kept_or_named(tmp_path, processor, cache_dir):
+    write_tone(tmp_path / "a.wav")
+    row = {"audio": "a.wav", "text": "one"}
+    table = load_sources(write_manifest(tmp_path / "large.jsonl", [{**row, "id": 2**70}, {**row, "id": 7}]))
+    assert table["id"][:] == [str(2**70), "7"]
+    with pytest.raises(ValueError, match=r"half\.jsonl line 2: 'speaker' has half of a surrogate pair"):
+        load_sources(write_manifest(tmp_path / "half.jsonl", [{**row, "speaker": "s"}, {**row, "speaker": "\ud83d"}]))
+    table = load_sources(write_manifest(tmp_path / "nul.jsonl", [row, {**row, "audio": "a\0.wav"}]))
+    with pytest.raises(ValueError, match=r"nul\.jsonl line 2 .*the audio cannot be read: .*null"):
+        prepare_dataset(table, processor, cache_dir=cache_dir)
+
+
+def test_a_class_of_another_module_has_features_of_its_own():
+    class Louder(EchoFeatureExtractor):
+        pass
+
+    settings = {"feature_groups": {"spectrogram": 8, "pitch": 1}}
+    names = {
+        data.features_fingerprint(kind(**settings), identities)
+        for kind in (EchoFeatureExtractor, Louder)
+        for identities in (["a"], ["b"])
+    }
+    assert len(names) == 4
+
+
 # Features ------------------------------------------------------------------------------------------------------------
 
 
@@ -307,7 +343,7 @@ def count_computed(monkeypatch) -> list:
     extract = data._extract
 
     def counting(batch, **kwargs):
-        computed.extend(batch["origin"])
+        computed.extend(audio["path"] for audio in batch["audio"])
         return extract(batch, **kwargs)
 
     monkeypatch.setattr(data, "_extract", counting)

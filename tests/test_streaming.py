@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import datasets
@@ -99,6 +100,22 @@ def test_what_cannot_be_used_stops_a_stream_or_is_left_out(manifest, model_and_p
 
 
 @pytest.mark.slow
+def test_a_stream_reads_what_lies_elsewhere(manifest, model_and_processor, tmp_path):
+    """Audio of a streamed dataset is known by an address, such as that of a member of an archive."""
+    _, processor = model_and_processor
+    archive = tmp_path / "speech.zip"
+    with zipfile.ZipFile(archive, "w") as members:
+        members.write(manifest.parent / "c.wav", "clips/c.wav")
+    rows = [{"audio": f"zip://clips/{name}.wav::{archive}", "text": "c"} for name in ("c", "nowhere")]
+    stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
+    with pytest.raises(ValueError, match=r"zip://clips/nowhere\.wav.*the audio cannot be fetched"):
+        list(stream_dataset(stream, processor))
+    (kept,) = stream_dataset(stream, processor, skip_broken=True)
+    rows[0]["audio"] = str(manifest.parent / "c.wav")
+    (expected,) = stream_dataset(datasets.Dataset.from_list(rows[:1]).to_iterable_dataset(), processor)
+    np.testing.assert_array_equal(kept["input_features"], expected["input_features"])
+
+
 def test_the_trainer_learns_from_a_stream_and_resumes_where_it_was(manifest, model_and_processor, tmp_path):
     model, processor = model_and_processor
     start = {name: values.clone() for name, values in model.state_dict().items()}

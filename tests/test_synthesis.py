@@ -75,7 +75,13 @@ def test_texts_come_from_manifests_and_text_files_with_their_language(tmp_path):
     assert read_lines([tmp_path / "a.jsonl", tmp_path / "b.txt"], "fr") == [Line(*pair) for pair in expected]
 
 
-@pytest.mark.parametrize("content", ["", "not json\n", '{"audio": "a.wav"}\n', '["text"]\n'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "not json\n", '{"audio": "a.wav"}\n', '["text"]\n'),
+        *('{"text": "a", "language": 5}\n', '{"text": "\\ud83d"}\n'),
+    ],
+)
 def test_a_manifest_without_texts_is_named(tmp_path, content):
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(ValueError, match="a.jsonl"):

@@ -3,8 +3,9 @@
 Whatever the source, a manifest, a folder or a dataset, its rows become one table with the columns `audio` (undecoded,
 as `datasets` keeps it), `text`, `origin` (what an error message calls the row) and all that the source has besides.
 What can be checked without decoding audio is checked before the first feature is computed. Features lie on disk under
-the fingerprint of audio files, extractor settings and extractor code, source by source, so F0 is computed once,
-whichever tokenizer, batch size or seed a run uses, and whatever other source it is trained with.
+the fingerprint of the audio files used, extractor settings and extractor code, source by source, so F0 is computed
+once, whichever batch size or seed a run uses, and whatever other source it is trained with; where other files of a
+source are left out, the source is computed again.
 """
 
 import hashlib
@@ -29,6 +30,7 @@ import soundfile
 import torch
 from datasets import Dataset
 from datasets import IterableDataset
+from datasets.utils.file_utils import xopen
 from filelock import FileLock
 from transformers.utils import logging
 
@@ -177,7 +179,8 @@ def _read_manifest(path: Path, audio_column: str | None, text_column: str | None
             if not isinstance(row.get(column), str):
                 found = f"it has {', '.join(row)}" if column not in row else f"got {row[column]!r}"
                 raise ValueError(f"{origin}: {column!r} must be a string; {found}.")
-            if any("\ud800" <= character <= "\udfff" for character in row[column]):
+        for column, value in row.items():
+            if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
                 raise ValueError(f"{origin}: {column!r} has half of a surrogate pair, which is no character.")
     folder = path.parent.absolute()
     columns = dict.fromkeys(column for row in rows for column in row if column not in (audio_column, text_column))
@@ -190,8 +193,10 @@ def _read_manifest(path: Path, audio_column: str | None, text_column: str | None
 
 
 def _plain(value: Any) -> Any:
-    # Lists and objects of an extra column may differ in shape from line to line, which no table can hold.
-    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (list, dict)) else value
+    # Lists and objects of an extra column may differ in shape from line to line, which no table can hold, nor does one
+    # hold integers of more than 64 bits.
+    is_large = isinstance(value, int) and not -(2**63) <= value < 2**63
+    return json.dumps(value, default=str) if isinstance(value, (list, dict)) or is_large else value
 
 
 def _read_folder(folder: Path) -> Dataset:
@@ -311,10 +316,9 @@ def prepare_dataset(
     features = datasets.concatenate_datasets(
         [
             _compute_features(
-                table.select(rows).select_columns(["audio", "origin"]),
+                table.select(rows).select_columns(["audio"]),
                 processor.feature_extractor,
                 [files[index].identity for index in rows],
-                skip_broken,
                 num_proc,
                 Path(cache_dir) if cache_dir is not None else Path(datasets.config.HF_DATASETS_CACHE) / "echo_hf",
             )
@@ -404,7 +408,7 @@ def _inspect(audio: dict[str, Any] | None) -> _AudioFile:
         header = soundfile.info(path if data is None else io.BytesIO(data))
     except FileNotFoundError:
         return _AudioFile(path, problem=f"there is no file {path}")
-    except (OSError, RuntimeError, TypeError) as error:  # TypeError: neither bytes nor path
+    except (OSError, RuntimeError, TypeError, ValueError) as error:  # neither bytes nor path; NUL within a path
         return _AudioFile(path, problem=f"the audio cannot be read: {error}")
     if not header.frames:
         return _AudioFile(path, problem="the audio is empty")
@@ -425,7 +429,7 @@ def _describe(origins: list[str], reasons: dict[int, str]) -> str:
 
 
 def _compute_features(
-    table: Dataset, extractor, identities: list[str], skip_broken: bool, num_proc: int | None, cache_dir: Path
+    table: Dataset, extractor, identities: list[str], num_proc: int | None, cache_dir: Path
 ) -> Dataset:
     cache_dir.mkdir(parents=True, exist_ok=True)
     # The fingerprint is made here: the one that `datasets` makes of a function hangs on how Python pickles the
@@ -446,7 +450,7 @@ def _compute_features(
                     "problem": datasets.Value("string"),
                 }
             ),
-            fn_kwargs={"extractor": extractor, "skip_broken": skip_broken},
+            fn_kwargs={"extractor": extractor},
             num_proc=num_proc if num_proc is not None and num_proc > 1 else None,
             cache_file_name=str(cache_dir / f"features-{fingerprint}.arrow"),
             new_fingerprint=fingerprint,
@@ -460,7 +464,8 @@ def features_fingerprint(extractor, identities: Iterable[str]) -> str:
     A name for the features of some audio: the same in every process, another whenever the features may differ.
 
     Args:
-        extractor ([`EchoFeatureExtractor`]): its settings count, and so does the code of its module and of F0's.
+        extractor ([`EchoFeatureExtractor`]): its settings count, and so does the code of its module and of F0's. The
+            versions of the libraries beneath do not.
         identities (`Iterable[str]`): one string an utterance, in order, that changes with the audio.
 
     Returns:
@@ -469,23 +474,25 @@ def features_fingerprint(extractor, identities: Iterable[str]) -> str:
     aside = ("auto_map", "processor_class", "resample", "return_attention_mask")  # nothing that changes a value
     settings = {key: value for key, value in extractor.to_dict().items() if key not in aside}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    code = Path(inspect.getfile(type(extractor)))
-    for path in (code, code.with_name("pitch_echo.py")):
-        digest.update(path.read_bytes())
+    ours = [
+        kind for kind in type(extractor).__mro__ if kind.__module__.split(".")[0] not in ("transformers", "builtins")
+    ]
+    modules = [Path(inspect.getfile(kind)) for kind in ours]
+    for path in (*modules, *(path.with_name("pitch_echo.py") for path in modules)):
+        digest.update(path.read_bytes() if path.is_file() else b"")
     for identity in identities:
         digest.update(identity.encode() + b"\n")
     return digest.hexdigest()[:32]
 
 
-def _extract(batch: dict[str, list], extractor, skip_broken: bool) -> dict[str, list]:
+def _extract(batch: dict[str, list], extractor) -> dict[str, list]:
+    """What cannot be decoded has no frames and says why: an error here would cost the features of all others."""
     features, problems = [], []
-    for audio, origin in zip(batch["audio"], batch["origin"]):
+    for audio in batch["audio"]:
         try:
             values = np.asarray(extractor(audio, resample=True)["input_features"][0], dtype=np.float32)
             problem = None
         except (OSError, RuntimeError, ValueError) as error:
-            if not skip_broken:
-                raise ValueError(f"{origin}: {error} Mend or remove it, or leave it out with `skip_broken`.") from error
             values, problem = np.zeros((0, extractor.feature_size), dtype=np.float32), str(error)
         features.append(values)
         problems.append(problem)
@@ -555,7 +562,15 @@ def _extract_stream(batch: dict[str, list], processor, columns, limits, skip_bro
     """One row, or none."""
     (audio,), (text,) = (batch[column] for column in columns)
     max_label_length, min_seconds, max_seconds = limits
-    file = _inspect(audio)
+    file = _AudioFile(None)
+    if audio is not None and audio["bytes"] is None and "://" in (audio["path"] or ""):  # a file on the Hub, say
+        try:
+            with xopen(audio["path"], "rb") as remote:
+                audio = {"bytes": remote.read(), "path": audio["path"]}
+        except (OSError, ValueError, KeyError) as error:  # KeyError: no such member of an archive
+            file = _AudioFile(audio["path"], problem=f"the audio cannot be fetched: {error}")
+    if file.problem is None:
+        file = _inspect(audio)
     labels = processor.tokenizer(text or "")["input_ids"]
     problem, features = file.problem, None
     is_inside = problem is None and min_seconds <= file.seconds <= max_seconds
@@ -568,7 +583,7 @@ def _extract_stream(batch: dict[str, list], processor, columns, limits, skip_bro
             problem = str(error)
     if problem is not None and not skip_broken:
         origin = file.path or f"The audio of {text!r}"
-        raise ValueError(f"{origin}: {problem}. Mend or remove it, or leave it out with `skip_broken`.")
+        raise ValueError(f"{origin}: {problem.rstrip('.')}. Mend or remove it, or leave it out with `skip_broken`.")
     if features is None:
         return {"input_features": [], "length": [], "labels": []}
     return {"input_features": [features], "length": [len(features)], "labels": [labels]}

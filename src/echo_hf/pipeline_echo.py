@@ -59,8 +59,8 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
 
     - `chunk_length_s` (defaults to 20): a recording longer than so many seconds is cut into segments that are not, and
       pauses of a second before and behind the speech are left out; see
-      [`~echo_hf.segmentation_echo.segment_blocks`]. 0: all of it goes through the model, as it is. `batch_size`
-      segments go through the model together.
+      [`~echo_hf.segmentation_echo.segment_blocks`]. 0: all of it goes through the model, as it is, unless it is silent
+      throughout. `batch_size` segments go through the model together.
     - `stride_length_s` (defaults to a sixth of it): where there is no pause to cut at, two segments share twice so many
       seconds, or the sum of two such lengths. Their texts are joined at the words that both have.
     - `return_timestamps`: `True` for the times of segments, `"word"`, or with [`EchoForCTC`] `"char"`.

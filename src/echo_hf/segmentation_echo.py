@@ -81,7 +81,7 @@ def read_blocks(source, sampling_rate: int) -> Iterator[np.ndarray]:
 
 def _mono_blocks(file, name: str) -> Iterator[np.ndarray]:
     while len(block := file.read(BLOCK_FRAMES, dtype="float32", always_2d=True)):
-        # The transposed shape is for a block of fewer samples than channels, whose short axis is not its channels.
+        # Averaged here: `to_mono` would take the few samples of a last block for channels.
         yield to_mono(block[:, 0] if block.shape[1] == 1 else block.mean(axis=1, dtype=np.float64), name)
 
 

@@ -130,6 +130,10 @@ def _read_row(row: str, origin: str, language: str) -> Line:
         raise ValueError(f"{origin}: not JSON ({error}). A manifest has one JSON object a line.") from error
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
         raise ValueError(f"{origin}: must be a JSON object with a string 'text'.")
+    if not isinstance(value.get("language") or language, str):
+        raise ValueError(f"{origin}: 'language' must be a code such as 'en', got {value['language']!r}.")
+    if any("\ud800" <= character <= "\udfff" for character in value["text"]):
+        raise ValueError(f"{origin}: 'text' has half of a surrogate pair, which is no character.")
     return Line(value["text"].strip(), value.get("language") or language)
 
 
