@@ -397,6 +397,43 @@ def test_too_few_checkpoints_to_average_leave_the_last_weights(manifest, tmp_pat
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == last
 
 
+def test_the_end_is_the_mean_of_start_and_last_also_after_an_interruption(manifest, tmp_path):
+    data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"))
+    train(model_arguments(), data, trainer_arguments(tmp_path / "start"))
+    arguments = ModelArguments(model_name_or_path=str(tmp_path / "start"))
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    train(arguments, data, trainer_arguments(tmp_path / "plain", **settings))
+    data.start_share = 0.25
+    with pytest.raises(KeyboardInterrupt):
+        train(arguments, data, trainer_arguments(tmp_path / "mean", **settings), callbacks=[Interrupt()])
+    train(arguments, data, trainer_arguments(tmp_path / "mean", **settings), resume=True)
+    start, last, mean = (
+        EchoForConditionalGeneration.from_pretrained(tmp_path / name).state_dict()
+        for name in ("start", "plain", "mean")
+    )
+    for name, value in mean.items():
+        torch.testing.assert_close(value, 0.25 * start[name] + 0.75 * last[name], atol=1e-6, rtol=1e-5)
+    assert any(not torch.equal(value, last[name]) for name, value in mean.items())
+    # What was saved on the way is the model in training.
+    saved = EchoForConditionalGeneration.from_pretrained(tmp_path / "mean" / "checkpoint-6").state_dict()
+    assert all(torch.equal(value, last[name]) for name, value in saved.items())
+
+
+def test_a_mean_with_the_start_that_cannot_be_is_an_error(manifest, tmp_path):
+    data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"), start_share=0.5)
+    with pytest.raises(ValueError, match="no model_name_or_path to start from"):
+        train(model_arguments(), data, trainer_arguments(tmp_path / "run"))
+    model, processor = build_model_and_processor(model_arguments(), ["low", "high"])
+    model.save_pretrained(tmp_path / "start")
+    processor.save_pretrained(tmp_path / "start")
+    deeper = ModelArguments(model_name_or_path=str(tmp_path / "start"), config_overrides="encoder_num_hidden_layers=2")
+    with pytest.raises(ValueError, match=r"model of the shape that it starts with.*encoder\.layers\.1"):
+        train(deeper, data, trainer_arguments(tmp_path / "run"))
+    data.start_share = 1.0
+    with pytest.raises(ValueError, match="below 1, got 1.0"):
+        train(ModelArguments(model_name_or_path=str(tmp_path / "start")), data, trainer_arguments(tmp_path / "run"))
+
+
 @pytest.mark.parametrize(
     ("count", "settings", "message"),
     [

@@ -246,6 +246,13 @@ class DataArguments:
             "help": "The last so many saved checkpoints are averaged at the end, weight by weight; 0 keeps the last."
         },
     )
+    start_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "At the end the weights are averaged with those of model_name_or_path, which have this share, below"
+            " 1: what a model could do before it forgets less. Try 0.5."
+        },
+    )
     diagnostics: bool = field(
         default=False,
         metadata={"help": "Write statistics of activations and pitch, and pictures, into TensorBoard when evaluating."},
@@ -568,6 +575,42 @@ class CheckpointAveraging(TrainerCallback):
         logger.info(f"The weights are the mean of those of {', '.join(folder.name for folder in folders)}.")
 
 
+class StartAveraging(TrainerCallback):
+    """Gives the model, at the end of training, the mean of its weights and of those that it started from, as WiSE-FT
+    (Wortsman et al., https://huggingface.co/papers/2109.01903): what it was not trained on further it forgets less.
+
+    Args:
+        share (`float`): weight of the start in the mean, above 0 and below 1.
+        start (`torch.nn.Module`): the model as it was, of the same shape.
+
+    Raises:
+        `ValueError`: the share is none.
+    """
+
+    def __init__(self, share: float, start: torch.nn.Module):
+        if not 0 < share < 1:
+            raise ValueError(f"start_share must be at least 0 and below 1, got {share}.")
+        self.share, self.start = share, start.state_dict()
+
+    def check(self, model: torch.nn.Module, args):
+        """Raises `ValueError` if the model is of another shape than the start, or FSDP keeps parts of its weights."""
+        shapes = {name: value.shape for name, value in model.state_dict().items()}
+        others = {name: value.shape for name, value in self.start.items()}
+        differing = [name for name in {**shapes, **others} if shapes.get(name) != others.get(name)]
+        if differing:
+            raise ValueError(
+                "start_share needs a model of the shape that it starts with, and other are"
+                f" {', '.join(differing[:3])}; leave it out, or the changes of the config."
+            )
+        if args.fsdp:
+            raise ValueError("start_share cannot be used with FSDP, which keeps parts of the weights.")
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        with torch.no_grad():
+            for name, value in model.named_parameters():  # which has what is tied once
+                value.lerp_(self.start[name].to(value), self.share)
+
+
 def as_list(value: str | Sequence[str] | None) -> list[str] | None:
     """One name or several as a list; None stays None."""
     return [value] if isinstance(value, str) else list(value) if value is not None else None
@@ -808,6 +851,8 @@ def train(
             raise ValueError(f"{name} must be in [0, 1], got {getattr(data_arguments, name)}.")
     if data_arguments.consistency_weight < 0:
         raise ValueError(f"consistency_weight must not be negative, got {data_arguments.consistency_weight}.")
+    if data_arguments.start_share and model_arguments.model_name_or_path is None:
+        raise ValueError("start_share is set, and there is no model_name_or_path to start from; leave one out.")
     if data_arguments.average_checkpoints:
         averaging = CheckpointAveraging(data_arguments.average_checkpoints)
         averaging.check(training_arguments)
@@ -845,6 +890,11 @@ def train(
         model_arguments, [text or "" for text in train_table["text"]], label_smoothing
     )
 
+    if data_arguments.start_share:
+        start, _ = load_model_and_processor(started_from, EchoForConditionalGeneration)
+        averaging = StartAveraging(data_arguments.start_share, start)
+        averaging.check(model, training_arguments)
+        callbacks = [*(callbacks or []), averaging]
     config = model.config
     masked = config.apply_spec_augment and (config.mask_time_prob or config.mask_feature_prob)
     if data_arguments.consistency_weight and not (masked or config.dropout or config.attention_dropout):
