@@ -867,7 +867,7 @@ def _draw_recording(options):
     from .transcription import expand_paths
     from .transcription import load_checkpoint
 
-    path = str((expand_paths([options.input]) if options.input else bundled_recordings())[0])
+    path = str(expand_paths([options.input] if options.input else bundled_recordings())[0])
     model, processor = load_checkpoint(options.checkpoint, "cpu")
     extractor, title = processor.feature_extractor, options.title
     waveform = extractor._read(path, path, extractor.sampling_rate, resample=True)
@@ -931,7 +931,7 @@ def _diagnose(options) -> int:
     from .transcription import make_pipeline
     from .transcription import transcribe_files
 
-    files = expand_paths(options.paths) if options.paths else bundled_recordings()
+    files = expand_paths(options.paths or bundled_recordings())
     model, processor = load_checkpoint(options.checkpoint, options.device)
     diagnostics, heard = EchoDiagnostics(model), 0
     with diagnostics, torch.inference_mode():
@@ -1079,7 +1079,7 @@ def _transcribe(options) -> int:
     from .transcription import make_pipeline
     from .transcription import transcribe_files
 
-    files = expand_paths(options.paths) if options.paths else bundled_recordings()
+    files = expand_paths(options.paths or bundled_recordings())
     outputs = {}
     if options.output_dir:
         outputs = _output_files(options.output_dir, files, TRANSCRIPT_SUFFIXES[options.format])

@@ -34,6 +34,7 @@ from datasets.utils.file_utils import xopen
 from filelock import FileLock
 from transformers.utils import logging
 
+from .metrics import has_half_surrogate
 from .transcription import AUDIO_EXTENSIONS
 from .transcription import find_audio_files
 
@@ -180,7 +181,7 @@ def _read_manifest(path: Path, audio_column: str | None, text_column: str | None
                 found = f"it has {', '.join(row)}" if column not in row else f"got {row[column]!r}"
                 raise ValueError(f"{origin}: {column!r} must be a string; {found}.")
         for column, value in row.items():
-            if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            if isinstance(value, str) and has_half_surrogate(value):
                 raise ValueError(f"{origin}: {column!r} has half of a surrogate pair, which is no character.")
     folder = path.parent.absolute()
     columns = dict.fromkeys(column for row in rows for column in row if column not in (audio_column, text_column))

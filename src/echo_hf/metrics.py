@@ -53,6 +53,11 @@ APOSTROPHES = "'\u2019\u02bc"
 TONE_LETTERS = "\u02e5\u02e6\u02e7\u02e8\u02e9"
 
 
+def has_half_surrogate(text: str) -> bool:
+    """Whether a text holds half of a surrogate pair, as JSON may: no character, and nothing that UTF-8 can write."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def normalize_text(text: str) -> str:
     """
     Text as it is scored: Unicode NFKC, lower case, punctuation and symbols replaced by a space, whitespace collapsed.

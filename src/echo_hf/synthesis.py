@@ -30,6 +30,7 @@ import soundfile
 from tqdm.auto import tqdm
 
 from .feature_extraction_echo import resample_audio
+from .metrics import has_half_surrogate
 from .metrics import normalize_text
 
 SAMPLING_RATE = 16000  # Hz, of what is written when nothing else is asked for
@@ -132,7 +133,7 @@ def _read_row(row: str, origin: str, language: str) -> Line:
         raise ValueError(f"{origin}: must be a JSON object with a string 'text'.")
     if not isinstance(value.get("language") or language, str):
         raise ValueError(f"{origin}: 'language' must be a code such as 'en', got {value['language']!r}.")
-    if any("\ud800" <= character <= "\udfff" for character in value["text"]):
+    if has_half_surrogate(value["text"]):
         raise ValueError(f"{origin}: 'text' has half of a surrogate pair, which is no character.")
     return Line(value["text"].strip(), value.get("language") or language)
 
