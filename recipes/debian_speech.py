@@ -2,7 +2,8 @@
 
 Actors read every line that the games show, and a synthetic voice comes with the sentences it was cut from, so that each
 recording has its words. All may be given away and changed, under licences of their own (`usr/share/doc/*/copyright`);
-recordings and manifests are made here and stay where they are made.
+recordings and manifests are made here and stay where they are made. The files of the games are read as ScummVM, the
+program that plays them, reads them.
 
     apt-get download flight-of-the-amazon-queen beneath-a-steel-sky drascula drascula-spanish festvox-ru
     for package in *.deb; do dpkg -x $package debian; done
@@ -124,17 +125,14 @@ def _queen_conversation(data: bytes) -> Iterator[tuple[str, str]]:
     tree = 32 + 96 * abs(_number(data, 0, signed=True))
     if not _number(data, tree + 2):
         yield f"{key:2}SSSSJ", _queen_string(data, tree + 4)[0]
-    for speaker, offset in zip("PJ", _queen_offsets(data, _number(data, 26))):
-        yield f"{key:2}XXXX{speaker}", _queen_string(data, offset)[0]
+    sentence, offset = _queen_string(data, _number(data, 26))
+    yield f"{key:2}XXXXP", sentence
+    yield f"{key:2}XXXXJ", _queen_string(data, offset)[0]
     for speaker, offset, count in (("P", _number(data, 22), _number(data, 8)), ("J", tree, _number(data, 6))):
         for _ in range(count):
             number = _number(data, offset + 2)
             sentence, offset = _queen_string(data, offset + 4, align=4)
             yield f"{key:2}{number:4x}{speaker}", sentence
-
-
-def _queen_offsets(data: bytes, offset: int) -> tuple[int, int]:
-    return offset, _queen_string(data, offset)[1]
 
 
 def _queen_string(data: bytes, offset: int, align: int = 2) -> tuple[str, int]:
