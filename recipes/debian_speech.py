@@ -1,9 +1,8 @@
 """Real speech with its text that Debian's main section holds: dialogues of adventure games, and a voice's recordings.
 
 Actors read every line that the games show, and a synthetic voice comes with the sentences it was cut from, so that each
-recording has its words. All may be given away and changed, under licences of their own (`usr/share/doc/*/copyright`);
-recordings and manifests are made here and stay where they are made. The files of the games are read as ScummVM, the
-program that plays them, reads them.
+recording has its words. All may be given away and changed, under licences of their own (`usr/share/doc/*/copyright`).
+The files of the games are read as ScummVM, the program that plays them, reads them.
 
     apt-get download flight-of-the-amazon-queen beneath-a-steel-sky drascula drascula-spanish festvox-ru
     for package in *.deb; do dpkg -x $package debian; done
@@ -11,8 +10,13 @@ program that plays them, reads them.
         --exclude speechocean762/dev.jsonl speechocean762/test.jsonl
 
 `sky` (Beneath a Steel Sky) has its texts in a code whose letters are in the game's program, which the package does not
-hold; ScummVM's source, `engines/sky/hufftext.cpp` of Debian's source package `scummvm`, lists them. The others need no
-more than their packages: `queen` (Flight of the Amazon Queen), `drascula`, `drascula_es`, and `festvox_ru` in Russian.
+hold; ScummVM's source lists them (with `deb-src` among apt's sources):
+
+    apt-get source --download-only scummvm
+    tar -xf scummvm_*.orig.tar.xz --wildcards --strip-components 3 '*/engines/sky/hufftext.cpp'
+
+The others need no more than their packages: `queen` (Flight of the Amazon Queen), `drascula`, `drascula_es`, and
+`festvox_ru` in Russian.
 """
 
 import argparse
@@ -56,10 +60,11 @@ def _number(data: bytes, offset: int, size: int = 2, order: str = "big", signed:
     return int.from_bytes(data[offset : offset + size], order, signed=signed)
 
 
-def _read(folder: Path, name: str) -> bytes:
-    path = folder / name
+def _read(path: Path) -> bytes:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file; unpack its package with `dpkg -x`.")
+        raise FileNotFoundError(
+            f"{path}: there is no such file; unpack its package, and those it depends on, with `dpkg -x`."
+        )
     return path.read_bytes()
 
 
@@ -80,18 +85,21 @@ def read_queen(folder: str | os.PathLike) -> Iterator[Utterance]:
     Args:
         folder (`str` or `os.PathLike`): with `queen.1c`.
     """
-    data = _read(Path(folder), "queen.1c")
+    archive = Path(folder) / "queen.1c"
+    data = _read(archive)
     if data[:4] != b"QTBL":
-        raise ValueError(f"{Path(folder) / 'queen.1c'}: is not the game's archive.")
+        raise ValueError(f"{archive}: is not the game's archive.")
     files = {}
     for index in range(_number(data, 13)):
         entry = 15 + 21 * index
         offset, size = _number(data, entry + 13, 4), _number(data, entry + 17, 4)
+        if offset + size > len(data):
+            raise ValueError(f"{archive}: is cut off; download its package again.")
         files[data[entry : entry + 12].rstrip(b"\0").decode("latin-1")] = data[offset : offset + size]
     for name, text in _queen_texts(files).items():
         if name in files:
-            waveform, _ = soundfile.read(io.BytesIO(files[name]), dtype="float32")
-            yield Utterance(name.removesuffix(".SB").lower(), text, waveform)
+            waveform, sampling_rate = soundfile.read(io.BytesIO(files[name]), dtype="float32")
+            yield Utterance(name.removesuffix(".SB").lower(), text, waveform, "en", sampling_rate)
 
 
 def _queen_texts(files: dict[str, bytes]) -> dict[str, str]:
@@ -162,6 +170,7 @@ def _queen_parts(sentence: str) -> Iterator[str | None]:
 SKY_SECTIONS = (0, 600, 1100, 2430, 3380, 4530, 5080, 5230)
 SKY_RECORDINGS, SKY_TEXTS = 50000, 60600  # numbers of the first file of each
 SKY_HEADER = 22  # bytes before the content of a file
+SKY_FILES = 5097  # that version 0.0372 has
 
 
 def read_sky(folder: str | os.PathLike, letters: str | os.PathLike) -> Iterator[Utterance]:
@@ -175,7 +184,9 @@ def read_sky(folder: str | os.PathLike, letters: str | os.PathLike) -> Iterator[
         letters (`str` or `os.PathLike`): `hufftext.cpp`, which has the tree of letters.
     """
     folder = Path(folder)
-    table, disk = _read(folder, "sky.dnr"), _read(folder, "sky.dsk")
+    table, disk = _read(folder / "sky.dnr"), _read(folder / "sky.dsk")
+    if _number(table, 0, 4, "little") != SKY_FILES:
+        raise ValueError(f"{folder / 'sky.dnr'}: is not of version 0.0372, which has {SKY_FILES} files.")
     tree = _sky_tree(Path(letters))
     entries = {_number(table, at, 2, "little"): table[at + 2 : at + 8] for at in range(4, len(table) - 7, 8)}
 
@@ -184,6 +195,8 @@ def read_sky(folder: str | os.PathLike, letters: str | os.PathLike) -> Iterator[
         place, size = _number(entry, 0, 3, "little"), _number(entry, 3, 3, "little")
         place = (place & 0x7FFFFF) << (4 if place & 0x800000 else 0)
         content = disk[place : place + (size & 0x3FFFFF)]
+        if len(content) < size & 0x3FFFFF:
+            raise ValueError(f"{folder / 'sky.dsk'}: is cut off; download its package again.")
         if size & 0x800000 or not content[0] & 0x80:
             return content
         unpacked = unpack(content[SKY_HEADER:])
@@ -256,10 +269,12 @@ def unpack(data: bytes) -> bytes:
     What Rob Northen Computing's method 1 has packed: bytes as they are, and copies of earlier ones, in turns.
 
     Raises:
-        `ValueError`: the data is not packed so, or is cut off.
+        `ValueError`: the data is not packed so, or is not whole.
     """
     if data[:4] != b"RNC\x01":
         raise ValueError("The data is not packed by Rob Northen Computing's method 1.")
+    if len(data) < 18 or len(data) < 18 + _number(data, 8, 4):
+        raise ValueError("The data is cut off.")
     size, bits, unpacked = _number(data, 4, 4), _Bits(data, 18), bytearray()
     bits.take(2)
     for _ in range(data[17]):
@@ -269,10 +284,12 @@ def unpack(data: bytes) -> bytes:
                 unpacked += bits.copy(count)
             if left > 1:
                 distance, length = _read_value(bits, distances) + 1, _read_value(bits, lengths) + 2
+                if distance > len(unpacked):
+                    raise ValueError("The data is not whole: it copies what comes before its beginning.")
                 for _ in range(length):
                     unpacked.append(unpacked[-distance])
     if len(unpacked) != size:
-        raise ValueError(f"The data is cut off: {len(unpacked)} of {size} bytes are there.")
+        raise ValueError(f"The data is not whole: {len(unpacked)} of {size} bytes are there.")
     return bytes(unpacked)
 
 
@@ -294,7 +311,7 @@ def _read_value(bits: _Bits, codes: list[tuple[int, int, int]]) -> int:
         if bits.peek(length) == code:
             bits.take(length)
             return value if value < 2 else bits.take(value - 1) | 1 << (value - 1)
-    raise ValueError("The packed data has a code that it does not define.")
+    raise ValueError("The data is not whole: it has a code that it does not define.")
 
 
 # Drascula ------------------------------------------------------------------------------------------------------------
@@ -317,9 +334,9 @@ def read_drascula(folder: str | os.PathLike, language: str = "en") -> Iterator[U
         language (`str`, defaults to `"en"`): of the recordings, `"en"` or `"es"`.
     """
     folder = Path(folder)
-    data, offset = _read(folder, "drascula.dat"), 9
-    if data[:8] != b"DRASCULA":
-        raise ValueError(f"{folder / 'drascula.dat'}: does not hold the game's texts.")
+    data, offset = _read(folder / "drascula.dat"), 9
+    if data[:9] != b"DRASCULA\x06":
+        raise ValueError(f"{folder / 'drascula.dat'}: does not hold the game's texts in format 6.")
     for size in DRASCULA_TABLES:
         offset += 2 + size * _number(data, offset)
     languages, offset = _number(data, offset), offset + 2
@@ -349,7 +366,7 @@ def read_festvox(folder: str | os.PathLike) -> Iterator[Utterance]:
         folder (`str` or `os.PathLike`): with `etc/txt.done.data` and `wav`.
     """
     folder = Path(folder)
-    for name, text in re.findall(r'\( (\S+) "(.*)" \)', _read(folder, "etc/txt.done.data").decode("utf-8")):
+    for name, text in re.findall(r'\( (\S+) "(.*)" \)', _read(folder / "etc" / "txt.done.data").decode("utf-8")):
         waveform, sampling_rate = soundfile.read(folder / "wav" / f"{name}.wav", dtype="float32")
         yield Utterance(name, text.replace("+", "").replace('\\"', '"'), waveform, "ru", sampling_rate)
 
@@ -391,7 +408,7 @@ def _check(text: str, waveform: np.ndarray, sampling_rate: int) -> tuple[str | N
     """Why an utterance cannot be used, or None; and the waveform without quiet ends."""
     letters = sum(character.isalpha() for character in text)
     if letters < 2 or re.search(r"[^\w\s!\"'(),./:;?¡¿-]|[\d_]", text):
-        return "no words alone", waveform
+        return "digits or signs, or no words", waveform
     waveform = waveform - waveform.mean() if len(waveform) else waveform
     peak = np.abs(waveform).max(initial=0.0)
     if peak < SILENCE:
@@ -415,6 +432,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for recordings and manifests")
     parser.add_argument("--exclude", nargs="+", default=[], help="manifests or files with texts to leave out")
     options = parser.parse_args(arguments)
+    if not any((options.root / "usr" / "share" / folder).is_dir() for folder, _ in SOURCES.values()):
+        parser.error(f"{options.root}: none of the packages was unpacked here.")
     excluded = [line.text for line in read_lines(options.exclude)]
     for name, (folder, reader) in SOURCES.items():
         folder = options.root / "usr" / "share" / folder

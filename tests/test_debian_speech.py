@@ -78,9 +78,18 @@ def test_unpack_copies_what_came_before():
     assert debian_speech.unpack(pack()) == b"abcabcabcabcd"
 
 
-@pytest.mark.parametrize("spoil", [lambda data: b"ZIP\x01" + data[4:], lambda data: data[:4] + b"\0\0\1" + data[7:]])
-def test_unpack_refuses_other_data(spoil):
-    with pytest.raises(ValueError, match="The data is"):
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda data: b"ZIP\x01" + data[4:], "is not packed"),
+        (lambda data: data[:10], "is cut off"),
+        (lambda data: data[:-1], "is cut off"),
+        (lambda data: data[:4] + b"\0\0\1" + data[7:], "is not whole: 13 of 269 bytes"),
+        (lambda data: data[:18] + bytes(len(data) - 18), "is not whole"),
+    ],
+)
+def test_unpack_refuses_other_data(spoil, message):
+    with pytest.raises(ValueError, match=f"The data {message}"):
         debian_speech.unpack(spoil(pack()))
 
 
@@ -115,8 +124,8 @@ def conversation():
 
 
 def scene():
-    data = bytearray(struct.pack(">3h3H", 0, 3, 0, 0, 12, 0))
-    for text in ("*FL", "", "Look!", "Run!"):
+    data = bytearray(struct.pack(">3h3H", 0, -4, 0, 0, 12, 0))  # below zero: it cannot be left
+    for text in ("*FL", "", "Look!", "Run!", "#ANNA.DOG"):
         add_string(data, text)
     return bytes(20) + data
 
@@ -172,13 +181,12 @@ const HuffTree Text::_huffTree_00372[] = {
 """
 
 
-def write_sky(folder, spoken):
-    """Texts of `a` and `'` in the first section, and the recordings of some by their number; the first is packed."""
-    (folder / "hufftext.cpp").write_text(LETTERS)
+def sky_texts(spoken):
+    """Texts of `a` and `'`, and how long each is in units of two bits, from 128 on in units of sixteen."""
     codes, lengths = "", []
     for text in spoken:
         code = "".join("10" if letter == "'" else "0" for letter in text) + "11"
-        code += "0" * (len(code) % 2)
+        code += "0" * (-len(code) % (2 if len(code) < 256 else 16))
         lengths.append(len(code) // 2)
         codes += code
     blocks = -(-len(spoken) // 32)
@@ -186,14 +194,20 @@ def write_sky(folder, spoken):
     sums = [sum(lengths[32 * block : 32 * block + 32]) for block in range(blocks)]
     singles = bytes(length if length < 128 else 128 | length >> 3 for length in lengths)
     packed_codes = int(codes.ljust(8 * (len(codes) // 8 + 1), "0"), 2).to_bytes(len(codes) // 8 + 1, "big")
-    texts = struct.pack(f"<HH{blocks}H", head, head + len(singles), *sums) + singles + packed_codes
-    files = {debian_speech.SKY_TEXTS + section: (texts, True) for section in range(7)}
+    return struct.pack(f"<HH{blocks}H", head, head + len(singles), *sums) + singles + packed_codes
+
+
+def write_sky(folder, spoken):
+    """Sections of texts with a recording of each; the very first is packed."""
+    (folder / "hufftext.cpp").write_text(LETTERS)
     header = bytes(debian_speech.SKY_HEADER)
-    for index in range(len(spoken)):
-        recording = header + eight_bit(tone(300 + 10 * index))
-        files[debian_speech.SKY_RECORDINGS + index] = (recording, False)
+    files = {debian_speech.SKY_TEXTS + section: (sky_texts(spoken.get(section, ["a"])), True) for section in range(7)}
+    for section, texts in spoken.items():
+        for index in range(len(texts)):
+            number = debian_speech.SKY_RECORDINGS + debian_speech.SKY_SECTIONS[section] + index
+            files[number] = (header + eight_bit(tone(300 + 100 * section + 10 * index)), False)
     files[debian_speech.SKY_RECORDINGS] = (b"\x80" + header[1:] + pack(), False)
-    table, disk = struct.pack("<I", len(files)), b""
+    table, disk = struct.pack("<I", debian_speech.SKY_FILES), b""
     for number, (data, is_plain) in files.items():
         disk += bytes(-len(disk) % 16)
         place = len(disk) >> 4 | 0x800000
@@ -205,20 +219,51 @@ def write_sky(folder, spoken):
 
 
 def test_sky_finds_the_words_of_each_recording(tmp_path):
-    spoken = ["a" * (index % 5) + "'" * (index % 3) + "a" for index in range(40)]  # more than a block of 32
-    write_sky(tmp_path, spoken)
+    first = ["a" * (index % 5) + "'" * (index % 3) + "a" for index in range(40)]  # more than a block of 32
+    third = ["a'", 300 * "a", "''"]
+    write_sky(tmp_path, {0: first, 2: third})
     lines = list(debian_speech.read_sky(tmp_path, tmp_path / "hufftext.cpp"))
-    assert [line.text for line in lines] == spoken
+    assert [line.text for line in lines] == first + third
     assert np.allclose(lines[0].waveform, debian_speech._unsigned_8_bit(b"abcabcabcabcd"))
-    for index, line in enumerate(lines[1:], start=1):
-        assert pitch(line.waveform) == pytest.approx(300 + 10 * index, abs=2)
+    pitches = [300 + 10 * index for index in range(40)] + [500, 510, 520]
+    for line, expected in list(zip(lines, pitches))[1:]:
+        assert pitch(line.waveform) == pytest.approx(expected, abs=2)
 
 
 def test_sky_wants_the_letters_of_its_version(tmp_path):
-    write_sky(tmp_path, ["a"])
+    write_sky(tmp_path, {0: ["a"]})
     (tmp_path / "hufftext.cpp").write_text(LETTERS.replace("372", "365"))
     with pytest.raises(ValueError, match="no tree of letters of version 0.0372"):
         list(debian_speech.read_sky(tmp_path, tmp_path / "hufftext.cpp"))
+
+
+def change(path, start, new):
+    data = path.read_bytes()
+    path.write_bytes(data[:start] + new + data[start + len(new) :])
+
+
+def test_other_versions_and_archives_that_are_cut_off_are_refused(tmp_path):
+    write_queen(tmp_path)
+    write_drascula(tmp_path)
+    write_sky(tmp_path, {0: ["a", "a"]})
+    letters = tmp_path / "hufftext.cpp"
+    for name, read in (
+        ("queen.1c", debian_speech.read_queen),
+        ("sky.dsk", lambda path: debian_speech.read_sky(path, letters)),
+    ):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[:-9])
+        with pytest.raises(ValueError, match=f"{name}: is cut off"):
+            list(read(tmp_path))
+    change(tmp_path / "queen.1c", 0, b"PEM1")
+    with pytest.raises(ValueError, match="is not the game's archive"):
+        list(debian_speech.read_queen(tmp_path))
+    change(tmp_path / "sky.dnr", 0, struct.pack("<I", 5099))
+    with pytest.raises(ValueError, match="is not of version 0.0372"):
+        list(debian_speech.read_sky(tmp_path, letters))
+    change(tmp_path / "drascula.dat", 8, b"\5")
+    with pytest.raises(ValueError, match="in format 6"):
+        list(debian_speech.read_drascula(tmp_path))
 
 
 def write_drascula(folder):
@@ -267,6 +312,7 @@ def test_festvox_leaves_the_marks_of_stress_out(tmp_path):
     sentences = list(debian_speech.read_festvox(tmp_path))
     assert [sentence.text for sentence in sentences] == ['Город "Сочи".', "Да, конечно."]
     assert {(sentence.language, sentence.sampling_rate) for sentence in sentences} == {("ru", 16000)}
+    assert [np.abs(np.fft.rfft(sentence.waveform)).argmax() for sentence in sentences] == [100, 200]
 
 
 @pytest.mark.parametrize("read", [reader for _, reader in debian_speech.SOURCES.values()])
@@ -283,9 +329,9 @@ def said(name="one", text="What is this?", waveform=None):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"text": "Room 512."}, "no words alone"),
-        ({"text": "..."}, "no words alone"),
-        ({"text": "Ha\x95?"}, "no words alone"),
+        ({"text": "Room 512."}, "digits or signs, or no words"),
+        ({"text": "..."}, "digits or signs, or no words"),
+        ({"text": "Ha\x95?"}, "digits or signs, or no words"),
         ({"text": "WHAT is this"}, "excluded"),
         ({"waveform": np.zeros(RATE)}, "silent"),
         ({"waveform": np.zeros(0)}, "silent"),
@@ -317,13 +363,16 @@ def test_main_writes_what_it_can_read(tmp_path, capsys):
     for name in ("queen", "sky", "drascula", "festvox_ru"):
         folders[name].mkdir(parents=True)
     write_queen(folders["queen"])
-    write_sky(folders["sky"], ["aaaaa", "a'a'a'"])
+    write_sky(folders["sky"], {0: ["aaaaa", "a'a'a'"]})
     write_drascula(folders["drascula"])
     write_festvox(folders["festvox_ru"])
     held_out = tmp_path / "dev.jsonl"
     held_out.write_text(json.dumps({"text": "nice DAY"}) + "\n")
     output_dir = tmp_path / "out"
     arguments = [str(tmp_path), "--output_dir", str(output_dir), "--exclude", str(held_out)]
+    with pytest.raises(SystemExit):
+        debian_speech.main([str(tmp_path / "elsewhere"), *arguments[1:]])
+    assert "none of the packages was unpacked here" in capsys.readouterr().err
     debian_speech.main(arguments)
     assert sorted(path.name for path in output_dir.iterdir()) == ["drascula", "festvox_ru", "queen"]
     printed = capsys.readouterr().out
