@@ -111,15 +111,16 @@ def _queen_texts(files: dict[str, bytes]) -> dict[str, str]:
             if text is not None and text.strip():
                 texts.setdefault(f"{prefix}{part:x}".replace(" ", "0").upper() + ".SB", text)
 
-    for name, data in files.items():
+    for name, file in files.items():
+        data = file[20:]  # behind a header
         if name.endswith(".DOG"):
-            for prefix, sentence in _queen_conversation(data[20:]):
+            for prefix, sentence in _queen_conversation(data):
                 add(prefix, sentence)
         elif name.endswith(".CUT"):
             scene = name.removesuffix(".CUT")
-            _, offset = _queen_string(data[20:], _number(data, 28))
-            for index in range(1, abs(_number(data, 22, signed=True)) + 1):
-                sentence, offset = _queen_string(data[20:], offset)
+            _, offset = _queen_string(data, _number(data, 8))
+            for index in range(1, abs(_number(data, 2, signed=True)) + 1):
+                sentence, offset = _queen_string(data, offset)
                 if sentence[:1] not in ("", "#"):
                     add(f"{scene:_<5.5}{index:02}", sentence)
     for index, line in enumerate(files.get("QUEEN2.JAS", b"").decode("latin-1").splitlines()):
@@ -320,8 +321,6 @@ def _read_value(bits: _Bits, codes: list[tuple[int, int, int]]) -> int:
 DRASCULA_TABLES = (4, 4, 4, 2, 4, 2, 4, 2, 2, 20, 20, 10, 8)
 # Beginning of the recordings' names, by who speaks, in the order of the texts.
 DRASCULA_SPEAKERS = ("", "D", "B", "BJ", "E", "I", "L", "P", "T", "VB")
-
-
 DRASCULA_LANGUAGES = ("en", "es")  # in the order of the texts; others have no voices of their own
 
 
@@ -342,10 +341,11 @@ def read_drascula(folder: str | os.PathLike, language: str = "en") -> Iterator[U
     languages, offset = _number(data, offset), offset + 2
     for speaker in DRASCULA_SPEAKERS:
         count, offset = _number(data, offset), offset + 2
-        for other in range(languages):
-            if other == DRASCULA_LANGUAGES.index(language):
-                start = offset + 4
+        starts = []
+        for _ in range(languages):
+            starts.append(offset + 4)
             offset += 2 + _number(data, offset)
+        start = starts[DRASCULA_LANGUAGES.index(language)]
         for index in range(count):
             text = data[start + 2 : data.index(0, start + 2)].decode("cp850")
             start += _number(data, start)

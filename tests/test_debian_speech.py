@@ -137,6 +137,7 @@ def write_queen(folder):
         "07000AP1": "Nice day.",
         "07000AP2": "So it is.",
         "07001FP1": "Goodbye.",
+        # In names of recordings SSSS is the game's mark for the first greeting, XXXX for the later one.
         "07XXXXP1": "You again?",
         "07XXXXJ1": "Me again.",
         "C9A__021": "Look!",
