@@ -39,7 +39,9 @@ from echo_hf.data import load_sources
 from echo_hf.feature_extraction_echo import resample_audio
 from echo_hf.metrics import normalize_text
 from echo_hf.segmentation_echo import frame_levels
+from echo_hf.synthesis import check_replaceable
 from echo_hf.synthesis import read_lines
+from echo_hf.synthesis import write_manifest
 from echo_hf.transcription import BUNDLED_CHECKPOINT
 
 BATCH_SIZE = 16  # recordings that are aligned at a time
@@ -295,8 +297,7 @@ def write(sentences: Iterable[Sequence[Piece]], output_dir: str | os.PathLike) -
     """
     output_dir = Path(output_dir)
     manifest, rows = output_dir / "train.jsonl", []
-    if manifest.exists() and not all('"spliced": true' in line for line in manifest.read_text("utf-8").splitlines()):
-        raise ValueError(f"{manifest} is no manifest of spliced speech, and would be overwritten; take another folder.")
+    check_replaceable(manifest, "spliced")
     for pieces in sentences:
         waveform, sampling_rate = join(pieces), pieces[0].recording.sampling_rate
         duration = len(waveform) / sampling_rate
@@ -313,9 +314,7 @@ def write(sentences: Iterable[Sequence[Piece]], output_dir: str | os.PathLike) -
         soundfile.write(output_dir / name, waveform, sampling_rate, subtype="PCM_16")
     if not rows:
         raise ValueError("No new sentence can be made: recordings of one speaker must share words.")
-    unfinished = manifest.with_suffix(".part")
-    unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    unfinished.replace(manifest)
+    write_manifest(manifest, rows)
     return rows
 
 
@@ -333,6 +332,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--max_words", type=int, default=14, help="most words of a sentence; 14 if not given")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn; 0 if not given")
     options = parser.parse_args(arguments)
+    check_replaceable(Path(options.output_dir, "train.jsonl"), "spliced")
     recordings, left_out = read_recordings(options.sources, options.checkpoint, options.device)
     excluded = [line.text for line in read_lines(options.exclude)]
     sentences = draw_sentences(

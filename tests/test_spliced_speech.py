@@ -167,6 +167,8 @@ def test_others_manifests_are_kept(recordings, tmp_path):
     (tmp_path / "train.jsonl").write_text('{"audio": "a.wav", "text": "mine"}\n')
     with pytest.raises(ValueError, match="is no manifest of spliced speech"):
         spliced_speech.write(spliced_speech.draw_sentences(recordings, 3), tmp_path)
+    with pytest.raises(ValueError, match="is no manifest of spliced speech"):  # before anything is read
+        spliced_speech.main(["nowhere.jsonl", "--count", "3", "--output_dir", str(tmp_path)])
     assert "mine" in (tmp_path / "train.jsonl").read_text()
 
 

@@ -343,10 +343,7 @@ def synthesize(
             )
     output_dir = Path(output_dir)
     manifest = output_dir / "train.jsonl"
-    if manifest.exists() and not _is_synthetic(manifest):
-        raise ValueError(
-            f"{manifest} is no manifest of synthetic speech, and would be overwritten; take another folder."
-        )
+    check_replaceable(manifest, "synthetic")
     rows, skipped, seconds, new = [], [], 0.0, 0
     # Threads, since all but a small part of the work is the engine's, which is a process of its own.
     with ThreadPoolExecutor(num_proc) as pool:
@@ -380,18 +377,8 @@ def synthesize(
     if not rows:
         reason = f": {skipped[0][0]!r}: {skipped[0][1]}" if skipped else ""
         raise ValueError(f"None of {len(lines)} texts could be spoken{reason}.")
-    unfinished = manifest.with_suffix(".part")
-    unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    unfinished.replace(manifest)
+    write_manifest(manifest, rows)
     return Synthesis(manifest, len(rows), new, seconds, skipped)
-
-
-def _is_synthetic(manifest: Path) -> bool:
-    try:
-        rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
-        return all(row["synthetic"] is True for row in rows)
-    except (ValueError, LookupError, TypeError):
-        return False
 
 
 def _speak(utterance: _Utterance, output_dir: Path) -> tuple[float, bool, str | None]:
@@ -431,4 +418,45 @@ def _speak(utterance: _Utterance, output_dir: Path) -> tuple[float, bool, str | 
     return len(waveform) / utterance.sampling_rate, True, None
 
 
-__all__ = ["Line", "Synthesis", "babble", "leave_out", "read_lines", "synthesize"]
+# Manifests -----------------------------------------------------------------------------------------------------------
+
+
+def check_replaceable(manifest: str | os.PathLike, kind: str) -> None:
+    """
+    Checks that a manifest of speech that was made may be written anew, before the speech is made.
+
+    Args:
+        manifest (`str` or `os.PathLike`): the file, which need not be there.
+        kind (`str`): what its rows have to be marked as, such as `"synthetic"`.
+
+    Raises:
+        `ValueError`: there is a manifest of other speech.
+    """
+    if not os.path.exists(manifest):
+        return
+    try:
+        rows = [json.loads(line) for line in Path(manifest).read_text(encoding="utf-8").splitlines()]
+        is_replaceable = all(row[kind] is True for row in rows)
+    except (ValueError, LookupError, TypeError):
+        is_replaceable = False
+    if not is_replaceable:
+        raise ValueError(f"{manifest} is no manifest of {kind} speech, and would be overwritten; take another folder.")
+
+
+def write_manifest(manifest: str | os.PathLike, rows: Iterable[dict]) -> None:
+    """Writes rows as JSON lines, whole or not at all."""
+    unfinished = Path(manifest).with_suffix(".part")
+    unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    unfinished.replace(manifest)
+
+
+__all__ = [
+    "Line",
+    "Synthesis",
+    "babble",
+    "check_replaceable",
+    "leave_out",
+    "read_lines",
+    "synthesize",
+    "write_manifest",
+]
