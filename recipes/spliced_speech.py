@@ -36,7 +36,9 @@ from echo_hf import EchoForCTC
 from echo_hf.alignment_echo import align_by_ctc
 from echo_hf.checkpoint import load_model_and_processor
 from echo_hf.data import load_sources
+from echo_hf.feature_extraction_echo import load_audio
 from echo_hf.feature_extraction_echo import resample_audio
+from echo_hf.feature_extraction_echo import to_mono
 from echo_hf.metrics import normalize_text
 from echo_hf.segmentation_echo import frame_levels
 from echo_hf.synthesis import check_replaceable
@@ -60,7 +62,7 @@ class Recording:
     A recording, its words and where they are.
 
     Args:
-        path (`str`): its file.
+        name (`str`): its file, or where it stands in its source.
         words (`list[str]`): as they are scored (lower case, no punctuation).
         cuts (`list[int]`): samples at which one word ends and the next begins, with the first and the last sample of
             all: one more than words.
@@ -69,7 +71,7 @@ class Recording:
         sampling_rate (`int`): Hz.
     """
 
-    path: str
+    name: str
     words: list[str]
     cuts: list[int]
     speaker: str | None
@@ -99,7 +101,10 @@ class Piece:
 
 
 def read_recordings(
-    sources: Sequence[str | os.PathLike], checkpoint: str | os.PathLike = BUNDLED_CHECKPOINT, device: str = "cpu"
+    sources: Sequence[str | os.PathLike],
+    checkpoint: str | os.PathLike = BUNDLED_CHECKPOINT,
+    device: str = "cpu",
+    skip_broken: bool = False,
 ) -> tuple[list[Recording], Counter]:
     """
     Reads recordings, and finds their words by a checkpoint's CTC head.
@@ -108,15 +113,19 @@ def read_recordings(
         sources (`Sequence[str | os.PathLike]`): speech with text, as [`load_sources`] reads it.
         checkpoint (`str` or `os.PathLike`): one with a CTC head, which recognises this speech.
         device (`str`, defaults to `"cpu"`): where it runs.
+        skip_broken (`bool`, defaults to `False`): whether recordings that cannot be read are left out. Otherwise they
+            are an error.
 
     Returns:
         `tuple[list[Recording], Counter]`: the recordings, and how many were left out, by reason.
+
+    Raises:
+        `ValueError`, `FileNotFoundError`: a recording cannot be read, or none of them can be used.
     """
     model, processor = load_model_and_processor(checkpoint, EchoForCTC)
     model = model.to(device).eval()
     extractor = processor.feature_extractor
-    table = load_sources(sources)
-    rows = sorted(table, key=lambda row: row.get("duration") or 0.0)  # alike in length side by side
+    rows = sorted(load_sources(sources), key=lambda row: len(row["text"]))  # alike in length side by side
     recordings, left_out = [], Counter()
     for start in range(0, len(rows), BATCH_SIZE):
         heard = []
@@ -126,10 +135,14 @@ def read_recordings(
                 left_out["of a single word"] += 1
                 continue
             try:
-                waveform, rate = soundfile.read(row["audio"]["path"], dtype="float32", always_2d=True)
-                waveform = resample_audio(waveform.mean(axis=1), rate, extractor.sampling_rate)
+                waveform, rate = load_audio(row["audio"]["bytes"] or row["audio"]["path"])
+                waveform = resample_audio(to_mono(waveform, row["origin"]), rate, extractor.sampling_rate)
                 heard.append((row, text, waveform, extractor(waveform, extractor.sampling_rate)["input_features"][0]))
-            except (OSError, RuntimeError, ValueError):
+            except (FileNotFoundError, ValueError) as error:
+                if not skip_broken:
+                    raise type(error)(
+                        f"{row['origin']}: {error} Or leave such recordings out: --skip_broken."
+                    ) from error
                 left_out["not to be read"] += 1
         if not heard:
             continue
@@ -142,8 +155,15 @@ def read_recordings(
             if cuts is None:
                 left_out["not heard as written"] += 1
                 continue
-            path, speaker, language = row["audio"]["path"], row.get("speaker"), row.get("language")
-            recordings.append(Recording(path, text.split(), cuts, speaker, language, waveform, extractor.sampling_rate))
+            name = row["audio"]["path"] or row["origin"]
+            speaker, language = row.get("speaker"), row.get("language")
+            recordings.append(Recording(name, text.split(), cuts, speaker, language, waveform, extractor.sampling_rate))
+    if not recordings:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()))
+        raise ValueError(
+            f"None of the {len(rows)} recordings can be used ({reasons}). Those of two words and more are needed, and a"
+            f" checkpoint with a CTC head that recognises them; this one is {checkpoint}."
+        )
     return recordings, left_out
 
 
@@ -241,7 +261,7 @@ def draw_sentences(
     for name, own in sorted(speakers.items(), key=str):
         share = count * (before + len(own)) // len(recordings) - count * before // len(recordings)
         before += len(own)
-        own = sorted(own, key=lambda recording: recording.path)
+        own = sorted(own, key=lambda recording: recording.name)
         index = defaultdict(list)
         for recording in own:
             for place, word in enumerate(recording.words):
@@ -303,7 +323,7 @@ def write(sentences: Iterable[Sequence[Piece]], output_dir: str | os.PathLike) -
         duration = len(waveform) / sampling_rate
         if not SECONDS[0] <= duration <= SECONDS[1]:
             continue
-        drawn = [(piece.recording.path, piece.first, piece.last) for piece in pieces]
+        drawn = [(piece.recording.name, piece.first, piece.last) for piece in pieces]
         name = f"audio/{hashlib.sha256(json.dumps(drawn).encode()).hexdigest()[:16]}.flac"
         row = {"audio": name, "text": " ".join(word for piece in pieces for word in piece.words)}
         for key in ("speaker", "language"):
@@ -329,11 +349,12 @@ def main(arguments: list[str] | None = None) -> None:
         "--checkpoint", default=BUNDLED_CHECKPOINT, help="finds the words; the bundled one if not given"
     )
     parser.add_argument("--device", default="cpu", help="where the checkpoint runs")
+    parser.add_argument("--skip_broken", action="store_true", help="leave out recordings that cannot be read")
     parser.add_argument("--max_words", type=int, default=14, help="most words of a sentence; 14 if not given")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn; 0 if not given")
     options = parser.parse_args(arguments)
     check_replaceable(Path(options.output_dir, "train.jsonl"), "spliced")
-    recordings, left_out = read_recordings(options.sources, options.checkpoint, options.device)
+    recordings, left_out = read_recordings(options.sources, options.checkpoint, options.device, options.skip_broken)
     excluded = [line.text for line in read_lines(options.exclude)]
     sentences = draw_sentences(
         recordings, options.count, max_words=options.max_words, excluded=excluded, seed=options.seed

@@ -30,12 +30,12 @@ def tone(samples, frequency=440.0):
     return (0.3 * np.sin(2 * np.pi * frequency * np.arange(samples) / RATE)).astype(np.float32)
 
 
-def make_recording(text, speaker="ann", path=None, gain=1.0):
+def make_recording(text, speaker="ann", name=None, gain=1.0):
     """Each word is a tone of 0.4 s, of a frequency that the word has wherever it is said."""
     words = text.split()
     parts = [tone(6400, 200 + 20 * (sum(map(ord, word)) % 50)) for word in words]
     cuts = [6400 * index for index in range(len(words) + 1)]
-    return Recording(path or f"{speaker} {text}", words, cuts, speaker, "en", gain * np.concatenate(parts), RATE)
+    return Recording(name or f"{speaker} {text}", words, cuts, speaker, "en", gain * np.concatenate(parts), RATE)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_speakers_have_their_shares(recordings):
 
 
 def test_a_recording_spliced_with_itself_is_unchanged():
-    one, same = make_recording("we call it bear"), make_recording("we call it bear", path="a copy")
+    one, same = make_recording("we call it bear"), make_recording("we call it bear", name="a copy")
     joined = spliced_speech.join([Piece(one, 0, 2), Piece(same, 2, 4)])
     fade = round(spliced_speech.FADE * RATE)
     assert len(joined) == len(one.waveform) - fade
@@ -196,8 +196,17 @@ def test_from_manifests_to_a_manifest(ctc_checkpoint, tmp_path, monkeypatch, cap
     held_out.write_text("We call it cold today.\n")
     output = tmp_path / "spliced"
     arguments = [str(manifest), "--count", "8", "--checkpoint", str(ctc_checkpoint), "--output_dir", str(output)]
-    spliced_speech.main([*arguments, "--exclude", str(held_out), "--max_words", "6"])
+    with pytest.raises(FileNotFoundError, match="train.jsonl line 8 .*none.wav.*--skip_broken"):
+        spliced_speech.main(arguments)
+    spliced_speech.main([*arguments, "--exclude", str(held_out), "--max_words", "6", "--skip_broken"])
     assert "of 7 recordings; left out 1 not to be read, 1 of a single word" in capsys.readouterr().out
     made = [json.loads(line) for line in (output / "train.jsonl").read_text().splitlines()]
     assert made and all(soundfile.info(output / row["audio"]).samplerate == RATE for row in made)
     assert "we call it cold today" not in {row["text"] for row in made}
+
+
+def test_a_checkpoint_that_does_not_know_the_speech(ctc_checkpoint, tmp_path):
+    soundfile.write(tmp_path / "a.wav", make_recording("oh no").waveform, RATE)
+    (tmp_path / "train.jsonl").write_text('{"audio": "a.wav", "text": "oh no"}\n')
+    with pytest.raises(ValueError, match="None of the 1 recordings can be used .1 not heard as written"):
+        spliced_speech.read_recordings([tmp_path / "train.jsonl"], ctc_checkpoint)
