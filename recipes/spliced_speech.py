@@ -125,14 +125,14 @@ def read_recordings(
     model, processor = load_model_and_processor(checkpoint, EchoForCTC)
     model = model.to(device).eval()
     extractor = processor.feature_extractor
-    rows = sorted(load_sources(sources), key=lambda row: len(row["text"]))  # alike in length side by side
+    rows = sorted(load_sources(sources), key=lambda row: len(row["text"] or ""))  # alike in length side by side
     recordings, left_out = [], Counter()
     for start in range(0, len(rows), BATCH_SIZE):
         heard = []
         for row in rows[start : start + BATCH_SIZE]:
-            text = normalize_text(row["text"])
+            text = normalize_text(row["text"] or "")
             if len(text.split()) < 2:
-                left_out["of a single word"] += 1
+                left_out["of less than two words"] += 1
                 continue
             try:
                 waveform, rate = load_audio(row["audio"]["bytes"] or row["audio"]["path"])
@@ -151,7 +151,9 @@ def read_recordings(
             log_probs = model(**batch).logits.float().log_softmax(-1).cpu().numpy()
         lengths = model._get_feat_extract_output_lengths(batch["attention_mask"].sum(-1)).tolist()
         for (row, text, waveform, _), scores, length in zip(heard, log_probs, lengths):
-            cuts = find_cuts(text, waveform, scores[:length], processor.tokenizer, extractor.sampling_rate)
+            scores = scores[:length]
+            ratio = model.config.inputs_to_logits_ratio
+            cuts = find_cuts(text, waveform, scores, processor.tokenizer, extractor.sampling_rate, ratio)
             if cuts is None:
                 left_out["not heard as written"] += 1
                 continue
@@ -168,7 +170,7 @@ def read_recordings(
 
 
 def find_cuts(
-    text: str, waveform: np.ndarray, log_probs: np.ndarray, tokenizer, sampling_rate: int, blank: int = 0
+    text: str, waveform: np.ndarray, log_probs: np.ndarray, tokenizer, sampling_rate: int, ratio: int, blank: int = 0
 ) -> list[int] | None:
     """
     Where a text's words part in its recording.
@@ -179,6 +181,7 @@ def find_cuts(
         log_probs (`np.ndarray` of shape `(frames, vocabulary)`): of the CTC head, over the whole recording.
         tokenizer ([`EchoTokenizer`]): of the checkpoint.
         sampling_rate (`int`): Hz.
+        ratio (`int`): samples that a frame of `log_probs` spans.
         blank (`int`, defaults to 0): id of the blank.
 
     Returns:
@@ -193,7 +196,6 @@ def find_cuts(
     certain = [log_probs[start:stop, token].max() for token, (start, stop) in zip(tokens, spans)]
     if np.mean(certain) < LEAST_CERTAIN:
         return None
-    samples = len(waveform) / len(log_probs)  # an encoder frame
     frame = round(LEVEL_FRAME * sampling_rate)
     levels = np.convolve(frame_levels(waveform, frame), np.ones(3) / 3, mode="same")
     cuts = [0]
@@ -203,8 +205,8 @@ def find_cuts(
         before = max(stop for (first, _), (_, stop) in zip(places, spans) if first < position)
         after = min(start for (_, last), (start, _) in zip(places, spans) if last > position + 1)
         # From the last letter that was heard before to the first behind, both included.
-        first = max(int((before - 1) * samples), cuts[-1] + 1) // frame
-        last = max(int((after + 1) * samples) // frame, first + 1)
+        first = max((before - 1) * ratio // frame, cuts[-1] // frame + 1)
+        last = max((after + 1) * ratio // frame, first + 1)
         cuts.append((first + int(np.argmin(levels[first:last]))) * frame if first < len(levels) else len(waveform))
     return [*cuts, len(waveform)]
 

@@ -66,7 +66,7 @@ def test_words_part_where_it_is_quiet(quiet):
     waveform = tone(40 * FRAME)
     waveform[quiet[0] * FRAME : quiet[1] * FRAME] *= 0.01
     scores = log_probabilities(tokens, [5, 8, 12, 16, 20], len(tokenizer))
-    start, cut, end = spliced_speech.find_cuts(text, waveform, scores, tokenizer, RATE)
+    start, cut, end = spliced_speech.find_cuts(text, waveform, scores, tokenizer, RATE, FRAME)
     assert (start, end) == (0, len(waveform))
     assert quiet[0] * FRAME <= cut <= quiet[1] * FRAME
 
@@ -78,7 +78,7 @@ def test_cuts_of_letters_of_several_bytes():
     waveform = tone(40 * FRAME)
     waveform[15 * FRAME : 16 * FRAME] = 0.0
     scores = log_probabilities(tokens, list(range(3, 25, 2)), len(tokenizer))
-    _, cut, _ = spliced_speech.find_cuts(text, waveform, scores, tokenizer, RATE)
+    _, cut, _ = spliced_speech.find_cuts(text, waveform, scores, tokenizer, RATE, FRAME)
     assert abs(cut - 11 * FRAME) <= 3 * FRAME  # the silence is within the second word, and so no place to cut
 
 
@@ -87,9 +87,9 @@ def test_what_is_not_said_has_no_cuts():
     tokens = tokenizer("oh no", add_special_tokens=False)["input_ids"]
     scores = log_probabilities(tokens, [5, 8, 12, 16, 20], len(tokenizer))
     waveform = tone(40 * FRAME)
-    assert spliced_speech.find_cuts("oh no", waveform, scores, tokenizer, RATE) is not None
-    assert spliced_speech.find_cuts("my dear", waveform, scores, tokenizer, RATE) is None
-    assert spliced_speech.find_cuts("oh no " * 20 + "no", waveform, scores, tokenizer, RATE) is None
+    assert spliced_speech.find_cuts("oh no", waveform, scores, tokenizer, RATE, FRAME) is not None
+    assert spliced_speech.find_cuts("my dear", waveform, scores, tokenizer, RATE, FRAME) is None
+    assert spliced_speech.find_cuts("oh no " * 20 + "no", waveform, scores, tokenizer, RATE, FRAME) is None
 
 
 # New sentences -------------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def test_from_manifests_to_a_manifest(ctc_checkpoint, tmp_path, monkeypatch, cap
     with pytest.raises(FileNotFoundError, match="train.jsonl line 8 .*none.wav.*--skip_broken"):
         spliced_speech.main(arguments)
     spliced_speech.main([*arguments, "--exclude", str(held_out), "--max_words", "6", "--skip_broken"])
-    assert "of 7 recordings; left out 1 not to be read, 1 of a single word" in capsys.readouterr().out
+    assert "of 7 recordings; left out 1 not to be read, 1 of less than two words" in capsys.readouterr().out
     made = [json.loads(line) for line in (output / "train.jsonl").read_text().splitlines()]
     assert made and all(soundfile.info(output / row["audio"]).samplerate == RATE for row in made)
     assert "we call it cold today" not in {row["text"] for row in made}
