@@ -21,7 +21,6 @@ The others need no more than their packages: `queen` (Flight of the Amazon Queen
 
 import argparse
 import io
-import json
 import os
 import re
 from collections import Counter
@@ -36,6 +35,7 @@ import soundfile
 
 from echo_hf.metrics import normalize_text
 from echo_hf.synthesis import read_lines
+from echo_hf.synthesis import write_manifest
 
 SAMPLING_RATE = 11025  # Hz, of the games
 SECONDS = (0.3, 20.0)  # of an utterance
@@ -398,9 +398,7 @@ def write(utterances: Iterable[Utterance], output_dir: str | os.PathLike, exclud
             soundfile.write(output_dir / name, waveform, utterance.sampling_rate, subtype="PCM_16")
             duration = round(len(waveform) / utterance.sampling_rate, 3)
             rows.append({"audio": name, "text": text, "language": utterance.language, "duration": duration})
-    (output_dir / "train.jsonl").write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
+    write_manifest(output_dir / "train.jsonl", rows)
     return counts
 
 

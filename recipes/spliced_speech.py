@@ -43,6 +43,7 @@ from echo_hf.metrics import normalize_text
 from echo_hf.segmentation_echo import frame_levels
 from echo_hf.synthesis import check_replaceable
 from echo_hf.synthesis import read_lines
+from echo_hf.synthesis import share_out
 from echo_hf.synthesis import write_manifest
 from echo_hf.transcription import BUNDLED_CHECKPOINT
 
@@ -259,10 +260,9 @@ def draw_sentences(
     for recording in recordings:
         speakers[recording.speaker, recording.language].append(recording)
     known = {normalize_text(text) for text in excluded} | {" ".join(recording.words) for recording in recordings}
-    sentences, before = [], 0
-    for name, own in sorted(speakers.items(), key=str):
-        share = count * (before + len(own)) // len(recordings) - count * before // len(recordings)
-        before += len(own)
+    sentences = []
+    voices = sorted(speakers.items(), key=str)
+    for (name, own), share in zip(voices, share_out(count, (len(own) for _, own in voices))):
         own = sorted(own, key=lambda recording: recording.name)
         index = defaultdict(list)
         for recording in own:
@@ -320,6 +320,7 @@ def write(sentences: Iterable[Sequence[Piece]], output_dir: str | os.PathLike) -
     output_dir = Path(output_dir)
     manifest, rows = output_dir / "train.jsonl", []
     check_replaceable(manifest, "spliced")
+    (output_dir / "audio").mkdir(parents=True, exist_ok=True)
     for pieces in sentences:
         waveform, sampling_rate = join(pieces), pieces[0].recording.sampling_rate
         duration = len(waveform) / sampling_rate
@@ -332,7 +333,6 @@ def write(sentences: Iterable[Sequence[Piece]], output_dir: str | os.PathLike) -
             if (value := getattr(pieces[0].recording, key)) is not None:
                 row[key] = value
         rows.append({**row, "duration": round(duration, 3), "spliced": True})
-        (output_dir / "audio").mkdir(parents=True, exist_ok=True)
         soundfile.write(output_dir / name, waveform, sampling_rate, subtype="PCM_16")
     if not rows:
         raise ValueError("No new sentence can be made: recordings of one speaker must share words.")

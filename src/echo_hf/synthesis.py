@@ -180,10 +180,9 @@ def babble(
     for line in lines:
         if line.text.split():
             sentences.setdefault(line.language, []).append(line.text.split())
-    total, before, made = sum(map(len, sentences.values())), 0, []
-    for language, examples in sentences.items():
-        share = count * (before + len(examples)) // total - count * before // total
-        before += len(examples)
+    made: list[Line] = []
+    shares = share_out(count, map(len, sentences.values()))
+    for (language, examples), share in zip(sentences.items(), shares):
         chance = random.Random(f"babble {seed} {language}")
         followers = _count_followers(examples)
         wanted, attempts = len(made) + share, 0
@@ -201,6 +200,19 @@ def babble(
                 known.add(normalized)
                 made.append(Line(text, language))
     return made
+
+
+def share_out(count: int, sizes: Iterable[int]) -> list[int]:
+    """
+    Shares by size, whole numbers that sum up to `count`.
+
+    Examples:
+
+    >>> share_out(7, [4, 3, 1])
+    [3, 3, 1]
+    """
+    sums = [0, *itertools.accumulate(sizes)]
+    return [count * after // sums[-1] - count * before // sums[-1] for before, after in itertools.pairwise(sums)]
 
 
 def _count_followers(examples: list[list[str]]) -> dict[tuple, tuple[list, list[int]]]:
@@ -457,6 +469,7 @@ __all__ = [
     "check_replaceable",
     "leave_out",
     "read_lines",
+    "share_out",
     "synthesize",
     "write_manifest",
 ]
