@@ -149,10 +149,16 @@ def write(
                 row = {"audio": audio, "text": recording.text, "language": language, "duration": round(seconds, 3)}
                 rows.append(row | ({"speaker": recording.speaker} if recording.speaker else {}) | {"public": True})
     if not rows:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) or "no rows"
-        raise ValueError(f"No recording remains ({reasons}); are the recordings beside their texts?")
+        raise ValueError(
+            f"No recording remains ({describe(counts) or 'no rows'}); are the recordings beside their texts?"
+        )
     write_manifest(output, rows)
     return counts
+
+
+def describe(counts: Counter) -> str:
+    """How many recordings were left out for which reason, in words; empty where none was."""
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()) if reason != "written")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -168,8 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
         counts = write(options.sources, options.output, options.language, excluded)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    others = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()) if reason != "written")
-    print(f"{options.output}: {counts['written']} recordings; left out {others or 0}")
+    print(f"{options.output}: {counts['written']} recordings; left out {describe(counts) or 0}")
 
 
 if __name__ == "__main__":
