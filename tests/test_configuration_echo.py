@@ -64,6 +64,11 @@ def test_feature_groups_take_their_fixed_order():
         ("feature_groups", {"spectrogram": 0, "pitch": 1}),
         ("feature_groups", {"spectrogram": 80, "pitch": 2}),
         ("feature_groups", {"spectrogram": 80}),
+        ("encoder_kernel_size", 4),
+        ("encoder_kernel_size", -1),
+        ("self_conditioning_layers", [0]),
+        ("self_conditioning_layers", [3, 3]),
+        ("self_conditioning_layers", [8]),  # the last has the CTC head
         ("stem_strides", []),
         ("stem_strides", [2, 0]),
         ("encoder_hidden_size", 250),

@@ -45,6 +45,8 @@ SETTINGS = {
     "laplacian": {"preset": "all", "pitch_bias": "laplacian"},
     "window": {"preset": "all", "encoder_attention_window": 4},
     "laplacian_window": {"preset": "all", "pitch_bias": "laplacian", "encoder_attention_window": 4},
+    "convolution": {"preset": "all", "encoder_kernel_size": 5},
+    "self_conditioning": {"preset": "all", "self_conditioning_layers": [1, 2]},
 }
 
 
@@ -590,6 +592,43 @@ def test_ctc_loss_of_an_impossible_utterance_is_zero_not_infinite():
     assert outputs.loss == 0
 
 
+@pytest.mark.parametrize("cls", [EchoForConditionalGeneration, EchoForCTC])
+def test_ctc_loss_holds_intermediate_predictions_in_training_only(cls):
+    model, inputs = tiny_model(cls=cls, self_conditioning_layers=[1, 2]), make_inputs()
+
+    def loss_and_logits(outputs):
+        return (outputs.ctc_loss, outputs.ctc_logits) if model.can_generate() else (outputs.loss, outputs.logits)
+
+    encoder = model.get_encoder() if model.can_generate() else model.model["encoder"]
+    plain, last = loss_and_logits(model(**inputs, labels=LABELS))
+    assert encoder(**inputs).intermediate_logits is None
+    trained, same = loss_and_logits(model.train()(**inputs, labels=LABELS))
+    torch.testing.assert_close(same, last)
+    heard = encoder(**inputs)
+    assert heard.intermediate_logits.shape == (3, 2, 16, 67)
+    first, second = (
+        modeling_echo.ctc_loss(logits, LABELS, heard.attention_mask, model.config)
+        for logits in heard.intermediate_logits.unbind(1)
+    )
+    torch.testing.assert_close(trained, 0.7 * plain + 0.3 * (first + second) / 2)
+
+
+def test_what_the_encoder_says_within_changes_what_follows():
+    model, inputs = tiny_model(cls=EchoModel, self_conditioning_layers=[1]), make_inputs((61,))
+    before = model.encoder(**inputs, output_hidden_states=True).hidden_states
+    with torch.no_grad():
+        model.encoder.intermediate_head.bias[9] += 50.0  # now every frame is taken for token 9
+    after = model.encoder(**inputs, output_hidden_states=True).hidden_states
+    assert torch.equal(after[1], before[1]) and not torch.equal(after[2], before[2])
+    added = model.encoder.self_conditioning.weight[:, 9]
+    expected = model.encoder.layers[1]
+    seen = []
+    expected.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    model.encoder(**inputs)
+    layer_output = model.encoder(**inputs, output_hidden_states=True).hidden_states[1]
+    torch.testing.assert_close(seen[0], layer_output + added)
+
+
 def test_label_smoothing_acts_in_training_only():
     model = tiny_model("baseline", ctc_loss_weight=0.0, label_smoothing=0.2)
     plain = tiny_model("baseline", ctc_loss_weight=0.0)
@@ -896,6 +935,19 @@ def test_missing_weights_start_where_the_table_says(tmp_path):
             assert torch.equal(value, fresh[name]), name
 
 
+def test_what_is_added_to_a_trained_encoder_starts_as_if_it_were_not_there(tmp_path):
+    model, inputs = tiny_model(), make_inputs()
+    model.save_pretrained(tmp_path)
+    grown = EchoForConditionalGeneration.from_pretrained(
+        tmp_path, encoder_kernel_size=5, self_conditioning_layers=[1, 2]
+    )
+    assert grown.num_parameters() > model.num_parameters()
+    assert torch.equal(grown(**inputs, labels=LABELS).logits, model(**inputs, labels=LABELS).logits)
+    grown.train()(**inputs, labels=LABELS).loss.backward()  # and can leave its start
+    assert all(layer.convolution.down_proj.weight.grad.abs().sum() > 0 for layer in grown.model.encoder.layers)
+    assert grown.model.encoder.self_conditioning.weight.grad.abs().sum() > 0
+
+
 def test_initialisation_is_the_same_by_way_of_the_meta_device(tmp_path):
     config = tiny_config("all", learn_theta=True)
     torch.manual_seed(0)
@@ -917,6 +969,12 @@ def test_embeddings_are_tied_and_can_be_resized():
     after = model(**inputs, labels=LABELS)
     torch.testing.assert_close(after.logits[..., :67], before.logits)
     torch.testing.assert_close(after.ctc_logits[..., :67], before.ctc_logits)
+    grown = tiny_model(self_conditioning_layers=[2])
+    before = grown(**inputs, labels=LABELS).ctc_logits
+    with torch.no_grad():
+        grown.resize_token_embeddings(75).weight[67:] = 0.0
+        grown.model.encoder.intermediate_head.bias[67:] = -torch.inf  # who has no share says nothing
+    torch.testing.assert_close(grown(**inputs, labels=LABELS).ctc_logits[..., :67], before)
     untied = tiny_model(tie_word_embeddings=False)
     assert untied.proj_out.weight is not untied.model.decoder.embed_tokens.weight
 

@@ -340,8 +340,8 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("save_steps", [2, 3])
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(manifest, tmp_path, save_steps):
+@pytest.mark.parametrize(("save_steps", "muon"), [(2, False), (3, False), (2, True)])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(manifest, tmp_path, save_steps, muon):
     """To the bit of chance: perturbation, masks and dropout go on where they were, also within an epoch."""
     data = DataArguments(
         train_data=[str(manifest)],
@@ -351,6 +351,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(manifest, tmp_path, 
         channel_perturbation=0.2,
         join=0.5,
         consistency_weight=0.2,
+        muon=muon,
     )
     arguments = model_arguments(config_overrides=TINY + ",dropout=0.2,apply_spec_augment=true")
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": save_steps}  # an epoch has 3 steps
@@ -365,6 +366,21 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(manifest, tmp_path, 
     resumed = EchoForConditionalGeneration.from_pretrained(tmp_path / "broken").state_dict()
     for name, values in straight.items():
         torch.testing.assert_close(resumed[name], values, msg=name)
+
+
+def test_muon_trains_the_matrices_by_the_settings_of_the_run(manifest, tmp_path):
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, arguments, state, control, optimizer=None, **kwargs):
+            seen.extend(optimizer.param_groups)
+
+    data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"), muon=True)
+    settings = {"learning_rate": 0.01, "adam_beta2": 0.9, "weight_decay": 0.2, "lr_scheduler_type": "constant"}
+    train(model_arguments(), data, trainer_arguments(tmp_path / "run", **settings), callbacks=[Look()])
+    assert [group["muon"] for group in seen] == [True, False, False]
+    assert [group["weight_decay"] for group in seen] == [0.2, 0.2, 0.0]
+    assert all(group["initial_lr"] == 0.01 and group["betas"][1] == 0.9 for group in seen)
 
 
 def test_weights_are_averaged_over_the_last_checkpoints_also_after_an_interruption(manifest, tmp_path):

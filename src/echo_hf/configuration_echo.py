@@ -158,6 +158,15 @@ class EchoConfig(PreTrainedConfig):
         encoder_attention_window (`int`, *optional*):
             How many encoder frames (of 40 ms by default) to either side a frame of the encoder attends to; all when not
             given. With a window, time and memory of the encoder grow with the length of the audio, not with its square.
+        encoder_kernel_size (`int`, *optional*):
+            Encoder frames that a convolution in each encoder layer sees, an odd number, as in a Conformer
+            (https://huggingface.co/papers/2005.08100); without convolution when not given. An encoder that is given
+            convolutions later (`from_pretrained` with this field) starts from what it was without.
+        self_conditioning_layers (`list[int]`, *optional*):
+            Encoder layers, counted from 1, behind which the encoder says what it takes each frame for, adds that to
+            what it goes on with, and is trained by a CTC loss on it too (self-conditioned CTC,
+            https://huggingface.co/papers/2104.02724), e.g. `[3, 6]`; none when not given. It needs `ctc_loss_weight`.
+            What is added starts at 0.
         encoder_intermediate_size (`int`, defaults to 688):
             Width inside the encoder's gated feed-forward.
         decoder_intermediate_size (`int`, *optional*):
@@ -289,6 +298,8 @@ class EchoConfig(PreTrainedConfig):
     encoder_num_key_value_heads: int | None = None
     decoder_num_key_value_heads: int | None = None
     encoder_attention_window: int | None = None
+    encoder_kernel_size: int | None = None
+    self_conditioning_layers: list[int] | tuple[int, ...] | None = None
     encoder_intermediate_size: int = 688
     decoder_intermediate_size: int | None = None
     hidden_act: str = "silu"
@@ -350,6 +361,8 @@ class EchoConfig(PreTrainedConfig):
         if self.decoder_num_key_value_heads is None:
             self.decoder_num_key_value_heads = self.decoder_num_attention_heads
         self.stem_strides = list(self.stem_strides)
+        if self.self_conditioning_layers is not None:
+            self.self_conditioning_layers = list(self.self_conditioning_layers)
         self.silence_scale_range = list(self.silence_scale_range)
         self.feature_groups = validate_feature_groups(self.feature_groups)
         # A saved config names the pipeline class that lies beside it. The library runs that class only with
@@ -386,6 +399,11 @@ class EchoConfig(PreTrainedConfig):
         if self.encoder_attention_window is not None and self.encoder_attention_window < 1:
             raise ValueError(
                 f"encoder_attention_window must be at least 1, or None for all, got {self.encoder_attention_window}."
+            )
+        if self.encoder_kernel_size is not None and (self.encoder_kernel_size < 1 or self.encoder_kernel_size % 2 == 0):
+            raise ValueError(
+                f"encoder_kernel_size must be an odd number, to see as far to either side, or None for no convolution;"
+                f" got {self.encoder_kernel_size}."
             )
         if not self.stem_strides or any(stride < 1 for stride in self.stem_strides):
             raise ValueError(f"stem_strides must be whole numbers above 0, got {self.stem_strides}.")
@@ -431,6 +449,14 @@ class EchoConfig(PreTrainedConfig):
         for name in ("ctc_loss_weight", "mask_time_prob", "mask_feature_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
+        layers = self.self_conditioning_layers or []
+        if any(not 1 <= layer < self.encoder_num_hidden_layers for layer in layers) or len(set(layers)) < len(layers):
+            raise ValueError(
+                "self_conditioning_layers must be different encoder layers before the last, from 1 to"
+                f" {self.encoder_num_hidden_layers - 1}, got {layers}."
+            )
+        if layers and not self.ctc_loss_weight:
+            raise ValueError("self_conditioning_layers learn by the CTC loss, and ctc_loss_weight is 0; raise it.")
         for name in ("mask_time_min_masks", "mask_feature_min_masks", "stem_num_layers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")

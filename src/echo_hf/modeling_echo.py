@@ -19,6 +19,7 @@ dimension, C = D / 2 rotary pairs, E hidden size.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -56,11 +57,13 @@ logger = logging.get_logger(__name__)
 MEL_THETA = 220.0  # theta at which the mel frequencies are what they are named
 MEL_UNIT = 1000.0  # mel frequencies are given in thousands
 
+STEM_KERNEL_SIZE = 9  # encoder frames, 360 ms, that a layer behind the stem sees
 PITCH_CHANNELS = 3  # voiced, contour, register: what the network sees of F0
 REGISTER_CENTRE = 150.0  # Hz, between low and high voices
 REGISTER_WIDTH = 0.5  # natural log units; e ** 0.5 is about nine semitones
 CONTOUR_FLOOR = 0.1  # natural log units; keeps a monotone's tiny wobble from being blown up to a contour
 BIAS_EPSILON = 1e-8  # as published
+INTERMEDIATE_WEIGHT = 0.3  # share of the CTC loss that is of predictions within the encoder, where it makes any
 DEFAULT_CTC_WEIGHT = 0.5  # in generate()
 LONG_AUDIO = 30.0  # seconds; generate() warns of more, of which 448 tokens may hold a part only
 # What generate() of Whisper takes and this one has no use for.
@@ -83,12 +86,15 @@ class EchoEncoderOutput(BaseModelOutput):
         silence (`torch.Tensor` of shape `(B, S)`, *optional*): whether the frame is silent; with `silence_scaling`.
         token_pitch (`torch.Tensor` of shape `(B, N)`, *optional*): normalised pitch of each span of
             `1 / tokens_per_second` seconds; with `token_pitch`.
+        intermediate_logits (`torch.Tensor` of shape `(B, N, S, vocab_size)`, *optional*): what the encoder took each
+            frame for behind N of its layers; in training, with `self_conditioning_layers`.
     """
 
     attention_mask: torch.Tensor | None = None
     f0: torch.Tensor | None = None
     silence: torch.Tensor | None = None
     token_pitch: torch.Tensor | None = None
+    intermediate_logits: torch.Tensor | None = None
 
 
 @dataclass
@@ -240,25 +246,37 @@ class EchoStem(nn.Module):
         return self.norm((hidden_states * mask).transpose(1, 2))
 
 
-class EchoStemLayer(nn.Module):
-    """Lets a frame hear its neighbours before attention does: `x + down(gelu(up(convolution(norm(x)))))`, with a
-    depthwise convolution (kernel 9, 360 ms) that sees padding as zeros. In short trials on
-    an hour of speech the CTC loss left the blank's plateau sooner with it; no word error rate was compared."""
+class EchoZeroLinear(nn.Linear):
+    """A linear map that starts at 0, so that what it is added to starts as if it were not there."""
 
-    def __init__(self, config: EchoConfig):
+
+class EchoConvolutionLayer(nn.Module):
+    """Lets a frame hear its neighbours before attention does: `x + down(gelu(up(convolution(norm(x)))))`, with a
+    depthwise convolution that sees padding as zeros (a block of ConvNeXt, https://huggingface.co/papers/2201.03545, in
+    time). In short trials on an hour of speech the CTC loss left the blank's plateau sooner with four of them behind
+    the stem; no word error rate was compared.
+
+    Args:
+        kernel_size (`int`): encoder frames that it sees, an odd number.
+        within (`bool`): whether it is part of an encoder layer: with dropout, and doing nothing until it has learned,
+            so that a model which gets convolutions starts as the one without.
+    """
+
+    def __init__(self, config: EchoConfig, kernel_size: int, within: bool = False):
         super().__init__()
         size = config.encoder_hidden_size
         self.norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
-        self.convolution = nn.Conv1d(size, size, kernel_size=9, padding=4, groups=size)
+        self.convolution = nn.Conv1d(size, size, kernel_size, padding=kernel_size // 2, groups=size)
         self.up_proj = nn.Linear(size, 2 * size)
-        self.down_proj = nn.Linear(2 * size, size)
+        self.down_proj = (EchoZeroLinear if within else nn.Linear)(2 * size, size)
         self.activation = nn.GELU()
+        self.dropout = nn.Dropout(config.dropout if within else 0.0)
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """`(B, S, E)` and `(B, S)` to `(B, S, E)`."""
         near = self.norm(hidden_states) * attention_mask[..., None].to(hidden_states.dtype)
         near = self.convolution(near.transpose(1, 2)).transpose(1, 2)
-        return hidden_states + self.down_proj(self.activation(self.up_proj(near)))
+        return hidden_states + self.dropout(self.down_proj(self.activation(self.up_proj(near))))
 
 
 class EchoRotaryEmbedding(nn.Module):
@@ -624,11 +642,14 @@ class EchoGatedMLP(nn.Module):
 
 
 class EchoEncoderLayer(GradientCheckpointingLayer):
-    """Pre-norm self-attention and gated feed-forward over frames."""
+    """Pre-norm self-attention and gated feed-forward over frames; before them, with `encoder_kernel_size`, a
+    convolution over neighbouring frames, which starts as if it were not there."""
 
     def __init__(self, config: EchoConfig, layer_idx: int):
         super().__init__()
         size = config.encoder_hidden_size
+        kernel_size = config.encoder_kernel_size
+        self.convolution = EchoConvolutionLayer(config, kernel_size, within=True) if kernel_size else None
         self.self_attn_norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
         self.self_attn = EchoAttention(config, layer_idx, "encoder")
         self.mlp_norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
@@ -645,8 +666,11 @@ class EchoEncoderLayer(GradientCheckpointingLayer):
         standardized_f0: torch.Tensor | None = None,
         position_bias: torch.Tensor | None = None,
         pitch: torch.Tensor | None = None,
+        encoder_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        if self.convolution is not None:
+            hidden_states = self.convolution(hidden_states, encoder_mask)
         attended, _ = self.self_attn(
             self.self_attn_norm(hidden_states),
             attention_mask,
@@ -718,7 +742,7 @@ class EchoPreTrainedModel(PreTrainedModel):
     main_input_name = "input_features"
     input_modalities = ("audio", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["EchoEncoderLayer", "EchoDecoderLayer", "EchoStem", "EchoStemLayer"]
+    _no_split_modules = ["EchoEncoderLayer", "EchoDecoderLayer", "EchoStem", "EchoConvolutionLayer"]
     _supports_sdpa = True
     _can_compile_fullgraph = True
 
@@ -738,11 +762,11 @@ class EchoPreTrainedModel(PreTrainedModel):
         RMSNorm               1
         EchoRotaryEmbedding   log_theta 0 (theta as configured), gain 0 (radius 1)
         EchoAttention         bias_strength 0 (no bias), silence_logit in the middle of its range
-        EchoPitchProjection   weight 0
+        EchoPitchProjection   weight 0; so is EchoZeroLinear
         EchoEncoder           blend -2: a further channel group starts with an eighth of the say
         """
         super()._init_weights(module)
-        if isinstance(module, EchoPitchProjection):
+        if isinstance(module, EchoPitchProjection | EchoZeroLinear):
             init.zeros_(module.weight)
         elif isinstance(module, nn.Linear | nn.Conv1d) and not isinstance(module, EchoOutputHead):
             init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
@@ -759,6 +783,18 @@ class EchoPreTrainedModel(PreTrainedModel):
         elif isinstance(module, EchoEncoder):
             if hasattr(module, "blend"):
                 init.constant_(module.blend, -2.0)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        size = embeddings.num_embeddings
+        for module in self.modules():
+            if getattr(module, "intermediate_head", None) is not None and module.intermediate_head.out_features != size:
+                resize = partial(self._get_resized_lm_head, new_num_tokens=size, mean_resizing=mean_resizing)
+                module.intermediate_head = resize(module.intermediate_head)
+                module.self_conditioning = resize(module.self_conditioning, transposed=True)
+        return embeddings
 
     def _get_feat_extract_output_lengths(self, input_lengths: torch.Tensor) -> torch.Tensor:
         """Encoder frames of that many input frames: `ceil(T / stride)`, stride after stride."""
@@ -783,12 +819,18 @@ class EchoEncoder(EchoPreTrainedModel):
         self.stems = nn.ModuleDict({name: EchoStem(config, channels) for name, channels in stem_channels.items()})
         if len(self.stems) > 1:
             self.blend = nn.Parameter(torch.zeros(len(self.stems) - 1))
-        self.stem_layers = nn.ModuleList(EchoStemLayer(config) for _ in range(config.stem_num_layers))
+        self.stem_layers = nn.ModuleList(
+            EchoConvolutionLayer(config, STEM_KERNEL_SIZE) for _ in range(config.stem_num_layers)
+        )
         self.dropout = nn.Dropout(config.dropout)
         head_dim = config.encoder_hidden_size // config.encoder_num_attention_heads
         self.rotary_emb = EchoRotaryEmbedding(config, head_dim, config.theta_mode, config.radius_mode)
         self.layers = nn.ModuleList(EchoEncoderLayer(config, i) for i in range(config.encoder_num_hidden_layers))
         self.norm = nn.RMSNorm(config.encoder_hidden_size, eps=config.rms_norm_eps)
+        self.intermediate_head = None
+        if config.self_conditioning_layers:
+            self.intermediate_head = EchoOutputHead(config.encoder_hidden_size, config.vocab_size)
+            self.self_conditioning = EchoZeroLinear(config.vocab_size, config.encoder_hidden_size, bias=False)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -918,16 +960,22 @@ class EchoEncoder(EchoPreTrainedModel):
         else:
             mask = create_bidirectional_mask(config=config, inputs_embeds=hidden_states, attention_mask=encoder_mask)
 
-        for layer in self.layers:
+        intermediate_logits = []
+        for number, layer in enumerate(self.layers, 1):
             hidden_states = layer(
-                hidden_states, mask, cos, sin, silence, standardized_f0, position_bias, pitch, **kwargs
+                hidden_states, mask, cos, sin, silence, standardized_f0, position_bias, pitch, encoder_mask, **kwargs
             )
+            if config.self_conditioning_layers and number in config.self_conditioning_layers:
+                logits = self.intermediate_head(self.norm(hidden_states))
+                hidden_states = hidden_states + self.self_conditioning(logits.softmax(-1))
+                intermediate_logits.append(logits)
         return EchoEncoderOutput(
             last_hidden_state=self.norm(hidden_states),
             attention_mask=encoder_mask,
             f0=f0,
             silence=silence,
             token_pitch=token_pitch,
+            intermediate_logits=torch.stack(intermediate_logits, 1) if self.training and intermediate_logits else None,
         )
 
 
@@ -1156,8 +1204,10 @@ def ctc_loss(
     encoder_mask: torch.Tensor,
     config: EchoConfig,
     num_items_in_batch: torch.Tensor | int | None = None,
+    intermediate_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """CTC loss a token (Graves et al., https://doi.org/10.1145/1143844.1143891), the pad token as blank.
+    """CTC loss a token (Graves et al., https://doi.org/10.1145/1143844.1143891), the pad token as blank; 30% of it are
+    that of intermediate predictions, where there are any (Lee and Watanabe, https://huggingface.co/papers/2102.03216).
 
     Args:
         logits (`torch.Tensor` of shape `(B, S, vocab_size)`)
@@ -1165,6 +1215,8 @@ def ctc_loss(
         encoder_mask (`torch.Tensor` of shape `(B, S)`): 1 for real frames.
         num_items_in_batch (*optional*): number of label tokens to divide the sum by, with gradient accumulation; those
             that are not -100, if not given.
+        intermediate_logits (`torch.Tensor` of shape `(B, N, S, vocab_size)`, *optional*): of [`EchoEncoderOutput`]; the
+            mean of their N losses counts.
 
     Returns:
         `torch.Tensor` of shape `()`. An utterance with too few frames for its labels counts 0.
@@ -1174,14 +1226,13 @@ def ctc_loss(
     for token in (config.bos_token_id, *config.ends_of_sequence):
         if token is not None:
             labels = labels.masked_fill(labels == token, -100)
-    total = ForCTCLoss(
-        logits,
-        labels,
-        encoder_mask.sum(-1),
-        blank_token_id=config.pad_token_id,
-        reduction="sum",
-        zero_infinity=True,
-    )
+    settings = {"blank_token_id": config.pad_token_id, "reduction": "sum", "zero_infinity": True}
+    total = ForCTCLoss(logits, labels, encoder_mask.sum(-1), **settings)
+    if intermediate_logits is not None:
+        number = intermediate_logits.shape[1]
+        labels, lengths = labels.repeat_interleave(number, 0), encoder_mask.sum(-1).repeat_interleave(number)
+        between = ForCTCLoss(intermediate_logits.flatten(0, 1), labels, lengths, **settings) / number
+        total = torch.lerp(total, between, INTERMEDIATE_WEIGHT)
     return _divide(total, num_items_in_batch)
 
 
@@ -1418,7 +1469,10 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
             result.ce_loss = result.loss = self._cross_entropy(logits, labels, num_items_in_batch)
             if self.ctc_head is not None:
                 result.ctc_logits, encoder_mask = self._score_frames(encoder_outputs, attention_mask)
-                result.ctc_loss = ctc_loss(result.ctc_logits, labels, encoder_mask, self.config, num_items_in_batch)
+                intermediate_logits = getattr(encoder_outputs, "intermediate_logits", None)
+                result.ctc_loss = ctc_loss(
+                    result.ctc_logits, labels, encoder_mask, self.config, num_items_in_batch, intermediate_logits
+                )
                 result.loss = torch.lerp(result.ce_loss, result.ctc_loss, self.config.ctc_loss_weight)
         return result
 
@@ -1492,7 +1546,9 @@ class EchoForCTC(EchoPreTrainedModel):
         loss = None
         if labels is not None:
             labels = ignore_padding(labels, self.config)
-            loss = ctc_loss(logits, labels, outputs.attention_mask, self.config, num_items_in_batch)
+            loss = ctc_loss(
+                logits, labels, outputs.attention_mask, self.config, num_items_in_batch, outputs.intermediate_logits
+            )
         # Whoever takes the argmax, as the pipeline does, must not read words out of padding.
         blank = torch.zeros_like(logits[0, 0])
         blank[self.config.pad_token_id] = 1.0

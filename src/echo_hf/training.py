@@ -73,6 +73,7 @@ from .modeling_echo import EchoForConditionalGeneration
 from .modeling_echo import ignore_padding
 from .modeling_echo import mask_frames
 from .non_speech import non_speech_table
+from .optimization import describe_muon
 from .processing_echo import EchoProcessor
 from .tokenization_echo import EchoTokenizer
 
@@ -240,6 +241,13 @@ class DataArguments:
             " what the two disagree on; try 0.2. A step takes twice as long. Needs apply_spec_augment or dropout."
         },
     )
+    muon: bool = field(
+        default=False,
+        metadata={
+            "help": "The matrices of all layers learn by Muon, all else by AdamW with the same learning rate: more is"
+            " learned in a step, which takes somewhat longer."
+        },
+    )
     average_checkpoints: int = field(
         default=0,
         metadata={
@@ -280,6 +288,7 @@ class EchoTrainer(Seq2SeqTrainer):
             many times the [`disagreement`] of the two added: that of the decoder's tokens and that of the CTC head's
             frames, weighted as their losses are, both divided by the number of label tokens. The model must mask or
             drop out something in training, or the two are the same.
+        muon (`bool`, defaults to `False`): the optimizer is [`Muon`], for the matrices of the model's layers.
 
     Raises:
         `ValueError`: the processor is not the model's; the `hub_strategy` would push the state of the optimizer; or
@@ -292,6 +301,7 @@ class EchoTrainer(Seq2SeqTrainer):
         train_collator: EchoDataCollator | None = None,
         card_arguments: CardArguments | None = None,
         consistency_weight: float = 0.0,
+        muon: bool = False,
         **kwargs,
     ):
         settings = kwargs.get("args")
@@ -314,6 +324,8 @@ class EchoTrainer(Seq2SeqTrainer):
                 self.train_collator.epoch = None
         self.card_arguments = card_arguments or CardArguments()
         self.consistency_weight = consistency_weight
+        if muon:  # `Seq2SeqTrainer` takes none of an optimizer's descriptions that the Trainer takes
+            self.optimizer_cls_and_kwargs = describe_muon(self.args)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not (self.consistency_weight and model.training):
@@ -957,6 +969,7 @@ def train(
         callbacks=callbacks,
         card_arguments=card_arguments,
         consistency_weight=data_arguments.consistency_weight,
+        muon=data_arguments.muon,
     )
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
     # As the Trainer calls it itself: otherwise it would push at once, before the model is evaluated.
