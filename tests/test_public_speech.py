@@ -91,6 +91,11 @@ def test_parts_that_others_evaluate_on_are_refused(librispeech, part):
         list(public_speech.read_librispeech(held_out))
 
 
+def test_a_folder_further_up_says_nothing_of_the_part(librispeech):
+    home = librispeech.parent.rename(librispeech.parent.with_name("test-user"))
+    assert len(list(public_speech.read_librispeech(home / librispeech.name))) == 2
+
+
 def test_what_is_written_loads_as_training_data(first_edition, librispeech, tmp_path):
     output = tmp_path / "train.jsonl"
     public_speech.write([first_edition, librispeech], output)
