@@ -512,6 +512,7 @@ def test_settings_that_cannot_be_are_refused_before_features_are_computed(manife
         ({"join": -0.5}, {}, r"join must be in \[0, 1\], got -0.5"),
         ({"consistency_weight": -1.0}, {}, "consistency_weight must not be negative, got -1.0"),
         ({"consistency_weight": 0.2}, {}, "two views of an utterance would be the same"),
+        ({"muon": True}, {"optim": "adafactor"}, "muon is set, and so is optim, to adafactor"),
     ):
         data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"), **options)
         with pytest.raises(ValueError, match=message):

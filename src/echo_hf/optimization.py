@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from .modeling_echo import EchoConvolutionLayer
 from .modeling_echo import EchoDecoderLayer
@@ -18,6 +19,7 @@ from .modeling_echo import EchoEncoderLayer
 # A quintic that pulls all singular values near 1 in five steps (Jordan, https://kellerjordan.github.io/posts/muon).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
+ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)  # one of them is the Trainer's default
 ADAMW_RMS = 0.2  # root mean square of AdamW's usual update, in units of the learning rate
 
 
@@ -132,7 +134,16 @@ def create_muon(model: nn.Module, **kwargs) -> Muon:
 
 
 def describe_muon(settings: TrainingArguments) -> tuple[Callable, dict]:
-    """What a Trainer takes as `optimizer_cls_and_kwargs` to train with [`create_muon`] by its own settings."""
+    """What a Trainer keeps as `optimizer_cls_and_kwargs` to train with [`create_muon`] by its own settings.
+
+    Raises:
+        `ValueError`: the settings name another optimizer than AdamW, which Muon would take the place of.
+    """
+    if settings.optim not in ADAMW:
+        raise ValueError(
+            f"muon is set, and so is optim, to {settings.optim}: Muon learns what are no matrices by AdamW. Leave one of"
+            " them out."
+        )
     kwargs = {
         "lr": settings.learning_rate,
         "weight_decay": settings.weight_decay,

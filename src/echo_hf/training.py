@@ -863,6 +863,8 @@ def train(
             raise ValueError(f"{name} must be in [0, 1], got {getattr(data_arguments, name)}.")
     if data_arguments.consistency_weight < 0:
         raise ValueError(f"consistency_weight must not be negative, got {data_arguments.consistency_weight}.")
+    if data_arguments.muon:
+        describe_muon(training_arguments)  # refuses what does not go with it
     if data_arguments.start_share and model_arguments.model_name_or_path is None:
         raise ValueError("start_share is set, and there is no model_name_or_path to start from; leave one out.")
     if data_arguments.average_checkpoints:
