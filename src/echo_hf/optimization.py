@@ -141,8 +141,8 @@ def describe_muon(settings: TrainingArguments) -> tuple[Callable, dict]:
     """
     if settings.optim not in ADAMW:
         raise ValueError(
-            f"muon is set, and so is optim, to {settings.optim}: Muon learns what are no matrices by AdamW. Leave one of"
-            " them out."
+            f"muon is set, and so is optim, to {settings.optim.value}: Muon leaves all but matrices to AdamW."
+            " Leave one of them out."
         )
     kwargs = {
         "lr": settings.learning_rate,
