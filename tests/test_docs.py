@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from echo_hf import cli
+from echo_hf.checkpoint import parse_overrides
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(page for folder in (".", "docs", "recipes", "model_cards") for page in ROOT.glob(f"{folder}/*.md"))
@@ -54,6 +55,8 @@ def test_commands_can_be_read(page, monkeypatch, capsys):
         monkeypatch.setattr(cli, f"_{name}", lambda options: 0)
     monkeypatch.setattr("echo_hf.training.train", lambda *_, **__: sys.exit(0))
     for command in commands(page):
+        if "--config_overrides" in command:
+            parse_overrides(command[command.index("--config_overrides") + 1])
         if command[0] == "train":
             # What a page leaves out as it stands above, and what takes several processes, or a GPU.
             for name, value in (("--train_data", "train.jsonl"), ("--output_dir", "out")):
