@@ -48,6 +48,7 @@ def make_inputs(model, batch, frames):
     [
         ("baseline", {}),
         ("all", {"pitch_bias": "laplacian", "token_pitch": "median", "decoder_num_key_value_heads": 2}),
+        ("all", {"encoder_num_hidden_layers": 2, "encoder_kernel_size": 3, "self_conditioning_layers": [1]}),
     ],
 )
 @torch.no_grad()
