@@ -9,6 +9,9 @@ a few small parts, each switched by one field of the config and each doing nothi
     EchoStem              pitch as an input of its own, beside the spectrogram
     token_pitch           pitch that accompanies each token of the decoder
 
+Beside pitch, and off by default: convolutions in the encoder's layers (`encoder_kernel_size`), and an encoder that
+hears its own intermediate predictions (`self_conditioning_layers`).
+
 F0 arrives inside `input_features`, as its last channel, in Hz with 0 for unvoiced frames. Here `f0` is always in Hz,
 `pitch` always normalised.
 
