@@ -22,7 +22,6 @@ dimension, C = D / 2 rotary pairs, E hidden size.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
@@ -791,12 +790,14 @@ class EchoPreTrainedModel(PreTrainedModel):
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        size = embeddings.num_embeddings
-        for module in self.modules():
-            if getattr(module, "intermediate_head", None) is not None and module.intermediate_head.out_features != size:
-                resize = partial(self._get_resized_lm_head, new_num_tokens=size, mean_resizing=mean_resizing)
-                module.intermediate_head = resize(module.intermediate_head)
-                module.self_conditioning = resize(module.self_conditioning, transposed=True)
+        # What else has a row, or a column, for each token; of the same size it stays.
+        for module in list(self.modules()):
+            for name, transposed in (("ctc_head", False), ("intermediate_head", False), ("self_conditioning", True)):
+                if (head := getattr(module, name, None)) is not None:
+                    head = self._get_resized_lm_head(
+                        head, embeddings.num_embeddings, transposed=transposed, mean_resizing=mean_resizing
+                    )
+                    setattr(module, name, head)
         return embeddings
 
     def _get_feat_extract_output_lengths(self, input_lengths: torch.Tensor) -> torch.Tensor:
@@ -1276,16 +1277,6 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Module):
         self.proj_out = new_embeddings
-
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Embedding:
-        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        if self.ctc_head is not None and self.ctc_head.out_features != embeddings.num_embeddings:
-            self.ctc_head = self._get_resized_lm_head(
-                self.ctc_head, embeddings.num_embeddings, mean_resizing=mean_resizing
-            )
-        return embeddings
 
     def freeze_encoder(self):
         """Stops the encoder from learning; its weights keep their values in training."""

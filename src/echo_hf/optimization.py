@@ -63,7 +63,6 @@ class Muon(torch.optim.AdamW):
     """
 
     def __init__(self, params, momentum: float = 0.95, **kwargs):
-        self.momentum = momentum
         super().__init__(params, **kwargs)
         for group in self.param_groups:
             group.setdefault("muon", False)
