@@ -450,6 +450,26 @@ def test_a_mean_with_the_start_that_cannot_be_is_an_error(manifest, tmp_path):
         train(ModelArguments(model_name_or_path=str(tmp_path / "start")), data, trainer_arguments(tmp_path / "run"))
 
 
+def test_layers_that_a_checkpoint_lacks_add_nothing_until_they_learn(tmp_path):
+    start, processor = build_model_and_processor(model_arguments(), ["low", "high"])
+    start.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    overrides = "encoder_num_hidden_layers=3,decoder_num_hidden_layers=2,encoder_kernel_size=3,dropout=0"
+    deeper, _ = build_model_and_processor(
+        ModelArguments(model_name_or_path=str(tmp_path), config_overrides=overrides), []
+    )
+    assert len(deeper.model.encoder.layers) == 3 and len(deeper.model.decoder.layers) == 2
+    inputs = {
+        "input_features": torch.rand(2, 40, start.config.num_feature_channels),
+        "labels": processor.tokenizer(["low", "high"], padding=True, return_tensors="pt")["input_ids"],
+    }
+    torch.testing.assert_close(deeper.eval()(**inputs).logits, start.eval()(**inputs).logits, rtol=0, atol=0)
+    deeper.train()(**inputs).loss.backward()
+    for block in (deeper.model.encoder, deeper.model.decoder):
+        assert block.layers[-1].self_attn.o_proj.weight.grad.any()
+        assert block.layers[-1].mlp.down_proj.weight.grad.any()
+
+
 @pytest.mark.parametrize(
     ("count", "settings", "message"),
     [

@@ -748,12 +748,30 @@ def build_model_and_processor(
         )
         if "max_target_positions" in overrides:  # the checkpoint's own way of writing has its old one
             model.generation_config.max_length = model.config.max_target_positions
+        add_nothing(model, EchoConfig.from_pretrained(arguments.model_name_or_path))
     check_fit(processor, model.config)
     if arguments.attn_implementation is not None:
         model.set_attn_implementation(arguments.attn_implementation)
     # Not in the file, since they are tied; else the Trainer warns that they are missing when it loads the best weights.
     model._keys_to_ignore_on_save = set(model.all_tied_weights_keys)
     return model, processor
+
+
+@torch.no_grad()
+def add_nothing(model: EchoForConditionalGeneration, before: EchoConfig):
+    """
+    Sets what the layers beyond those of a checkpoint add to 0, so that the deeper model starts as the checkpoint.
+
+    Args:
+        model ([`EchoForConditionalGeneration`]): changed in place.
+        before ([`EchoConfig`]): of the checkpoint whose weights it has.
+    """
+    for block in (model.model.encoder, model.model.decoder):
+        count = before.encoder_num_hidden_layers if block is model.model.encoder else before.decoder_num_hidden_layers
+        for layer in block.layers[count:]:
+            for name, module in layer.named_modules():
+                if name.endswith(("o_proj", "down_proj")):
+                    module.weight.zero_()
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
