@@ -83,11 +83,11 @@ FAULTS = {
     ),
     "config with newer fields": (
         edit("config.json", theta_of_tomorrow=1, transformers_version="9.0.0"),
-        "config.json has fields that .* does not know.*: theta_of_tomorrow.*pip install --upgrade echo-hf",
+        "config.json has fields that .* does not know.*: theta_of_tomorrow.*git pull, pip install",
     ),
     "config with newer values": (
         edit("config.json", theta_mode="of tomorrow"),
-        "config.json: .*'theta_mode'.* got of tomorrow.*pip install --upgrade echo-hf",
+        "config.json: .*'theta_mode'.* got of tomorrow.*git pull, pip install",
     ),
     "generation config cut off": (cut("generation_config.json", 10), "generation_config.json is cut off or damaged"),
     "extractor missing": (remove("processor_config.json"), "has no processor_config.json: copy the feature extractor"),

@@ -158,7 +158,7 @@ def test_without_the_extra_for_training_its_name_is_said(capsys, monkeypatch, ma
     for package in ("accelerate", "datasets"):
         monkeypatch.setitem(sys.modules, package, None)
     code, _, err = run(capsys, "evaluate", manifest)
-    assert code == 1 and "needs datasets, not installed: pip install 'echo-hf[train]'" in err
+    assert code == 1 and "needs datasets, not installed: pip install '.[train]' in the clone" in err
     code, _, err = run(capsys, "train", "--help")
     assert code == 1 and "needs accelerate, datasets, not installed" in err
 
@@ -548,6 +548,8 @@ def test_train_resume_evaluate_transcribe(capsys, tones, tmp_path, monkeypatch):
     assert code == 1 and "holds a run already" in err
     code, _, err = run(capsys, "train", "--resume", "--output_dir", output_dir, "--label_smoothing_factor", "0.3")
     assert code == 1 and "label_smoothing_factor would change" in err
+    code, _, err = run(capsys, "train", "--resume", "--output_dir", output_dir, "--learning_rate", "0.3", "--muon")
+    assert code == 1 and "learning_rate, muon would not reach it" in err
     remembered = (output_dir / "train_command.json").read_text()
     (output_dir / "train_command.json").write_text(remembered[:20])
     code, _, err = run(capsys, "train", "--resume", "--output_dir", output_dir)
@@ -595,10 +597,11 @@ def test_a_recipe_gives_options_that_the_command_line_overrides(tmp_path):
 
 
 @pytest.mark.parametrize("written", ['{"dropout": 0.1, "stem_num_layers": 2}', '"dropout=0.1,stem_num_layers=2"'])
-def test_what_a_recipe_overrides_of_the_config_stays_but_for_what_is_named(written, tmp_path):
+@pytest.mark.parametrize("option", ["--config_overrides", "--config-overrides"])
+def test_what_a_recipe_overrides_of_the_config_stays_but_for_what_is_named(option, written, tmp_path):
     recipe = tmp_path / "recipe.json"
     recipe.write_text(f'{{"config_overrides": {written}}}')
-    options = _with_recipe(["--recipe", str(recipe), "--config_overrides", "dropout=0.2"])
+    options = _with_recipe(["--recipe", str(recipe), option, "dropout=0.2"])
     assert json.loads(options[-1]) == {"dropout": 0.2, "stem_num_layers": 2} and options[-2] == "--config_overrides"
 
 

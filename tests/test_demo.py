@@ -108,4 +108,4 @@ def test_page_in_a_browser(monkeypatch, capsys):
 def test_missing_gradio_is_named(monkeypatch, ctc_checkpoint, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["demo", "--checkpoint", str(ctc_checkpoint), "--device", "cpu"]) == 1
-    assert "echo-hf[demo]" in capsys.readouterr().err
+    assert ".[demo]" in capsys.readouterr().err

@@ -294,6 +294,8 @@ def test_the_trainer_refuses_the_processor_of_another_model(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"{name}: the .* has .* the model"):
             EchoTrainer(model=model, args=trainer_arguments(tmp_path), processing_class=wrong)
+        with pytest.raises(ValueError, match=f"{name}: the .* has .* the model"):
+            EchoTrainer(model, trainer_arguments(tmp_path), None, None, None, wrong)
     collator = EchoDataCollator(processor)
     trainer = EchoTrainer(
         model=model, args=trainer_arguments(tmp_path), processing_class=processor, data_collator=collator

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
 from transformers import EncoderDecoderCache
 from transformers import StaticCache
 from transformers.modeling_outputs import BaseModelOutput
@@ -770,7 +771,9 @@ def test_static_cache_equals_dynamic_cache():
     )
 
 
-def test_static_cache_step_by_step():
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_static_cache_step_by_step(name):
+    """Transformers calls the cache by the second name from 5.24 on."""
     model, inputs = tiny_model(), make_inputs()
     tokens = torch.tensor([[1, 5, 6, 7]] * 3)
     with torch.no_grad():
@@ -778,10 +781,27 @@ def test_static_cache_step_by_step():
         whole = model(encoder_outputs=encoded, decoder_input_ids=tokens).logits
         cache = EncoderDecoderCache(StaticCache(model.config, 8), StaticCache(model.config, encoded[0].shape[1]))
         for t in range(4):
-            step = model(
-                encoder_outputs=encoded, decoder_input_ids=tokens[:, t : t + 1], past_key_values=cache, use_cache=True
-            )
+            options = {"decoder_input_ids": tokens[:, t : t + 1], name: cache, "use_cache": True}
+            step = model(encoder_outputs=encoded, **options)
             torch.testing.assert_close(step.logits[:, 0], whole[:, t], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_the_parts_take_the_cache_by_both_names(name):
+    model, inputs = tiny_model(), make_inputs()
+    tokens = torch.tensor([[1, 5, 6, 7]] * 3)
+    with torch.no_grad():
+        encoded = model.model.encoder(**inputs)
+        whole = model.model(encoder_outputs=encoded, decoder_input_ids=tokens).last_hidden_state
+        states = {"encoder_hidden_states": encoded[0], "encoder_attention_mask": encoded.attention_mask}
+        states |= {"encoder_silence": encoded.silence, "token_pitch": encoded.token_pitch}
+        for part, options in ((model.model, {"encoder_outputs": encoded}), (model.model.decoder, states)):
+            prefix = "decoder_" if part is model.model else ""
+            cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+            for t in range(4):
+                now = {f"{prefix}input_ids": tokens[:, t : t + 1], name: cache}
+                step = part(**options, **now).last_hidden_state
+                torch.testing.assert_close(step[:, 0], whole[:, t], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -971,6 +991,9 @@ def test_embeddings_are_tied_and_can_be_resized():
     torch.testing.assert_close(grown(**inputs, labels=LABELS).ctc_logits[..., :67], before)
     untied = tiny_model(tie_word_embeddings=False)
     assert untied.proj_out.weight is not untied.model.decoder.embed_tokens.weight
+    encoder = EchoForCTC(untied.config)
+    encoder.resize_token_embeddings(75, pad_to_multiple_of=8)
+    assert encoder.config.vocab_size == 80 == encoder(**inputs, labels=LABELS).logits.shape[-1]
 
 
 def test_ctc_model_shares_checkpoints_with_the_hybrid_model(tmp_path):

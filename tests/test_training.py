@@ -454,7 +454,7 @@ def test_layers_that_a_checkpoint_lacks_add_nothing_until_they_learn(tmp_path):
     start, processor = build_model_and_processor(model_arguments(), ["low", "high"])
     start.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    overrides = "encoder_num_hidden_layers=3,decoder_num_hidden_layers=2,encoder_kernel_size=3,dropout=0"
+    overrides = "encoder_num_hidden_layers=3,decoder_num_hidden_layers=2,encoder_kernel_size=3,stem_num_layers=5"
     deeper, _ = build_model_and_processor(
         ModelArguments(model_name_or_path=str(tmp_path), config_overrides=overrides), []
     )
@@ -533,6 +533,7 @@ def test_settings_that_cannot_be_are_refused_before_features_are_computed(manife
         ({"consistency_weight": -1.0}, {}, "consistency_weight must not be negative, got -1.0"),
         ({"consistency_weight": 0.2}, {}, "two views of an utterance would be the same"),
         ({"muon": True}, {"optim": "adafactor"}, "muon is set, and so is optim, to adafactor"),
+        ({"muon": True}, {"optim_args": "foreach=true"}, "takes nothing of optim_args, 'foreach=true'"),
     ):
         data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"), **options)
         with pytest.raises(ValueError, match=message):

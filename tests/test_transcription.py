@@ -178,6 +178,8 @@ def test_long_and_short_files_in_their_order(recognizer, tmp_path):
         assert [len(transcript.chunks) for transcript in transcripts] == [1, 2, 1, 1, 2, 1]
         alone = [recognizer(str(path), chunk_length_s=2)["text"] for path in files]
         assert [transcript.text for transcript in transcripts] == alone
+    again = list(transcribe_files(recognizer, [files[0], files[2], files[0]], 3, **options))
+    assert [transcript.path for transcript in again] == [files[0], files[2], files[0]]
 
 
 def test_minutes_of_silence_cost_no_model(recognizer, tmp_path, monkeypatch):

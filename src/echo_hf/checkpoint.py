@@ -210,7 +210,7 @@ def _load_config(checkpoint: str | Path, path: str | None, overrides: dict[str, 
     saved = read_json(path)
     if saved.get("model_type") != EchoConfig.model_type:
         raise ValueError(f"{path} is of a model of type {saved.get('model_type')!r}, not {EchoConfig.model_type!r}.")
-    update = "update the package (pip install --upgrade echo-hf), or load the model with its own code instead:"
+    update = "update the package (git pull, pip install . in the clone), or load the model with its own code instead:"
     update += " AutoModelForSpeechSeq2Seq.from_pretrained(..., trust_remote_code=True)."
     default = EchoConfig()
     known = {*default.to_dict(), *OF_THE_LIBRARY}

@@ -21,6 +21,11 @@ from pathlib import Path
 from typing import Any
 
 COMMAND_FILE = "train_command.json"  # in output_dir: the options of a training run, for --resume
+# What a checkpoint keeps of the optimizer, and what decides which one it is.
+OPTIMIZER_OPTIONS = (
+    *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("optim", "optim_args", "muon"),
+)
 
 # Options of the Trainer that `echo-hf train --help` lists; --help_all lists the rest.
 COMMON_OPTIONS = (
@@ -80,7 +85,7 @@ examples:
   with the settings of a recipe:
     echo-hf train --recipe recipes/echo_tiny_start.json --train_data train.jsonl --output_dir my-model
   go on with a run that was interrupted (its options are remembered; those of data and
-  training can be changed):
+  training can be changed, but for the optimizer's):
     echo-hf train --resume --output_dir my-model
   curves of the losses and error rates:
     tensorboard --logdir my-model/runs
@@ -247,7 +252,7 @@ def _version() -> str:
 def _require(*packages: str) -> None:
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
-        raise ImportError(f"this command needs {', '.join(missing)}, not installed: pip install 'echo-hf[train]'")
+        raise ImportError(f"this command needs {', '.join(missing)}, not installed: pip install '.[train]' in the clone")
 
 
 def _refuse_folder(output: str | None) -> None:
@@ -438,14 +443,23 @@ def _read_command(path: Path) -> list[str]:
 
 
 def _refuse_other_models(before: dict[str, Any], settings: dict[str, Any]) -> None:
-    """The model of a run is its checkpoint's: options that would make another are refused when the run is resumed."""
+    """The model and the optimizer of a run are its checkpoint's: options that would make others are refused when it is
+    resumed."""
     from .training import ModelArguments
 
+    def changed(names: Iterable[str]) -> str:
+        return ", ".join(name for name in names if settings[name] != before[name])
+
     names = [field.name for field in fields(ModelArguments) if field.name != "attn_implementation"]
-    if changed := [name for name in (*names, "label_smoothing_factor") if settings[name] != before[name]]:
+    if others := changed((*names, "label_smoothing_factor")):
         raise ValueError(
-            f"--resume goes on with the model of the checkpoint, which {', '.join(changed)} would change: leave that"
+            f"--resume goes on with the model of the checkpoint, which {others} would change: leave that"
             " out, or start a new run from the weights (--model_name_or_path)."
+        )
+    if others := changed(OPTIMIZER_OPTIONS):
+        raise ValueError(
+            f"--resume goes on with the optimizer of the checkpoint, and {others} would not reach it: leave that out,"
+            " or start a new run from the weights (--model_name_or_path)."
         )
 
 
@@ -507,7 +521,7 @@ def _with_recipe(arguments: list[str]) -> list[str]:
     """The options of the file that `--recipe` names, if it is there, before the others, which so override them."""
     parser = argparse.ArgumentParser(prog="echo-hf train", add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe")
-    parser.add_argument("--config_overrides")
+    _add_both(parser, "config_overrides")
     known, others = parser.parse_known_args(arguments)
     if known.recipe is None:
         return arguments

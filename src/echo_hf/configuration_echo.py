@@ -273,7 +273,7 @@ class EchoConfig(PreTrainedConfig):
 
     model_type = "echo"
     _auto_class = "AutoConfig"
-    keys_to_ignore_at_inference = ["past_key_values", "ce_loss", "ctc_loss", "ctc_logits"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "ce_loss", "ctc_loss", "ctc_logits"]
     attribute_map = {
         "hidden_size": "decoder_hidden_size",
         "intermediate_size": "decoder_intermediate_size",

@@ -1,4 +1,4 @@
-"""A page on this machine to speak to a checkpoint and see what it heard. Needs gradio: `pip install "echo-hf[demo]"`.
+"""A page on this machine to speak to a checkpoint and see what it heard. Needs gradio: `pip install ".[demo]"`.
 
 Nothing leaves the machine: no link is shared, no usage is reported, and the page asks no other server for fonts.
 """
@@ -35,11 +35,11 @@ def build_demo(model, processor):
     try:
         import gradio
     except ImportError as error:
-        raise ImportError(f"The demo needs gradio ({error}): `pip install 'echo-hf[demo]'`.") from error
+        raise ImportError(f"The demo needs gradio ({error}): `pip install '.[demo]'` in the clone.") from error
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"The demo needs matplotlib ({error}): `pip install 'echo-hf[demo]'`.") from error
+        raise ImportError(f"The demo needs matplotlib ({error}): `pip install '.[demo]'` in the clone.") from error
 
     pipeline = make_pipeline(model, processor)
     has_pitch = "pitch" in processor.feature_extractor.feature_groups

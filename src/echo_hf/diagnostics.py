@@ -398,7 +398,7 @@ def require_tensorboard() -> None:
             __import__(package)
         except ImportError as error:
             raise ImportError(
-                f"Diagnostics of training need {package} ({error}): `pip install 'echo-hf[train,plot]'`."
+                f"Diagnostics of training need {package} ({error}): `pip install '.[train,plot]'` in the clone."
             ) from error
 
 

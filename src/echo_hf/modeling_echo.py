@@ -789,14 +789,20 @@ class EchoPreTrainedModel(PreTrainedModel):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        # What else has a row, or a column, for each token; of the same size it stays.
+        embeddings = self.get_input_embeddings()
+        if isinstance(embeddings, nn.Embedding):
+            embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+            size = embeddings.num_embeddings
+        else:  # an encoder takes no tokens, and a head behind it may write them
+            size = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+            size = -(-size // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
+            self.config.vocab_size = size
+        # What else has a row, or a column, for each token.
         for module in list(self.modules()):
             for name, transposed in (("ctc_head", False), ("intermediate_head", False), ("self_conditioning", True)):
-                if (head := getattr(module, name, None)) is not None:
-                    head = self._get_resized_lm_head(
-                        head, embeddings.num_embeddings, transposed=transposed, mean_resizing=mean_resizing
-                    )
+                head = getattr(module, name, None)
+                if head is not None and head.weight.shape[transposed] != size:
+                    head = self._get_resized_lm_head(head, size, transposed=transposed, mean_resizing=mean_resizing)
                     setattr(module, name, head)
         return embeddings
 
@@ -1045,6 +1051,8 @@ class EchoDecoder(EchoPreTrainedModel):
         Raises:
             `ValueError`: both or neither of `input_ids` and `inputs_embeds` are given.
         """
+        if past_key_values is None:
+            past_key_values = kwargs.pop("cache", None)  # its name from Transformers 5.24 on
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("The decoder takes exactly one of decoder_input_ids and decoder_inputs_embeds.")
         if inputs_embeds is None:
@@ -1056,11 +1064,7 @@ class EchoDecoder(EchoPreTrainedModel):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
 
         causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
+            self.config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids
         )
         encoder_attention_mask = create_bidirectional_mask(
             config=self.config,
@@ -1158,6 +1162,8 @@ class EchoModel(EchoPreTrainedModel):
         ([1, 2, 144], [1, 25, 144])
 
         ```"""
+        if past_key_values is None:
+            past_key_values = kwargs.pop("cache", None)  # its name from Transformers 5.24 on
         if encoder_outputs is None:
             if input_features is None:
                 raise ValueError("Either input_features or encoder_outputs must be given.")
@@ -1416,6 +1422,8 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
         [1, 3, 259]
 
         ```"""
+        if past_key_values is None:
+            past_key_values = kwargs.pop("cache", None)  # its name from Transformers 5.24 on
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         if labels is not None:
             if labels.shape[1] > self.config.max_target_positions:

@@ -136,13 +136,16 @@ def describe_muon(settings: TrainingArguments) -> tuple[Callable, dict]:
     """What a Trainer keeps as `optimizer_cls_and_kwargs` to train with [`create_muon`] by its own settings.
 
     Raises:
-        `ValueError`: the settings name another optimizer than AdamW, which Muon would take the place of.
+        `ValueError`: the settings name another optimizer than AdamW, which Muon would take the place of, or options of
+            one.
     """
     if settings.optim not in ADAMW:
         raise ValueError(
             f"muon is set, and so is optim, to {settings.optim.value}: Muon leaves all but matrices to AdamW."
             " Leave one of them out."
         )
+    if settings.optim_args:
+        raise ValueError(f"muon is set, and takes nothing of optim_args, {settings.optim_args!r}: leave them out.")
     kwargs = {
         "lr": settings.learning_rate,
         "weight_decay": settings.weight_decay,

@@ -1,4 +1,4 @@
-"""Pictures of what Echo hears and how pitch moves its attention. Needs matplotlib: `pip install "echo-hf[plot]"`.
+"""Pictures of what Echo hears and how pitch moves its attention. Needs matplotlib: `pip install ".[plot]"`.
 
 Each function returns a `matplotlib.figure.Figure`, made without pyplot, so that a notebook, a file and TensorBoard all
 take it and no window opens. What a model does is asked of the model: angles come from its own rotary embedding, and F0
@@ -552,7 +552,7 @@ def _new_figure(width: float, height: float):
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(f'Pictures need matplotlib ({error}): `pip install "echo-hf[plot]"`.') from error
+        raise ImportError(f'Pictures need matplotlib ({error}): `pip install ".[plot]"` in the clone.') from error
     return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -7,6 +7,7 @@ the loss from the logits alone, and the CTC part would be lost; so `label_smooth
 """
 
 import copy
+import inspect
 import json
 import math
 import platform
@@ -304,10 +305,11 @@ class EchoTrainer(Seq2SeqTrainer):
         muon: bool = False,
         **kwargs,
     ):
-        settings = kwargs.get("args")
+        given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
+        settings = given.get("args")
         if settings is not None and settings.push_to_hub:
             check_hub_strategy(settings)
-        processor, config = kwargs.get("processing_class"), getattr(kwargs.get("model"), "config", None)
+        processor, config = given.get("processing_class"), getattr(given.get("model"), "config", None)
         if isinstance(processor, EchoProcessor) and isinstance(config, EchoConfig):
             check_fit(processor, config)  # a token too many is an "index out of range" in the middle of training
         super().__init__(*args, **kwargs)
@@ -567,6 +569,11 @@ class CheckpointAveraging(TrainerCallback):
             raise ValueError("average_checkpoints cannot be used with FSDP, which keeps parts of the weights.")
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
+        # The first process alone writes checkpoints, and may not be through with the last.
+        with args.main_process_first(local=False, desc="averaging"):
+            self._average(args, model)
+
+    def _average(self, args, model):
         folders = list_checkpoints(args.output_dir)[-self.count :]
         if len(folders) < self.count:
             logger.warning(
@@ -766,12 +773,12 @@ def add_nothing(model: EchoForConditionalGeneration, before: EchoConfig):
         model ([`EchoForConditionalGeneration`]): changed in place.
         before ([`EchoConfig`]): of the checkpoint whose weights it has.
     """
-    for block in (model.model.encoder, model.model.decoder):
-        count = before.encoder_num_hidden_layers if block is model.model.encoder else before.decoder_num_hidden_layers
-        for layer in block.layers[count:]:
-            for name, module in layer.named_modules():
-                if name.endswith(("o_proj", "down_proj")):
-                    module.weight.zero_()
+    encoder, decoder = model.model.encoder, model.model.decoder
+    new = [*encoder.stem_layers[before.stem_num_layers :], *encoder.layers[before.encoder_num_hidden_layers :]]
+    for layer in [*new, *decoder.layers[before.decoder_num_hidden_layers :]]:
+        for name, module in layer.named_modules():
+            if name.endswith(("o_proj", "down_proj")):
+                module.weight.zero_()
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:

@@ -250,29 +250,30 @@ def transcribe_files(
     rate = pipeline.feature_extractor.sampling_rate
     with _ProgressBar(files, show_progress) as bar:
 
-        def finish(waiting: dict[Path, np.ndarray | str]) -> Iterator[Transcript]:
+        def finish(waiting: list[tuple[Path, np.ndarray | str]]) -> Iterator[Transcript]:
             done = list(_transcribe_together(pipeline, waiting, options))
             bar.advance(sum(transcript.seconds or 0.0 for transcript in done))
             bar.clear()  # it would stand in the way of what the caller writes
             yield from done
 
-        waiting: dict[Path, np.ndarray | str] = {}  # samples, or why there are none
+        waiting: list[tuple[Path, np.ndarray | str]] = []  # with samples, or why there are none
         for path in files:
             bar.set_postfix_str(path.name, refresh=False)
             try:
-                waiting[path] = _read_short(path, rate, chunk_length_s)
+                samples = _read_short(path, rate, chunk_length_s)
             except (OSError, ValueError) as error:
-                waiting[path] = str(error)
-            if waiting[path] is None:
-                del waiting[path]
+                samples = str(error)
+            if samples is None:
                 yield from finish(waiting)
-                waiting = {}
+                waiting = []
                 transcript = _transcribe_long(pipeline, path, options, bar)
                 bar.clear()
                 yield transcript
-            elif len(waiting) == batch_size:
+                continue
+            waiting.append((path, samples))
+            if len(waiting) == batch_size:
                 yield from finish(waiting)
-                waiting = {}
+                waiting = []
         yield from finish(waiting)
 
 
@@ -313,24 +314,26 @@ def _read_short(path: Path, rate: int, longest: float) -> np.ndarray | None:
     return np.concatenate(blocks)
 
 
-def _transcribe_together(pipeline, waiting: dict[Path, np.ndarray | str], options) -> Iterator[Transcript]:
+def _transcribe_together(pipeline, waiting: list[tuple[Path, np.ndarray | str]], options) -> Iterator[Transcript]:
     rate = pipeline.feature_extractor.sampling_rate
-    recordings = {path: samples for path, samples in waiting.items() if not isinstance(samples, str)}
+    recordings = [samples for _, samples in waiting if not isinstance(samples, str)]
     try:
-        batch = [{"raw": samples, "sampling_rate": rate} for samples in recordings.values()]
-        results = dict(zip(recordings, pipeline(batch, **options))) if batch else {}
+        batch = [{"raw": samples, "sampling_rate": rate} for samples in recordings]
+        results = list(pipeline(batch, **options)) if batch else []
     except ValueError:  # one of them: alone, each shows whether it is the one
-        results = {}
-        for path, samples in recordings.items():
+        results = []
+        for samples in recordings:
             try:
-                results[path] = pipeline({"raw": samples, "sampling_rate": rate}, **options)
+                results.append(pipeline({"raw": samples, "sampling_rate": rate}, **options))
             except ValueError as error:
-                waiting[path] = str(error)
-    for path, samples in waiting.items():
-        if isinstance(samples, str):
-            yield Transcript(path, error=samples)
+                results.append(str(error))
+    remaining = iter(results)
+    for path, samples in waiting:
+        result = samples if isinstance(samples, str) else next(remaining)
+        if isinstance(result, str):
+            yield Transcript(path, error=result)
         else:
-            yield _transcript(path, len(samples) / rate, results[path])
+            yield _transcript(path, len(samples) / rate, result)
 
 
 def _transcribe_long(pipeline, path: Path, options, bar) -> Transcript:
