@@ -252,7 +252,7 @@ def _version() -> str:
 def _require(*packages: str) -> None:
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
-        raise ImportError(f"this command needs {', '.join(missing)}, not installed: pip install '.[train]' in the clone")
+        raise ImportError(f"this command needs {', '.join(missing)}: pip install '.[train]' in the clone")
 
 
 def _refuse_folder(output: str | None) -> None:
