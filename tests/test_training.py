@@ -1,6 +1,8 @@
 """Settings fit each other or are refused early; a run leaves a complete checkpoint and can be resumed."""
 
 import json
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -27,6 +29,7 @@ from echo_hf.data import EchoDataCollator
 from echo_hf.data import load_sources
 from echo_hf.data import prepare_dataset
 from echo_hf.training import TRAINING_DEFAULTS
+from echo_hf.training import CheckpointAveraging
 from echo_hf.training import DataArguments
 from echo_hf.training import EchoTrainer
 from echo_hf.training import ModelArguments
@@ -448,6 +451,29 @@ def test_a_mean_with_the_start_that_cannot_be_is_an_error(manifest, tmp_path):
     data.start_share = 1.0
     with pytest.raises(ValueError, match="below 1, got 1.0"):
         train(ModelArguments(model_name_or_path=str(tmp_path / "start")), data, trainer_arguments(tmp_path / "run"))
+
+
+def test_averaging_waits_for_the_process_that_writes_checkpoints(tmp_path):
+    model, _ = build_model_and_processor(model_arguments(), ["low"])
+
+    def write(step, value):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(value)
+        model.save_pretrained(tmp_path / f"checkpoint-{step}")
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+
+    @contextmanager
+    def main_process_first(local, desc):
+        assert not local
+        write(3, 4.0)  # the last one, as seen by a process that did wait
+        yield
+
+    write(1, 1.0)
+    write(2, 2.0)
+    arguments = SimpleNamespace(output_dir=str(tmp_path), main_process_first=main_process_first)
+    CheckpointAveraging(2).on_train_end(arguments, None, None, model=model)
+    assert all((parameter == 3.0).all() for parameter in model.parameters())
 
 
 def test_layers_that_a_checkpoint_lacks_add_nothing_until_they_learn(tmp_path):
