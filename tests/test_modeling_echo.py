@@ -771,37 +771,36 @@ def test_static_cache_equals_dynamic_cache():
     )
 
 
+def assert_steps_equal_the_whole(part, cache, name, **options):
+    """A token at a time with the cache under that name gives what all tokens at once do."""
+    ids = "input_ids" if part.main_input_name == "input_ids" else "decoder_input_ids"
+    tokens = torch.tensor([[1, 5, 6, 7]] * 3)
+    whole = part(**options, **{ids: tokens})[0]
+    for t in range(4):
+        step = part(**options, **{ids: tokens[:, t : t + 1], name: cache}, use_cache=True)[0]
+        torch.testing.assert_close(step[:, 0], whole[:, t], atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
 def test_static_cache_step_by_step(name):
     """Transformers calls the cache by the second name from 5.24 on."""
     model, inputs = tiny_model(), make_inputs()
-    tokens = torch.tensor([[1, 5, 6, 7]] * 3)
     with torch.no_grad():
         encoded = model.model.encoder(**inputs)
-        whole = model(encoder_outputs=encoded, decoder_input_ids=tokens).logits
         cache = EncoderDecoderCache(StaticCache(model.config, 8), StaticCache(model.config, encoded[0].shape[1]))
-        for t in range(4):
-            options = {"decoder_input_ids": tokens[:, t : t + 1], name: cache, "use_cache": True}
-            step = model(encoder_outputs=encoded, **options)
-            torch.testing.assert_close(step.logits[:, 0], whole[:, t], atol=1e-5, rtol=1e-4)
+        assert_steps_equal_the_whole(model, cache, name, encoder_outputs=encoded)
 
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
 def test_the_parts_take_the_cache_by_both_names(name):
     model, inputs = tiny_model(), make_inputs()
-    tokens = torch.tensor([[1, 5, 6, 7]] * 3)
     with torch.no_grad():
         encoded = model.model.encoder(**inputs)
-        whole = model.model(encoder_outputs=encoded, decoder_input_ids=tokens).last_hidden_state
         states = {"encoder_hidden_states": encoded[0], "encoder_attention_mask": encoded.attention_mask}
         states |= {"encoder_silence": encoded.silence, "token_pitch": encoded.token_pitch}
         for part, options in ((model.model, {"encoder_outputs": encoded}), (model.model.decoder, states)):
-            prefix = "decoder_" if part is model.model else ""
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-            for t in range(4):
-                now = {f"{prefix}input_ids": tokens[:, t : t + 1], name: cache}
-                step = part(**options, **now).last_hidden_state
-                torch.testing.assert_close(step[:, 0], whole[:, t], atol=1e-5, rtol=1e-4)
+            assert_steps_equal_the_whole(part, cache, name, **options)
 
 
 @pytest.mark.slow

@@ -23,8 +23,14 @@ from typing import Any
 COMMAND_FILE = "train_command.json"  # in output_dir: the options of a training run, for --resume
 # What a checkpoint keeps of the optimizer, and what decides which one it is.
 OPTIMIZER_OPTIONS = (
-    *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
-    *("optim", "optim_args", "muon"),
+    "learning_rate",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "optim",
+    "optim_args",
+    "muon",
 )
 
 # Options of the Trainer that `echo-hf train --help` lists; --help_all lists the rest.

@@ -794,9 +794,9 @@ class EchoPreTrainedModel(PreTrainedModel):
             embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
             size = embeddings.num_embeddings
         else:  # an encoder takes no tokens, and a head behind it may write them
+            multiple = pad_to_multiple_of or 1
             size = self.config.vocab_size if new_num_tokens is None else new_num_tokens
-            size = -(-size // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
-            self.config.vocab_size = size
+            size = self.config.vocab_size = math.ceil(size / multiple) * multiple
         # What else has a row, or a column, for each token.
         for module in list(self.modules()):
             for name, transposed in (("ctc_head", False), ("intermediate_head", False), ("self_conditioning", True)):
