@@ -1,7 +1,8 @@
 """Muon: how the matrices of a model's layers may learn, beside AdamW for all else.
 
 `torch.optim.Muon` takes matrices alone, and orthogonalises one after another in bfloat16, which a processor without it
-takes a second a step for with a model of 4M parameters. Here matrices of a shape go together, on a CPU in float32.
+takes a second a step for with a model of 4M parameters. Here matrices of a shape go together, in bfloat16 where the
+device multiplies it.
 """
 
 from collections import defaultdict
@@ -23,6 +24,12 @@ ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)  # one of
 ADAMW_RMS = 0.2  # root mean square of AdamW's usual update, in units of the learning rate
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16; a CPU without instructions for it is faster in float32."""
+    # PyTorch before 2.10 does not tell.
+    return device.type != "cpu" or getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+
+
 @torch.no_grad()
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """Nearly the closest orthogonal matrix to each: its singular vectors, with singular values between about 0.7 and
@@ -32,9 +39,9 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
         matrices (`torch.Tensor` of shape `(N, rows, columns)`): a matrix of zeros stays one.
 
     Returns:
-        `torch.Tensor` of the same shape: float32 where they are on a CPU, bfloat16 elsewhere.
+        `torch.Tensor` of the same shape: bfloat16 where [`has_bfloat16`], float32 elsewhere.
     """
-    result = matrices.to(torch.float32 if matrices.device.type == "cpu" else torch.bfloat16)
+    result = matrices.to(torch.bfloat16 if has_bfloat16(matrices.device) else torch.float32)
     is_tall = result.shape[1] > result.shape[2]
     if is_tall:
         result = result.transpose(1, 2)
