@@ -79,7 +79,7 @@ def test_bundled_recordings_have_their_licence_beside_them():
 
 def test_bundled_checkpoint_is_small_and_safe():
     files = list((ASSETS / "checkpoint").iterdir())
-    assert sum(file.stat().st_size for file in files) < 25e6
+    assert sum(file.stat().st_size for file in files) < 40e6  # at most 10M parameters, of four bytes
     assert {file.suffix for file in files} <= {".json", ".safetensors", ".md"}
 
 
