@@ -26,7 +26,7 @@ ADAMW_RMS = 0.2  # root mean square of AdamW's usual update, in units of the lea
 
 def has_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies bfloat16; a CPU without instructions for it is faster in float32."""
-    # PyTorch before 2.10 does not tell.
+    # Not every PyTorch that Echo runs with tells.
     return device.type != "cpu" or getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
 
 
