@@ -161,6 +161,7 @@ def test_two_processes_train_resume_and_evaluate_as_one(command, alone, tmp_path
 # accelerate shards models on accelerators only; told that there are some, it does so here.
 SHARDED_PROGRAM = """
 import sys
+import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from echo_hf.cli import main
@@ -173,7 +174,9 @@ def start_as_on_accelerators(self, *args, **kwargs):
         self.distributed_type = DistributedType.MULTI_GPU
 
 PartialState.__init__ = start_as_on_accelerators
-sys.exit(main())
+code = main()
+assert not torch.distributed.is_initialized(), "threads of the process group are left for the interpreter's end"
+sys.exit(code)
 """
 
 

@@ -352,6 +352,7 @@ def _add_decoding(parser, batch_size: int, can_skip: bool = True) -> None:
 
 def _train(arguments: list[str]) -> int:
     _require("accelerate", "datasets", "jiwer")
+    from accelerate import PartialState
     from transformers import HfArgumentParser
     from transformers import Seq2SeqTrainingArguments
     from transformers import TrainerCallback
@@ -435,6 +436,8 @@ def _train(arguments: list[str]) -> int:
         return 130
     if training.process_index == 0:
         _write(_training_report(summary))
+    # A thread of the group that still works when the interpreter ends aborts the process.
+    PartialState().destroy_process_group()
     return 0
 
 
