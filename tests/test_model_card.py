@@ -142,6 +142,11 @@ def test_every_number_is_from_the_run(finished):
     assert "jane/digits" not in text and "/data" not in text, "where files lie is nobody's business"
     elsewhere = {"sources": [r"C:\Users\jane\dev.jsonl"], "utterances": 1, "hours": 1.0, "skipped": 0}
     assert "Users" not in build_model_card(finished(eval=elsewhere)).text
+    again = {"sources": ["/a/en/train.jsonl", "/a/fr/train.jsonl", "/a/en/train.jsonl"], "without_speech": 5}
+    assert (
+        "3,753 utterances an epoch, 1.20 hours, from `en/train.jsonl` (2 times), `fr/train.jsonl`."
+        " 5 of them are clips without speech. 4 more were left out."
+    ) in build_model_card(finished(train=SUMMARY["train"] | again)).text
     resumed = build_model_card(finished(resumed_from="checkpoint-9")).text
     assert "those since `checkpoint-9` in 11.0 minutes." in resumed and "loss" not in resumed
     assert "chose the best of the run's checkpoints" in build_model_card(finished(best_checkpoint="checkpoint-9")).text
@@ -205,6 +210,7 @@ def test_a_run_leaves_its_card(manifest, tmp_path):  # noqa: F811
     assert card.data.eval_results[0].dataset_name == "tones.jsonl"
     settings = json.loads((tmp_path / "run" / "training_args.json").read_text())
     assert settings["seed"] == 11 and not (tmp_path / "run" / "training_args.bin").exists()
+    assert "| `max_steps` | 1 |" in card.text and "num_train_epochs" not in card.text
 
 
 def test_the_trainer_takes_what_the_librarys_trainer_takes(finished):

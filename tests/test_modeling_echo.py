@@ -740,6 +740,27 @@ def test_what_whisper_takes_and_echo_does_not_is_named():
         model.generate(**inputs, language="fr")
     with pytest.raises(ValueError, match="Times come from the pipeline"):
         model.generate(**inputs, return_timestamps=True)
+    switched_off = {"return_timestamps": False, "condition_on_prev_tokens": False, "prompt_ids": None}
+    assert torch.equal(model.generate(**inputs, **switched_off), model.generate(**inputs))
+
+
+def test_an_activation_that_is_not_known_is_named():
+    with pytest.raises(ValueError, match="hidden_act 'loud' is not known; give one of .*silu"):
+        tiny_model(hidden_act="loud")
+
+
+def test_masks_of_any_kind_and_utterances_without_frames():
+    model, inputs = tiny_model(), make_inputs((61, 37))
+    labels = torch.tensor([[5, 6], [6, 7]])
+    with torch.no_grad():
+        expected = model(**inputs, labels=labels).logits
+        mask = inputs.pop("attention_mask")
+        for kind in (torch.float32, torch.bool, torch.int32):
+            assert torch.equal(model(**inputs, attention_mask=mask.to(kind), labels=labels).logits, expected)
+        mask[1] = 0
+        logits = model(**inputs, attention_mask=mask, labels=labels).logits
+    torch.testing.assert_close(logits[0], expected[0])
+    assert logits.isfinite().all()
 
 
 def test_labels_that_cannot_be_are_refused():
@@ -820,6 +841,18 @@ def test_generation_config_lets_transcripts_be_long(tmp_path):
     loaded = EchoForConditionalGeneration.from_pretrained(tmp_path)
     assert loaded.generation_config.max_length == 40
     assert loaded.generate(**make_inputs(), min_new_tokens=30).shape[1] > 20
+
+
+def test_a_checkpoint_without_generation_config_is_as_one_made_new(tmp_path):
+    tiny_model(cls=EchoForCTC).save_pretrained(tmp_path)
+    assert not (tmp_path / "generation_config.json").exists()
+    loaded = EchoForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.generation_config.to_dict() == EchoForConditionalGeneration(loaded.config).generation_config.to_dict()
+    assert loaded.generation_config.max_length == loaded.config.max_target_positions
+    loaded.generation_config.ctc_weight = 0.2
+    loaded.save_pretrained(tmp_path / "again")
+    again = EchoForConditionalGeneration.from_pretrained(tmp_path / "again")
+    assert again.generation_config.ctc_weight == 0.2
 
 
 # Outputs

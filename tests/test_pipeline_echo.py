@@ -211,6 +211,14 @@ def check_chunks(result: dict, seconds: float, joint: str = ""):
     assert times == sorted(times) and times[0] >= 0 and times[-1] <= seconds
 
 
+def test_timestamps_are_taken_among_the_arguments_of_generate(recognizer):
+    asked = recognizer(voice(1.0), generate_kwargs={"return_timestamps": "word", "max_new_tokens": 9})
+    assert asked == recognizer(voice(1.0), return_timestamps="word", generate_kwargs={"max_new_tokens": 9})
+    assert asked["chunks"]
+    with pytest.raises(ValueError, match="return_timestamps='chars' is not known"):
+        recognizer(voice(1.0), generate_kwargs={"return_timestamps": "chars"})
+
+
 def test_timestamps_that_are_not_known(recognizer, ctc_recognizer, checkpoint):
     with pytest.raises(ValueError, match="return_timestamps='char'"):
         recognizer(voice(1.0), return_timestamps="char")

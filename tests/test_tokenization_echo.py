@@ -150,6 +150,19 @@ def test_whether_begin_and_end_are_added_is_saved(tmp_path):
     assert loaded.encode("a") == EchoTokenizer().encode("a")
 
 
+@pytest.mark.parametrize("name", ["add_bos_token", "add_eos_token"])
+def test_one_of_begin_and_end_is_switched_and_the_other_kept(name, tmp_path):
+    both = EchoTokenizer()
+    both.save_pretrained(tmp_path)
+    one = both.encode("a")[1:] if name == "add_bos_token" else both.encode("a")[:-1]
+    for value, expected in ((False, one), (True, both.encode("a"))):
+        loaded = AutoTokenizer.from_pretrained(tmp_path, **{name: value})
+        for tokenizer in (EchoTokenizer(**{name: value}), loaded):
+            assert tokenizer.encode("a") == expected
+        loaded.save_pretrained(tmp_path / "again")
+        assert AutoTokenizer.from_pretrained(tmp_path / "again").encode("a") == expected
+
+
 def test_added_tokens_survive(tmp_path):
     tokenizer = EchoTokenizer()
     tokenizer.add_tokens(["<laugh>"])

@@ -541,7 +541,8 @@ def test_clips_without_speech_are_trained_on_with_an_empty_text(manifest, tmp_pa
     languages = training.add_non_speech(told, 0.4, processor, seed=3, cache_dir=tmp_path).dataset["language"]
     assert languages[:] == ["en"] * 6 + [None] * 3  # which utterances are joined hangs on it
     summary = train(model_arguments(attn_implementation="eager"), settings, trainer_arguments(tmp_path / "run"))
-    assert summary["train"]["utterances"] == 9 and np.isfinite(summary["train_loss"])
+    assert summary["train"]["utterances"] == 9 and summary["train"]["without_speech"] == 3
+    assert np.isfinite(summary["train_loss"])
     assert "attn_implementation" not in (tmp_path / "run" / "config.json").read_text()
 
 

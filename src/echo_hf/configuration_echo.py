@@ -396,6 +396,8 @@ class EchoConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not self.rms_norm_eps > 0:
+            raise ValueError(f"rms_norm_eps must be above 0, got {self.rms_norm_eps}.")
         if self.encoder_attention_window is not None and self.encoder_attention_window < 1:
             raise ValueError(
                 f"encoder_attention_window must be at least 1, or None for all, got {self.encoder_attention_window}."

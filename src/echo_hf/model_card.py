@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shlex
+from collections import Counter
 from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
@@ -194,13 +195,16 @@ def _read(path: Path) -> Any:
     return read_json(path) if path.is_file() else {}
 
 
-def _names(part: dict[str, Any]) -> list[str]:
-    """Sources as they are told of: files and folders without those they lie in, which say nothing to others."""
-    from_hub = part.get("from_hub", [])
-    return [
-        source if source in from_hub else re.split(r"[/\\]", source.rstrip("/\\"))[-1]
-        for source in part.get("sources", [])
-    ]
+def _names(part: dict[str, Any]) -> dict[str, int]:
+    """Sources as they are told of, and how often each was named: files and folders without those they lie in, which say
+    nothing to others, but for the one that tells two of a name apart."""
+    counts, from_hub = Counter(part.get("sources", [])), part.get("from_hub", [])
+    paths = {source: [source] if source in from_hub else re.split(r"[/\\]", source.rstrip("/\\")) for source in counts}
+    shared = Counter(path[-1] for path in paths.values())
+    names = Counter()
+    for source, path in paths.items():
+        names["/".join(path[-1:] if shared[path[-1]] == 1 else path[-2:])] += counts[source]
+    return names
 
 
 def _title(rate: str) -> str:
@@ -236,9 +240,12 @@ def _describe_use(name: str) -> str:
 def _describe_data(train: dict[str, Any]) -> str:
     if not train:
         return "Not recorded."
-    sources = ", ".join(f"`{name}`" for name in _names(train))
+    names = _names(train)
+    sources = ", ".join(f"`{name}`" + (f" ({times} times)" if times > 1 else "") for name, times in names.items())
+    epoch = " an epoch" if any(times > 1 for times in names.values()) else ""
+    silent = f" {train['without_speech']:,} of them are clips without speech." if train.get("without_speech") else ""
     skipped = f" {train['skipped']} more were left out." if train["skipped"] else ""
-    return f"{train['utterances']:,} utterances, {train['hours']:.2f} hours, from {sources}.{skipped}"
+    return f"{train['utterances']:,} utterances{epoch}, {train['hours']:.2f} hours, from {sources}.{silent}{skipped}"
 
 
 def _describe_training(summary: dict[str, Any], settings: dict[str, Any], command: list[str]) -> str:
@@ -257,7 +264,12 @@ def _describe_training(summary: dict[str, Any], settings: dict[str, Any], comman
     if settings:
         seed, data_seed = settings.get("seed"), settings.get("data_seed")
         parts.append(f"Seed {seed}" + (f", of the data's order {data_seed}." if data_seed is not None else "."))
-        rows = [f"| `{name}` | {settings[name]} |" for name in SETTINGS if settings.get(name) not in (None, False, -1)]
+        unused = "num_train_epochs" if settings.get("max_steps", -1) > 0 else "max_steps"
+        rows = [
+            f"| `{name}` | {settings[name]} |"
+            for name in SETTINGS
+            if name != unused and settings.get(name) not in (None, False)
+        ]
         parts.append("\n".join(["| setting | value |", "|---|---|", *rows]))
     if summary.get("versions"):
         parts.append("Versions: " + ", ".join(f"{name} {value}" for name, value in summary["versions"].items()) + ".")

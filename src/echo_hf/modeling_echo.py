@@ -199,7 +199,7 @@ def pitch_per_token(
         `torch.Tensor` of shape `(B, N)`, `N = ceil(T / R)`, float32; 0 for tokens beyond an utterance's end.
     """
     tokens = torch.arange(math.ceil(f0.shape[1] / frames_per_token), device=f0.device, dtype=torch.float32)
-    last_frame = lengths[:, None] - 1  # (B, 1)
+    last_frame = (lengths[:, None] - 1).clamp(min=0)  # (B, 1)
     start = torch.minimum((tokens * frames_per_token).ceil().long()[None], last_frame)  # (B, N)
     end = torch.minimum(((tokens + 1) * frames_per_token).floor().long()[None], last_frame)
     end = torch.maximum(end, start)
@@ -634,6 +634,8 @@ class EchoGatedMLP(nn.Module):
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
         self.pitch_proj = EchoPitchProjection(PITCH_CHANNELS, intermediate_size) if sees_pitch else None
+        if config.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act {config.hidden_act!r} is not known; give one of {', '.join(sorted(ACT2FN))}.")
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor, pitch: torch.Tensor | None = None) -> torch.Tensor:
@@ -916,6 +918,7 @@ class EchoEncoder(EchoPreTrainedModel):
         self._check_inputs(input_features, attention_mask)
         if attention_mask is None:
             attention_mask = torch.ones(input_features.shape[:2], device=input_features.device, dtype=torch.long)
+        attention_mask = attention_mask.long()  # `torch.ones` are floats, whose sum is no place to look at
         config = self.config
         groups = dict(zip(config.feature_groups, input_features.split(self.group_widths, dim=-1)))
         lengths = attention_mask.sum(-1)  # (B,)
@@ -1259,7 +1262,7 @@ def shift_tokens_right(labels: torch.Tensor, config: EchoConfig) -> torch.Tensor
 
 
 class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
-    """Echo with a language-model head, tied to the token embeddings, and with a CTC head in training."""
+    """Echo with a language-model head, tied to the token embeddings, and with `ctc_loss_weight` a CTC head."""
 
     _auto_class = "AutoModelForSpeechSeq2Seq"
     _tied_weights_keys = {"proj_out.weight": "model.decoder.embed_tokens.weight"}
@@ -1278,6 +1281,12 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
         self.generation_config._from_model_config = False
         self.post_init()
 
+    def adjust_generation_fn(self, *args, **kwargs):
+        made = self.generation_config
+        super().adjust_generation_fn(*args, **kwargs)
+        if self.generation_config._from_model_config:  # the checkpoint has none, such as that of an EchoForCTC
+            self.generation_config = made
+
     def get_output_embeddings(self) -> nn.Module:
         return self.proj_out
 
@@ -1295,7 +1304,8 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
     def _prepare_generation_config(self, generation_config, **kwargs):
         # Here, since a setting that stands in the model's own, as scripts for Whisper put it there, would be taken for
         # known later, and do nothing.
-        foreign = [name for name in WHISPER_OPTIONS if kwargs.get(name) is not None]
+        given = {name: kwargs.pop(name) for name in WHISPER_OPTIONS if name in kwargs}
+        foreign = [name for name, value in given.items() if value is not None and value is not False]
         if foreign:
             raise ValueError(
                 f"generate() of Echo takes no {', '.join(foreign)}: it writes the language that it hears, as it was"

@@ -115,6 +115,9 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
         if self.model.can_generate():
             self.type = "seq2seq"
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
+        among_generate_kwargs = forward.pop("return_timestamps", None)  # where scripts for Whisper have it
+        if return_timestamps is None:
+            return_timestamps = among_generate_kwargs
         if return_timestamps is not None:
             kinds = (False, True, "word") if self.type == "seq2seq" else (False, True, "word", "char")
             if return_timestamps not in kinds:
@@ -330,9 +333,8 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
                 chunks = [Word("".join(word.text for word in part), *time) for part, time in zip(parts, times) if part]
             else:
                 chunks = [word for part in parts for word in part]
-            if return_timestamps == "word":
-                words = group_words(chunks) if self.type == "ctc" else chunks
-                chunks = [word._replace(text=word.text.strip()) for word in words] if self.type == "ctc" else words
+            if return_timestamps == "word" and self.type == "ctc":
+                chunks = [word._replace(text=word.text.strip()) for word in group_words(chunks)]
             result["chunks"] = list(_in_order(chunks, times[-1][1]))
         return {**result, **extra}
 

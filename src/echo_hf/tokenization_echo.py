@@ -88,6 +88,8 @@ class EchoTokenizer(TokenizersBackend):
         )
         self._tokenizer.decoder = decoders.ByteLevel()
         # Whether bos and eos are added is kept in the tokenizer's file, not in its settings. Without a file: both are.
+        # Given to the library, one of the two would switch the other off.
+        adds = {name: kwargs.pop(name) for name in ("add_bos_token", "add_eos_token") if name in kwargs}
         if not {"post_processor", "tokenizer_file", "tokenizer_object"} & kwargs.keys():
             kwargs = {"add_bos_token": True, "add_eos_token": True, **kwargs}
         super().__init__(
@@ -101,6 +103,8 @@ class EchoTokenizer(TokenizersBackend):
         added = self._tokenizer.encode("").ids
         self._add_bos_token = self.bos_token_id in added
         self._add_eos_token = self.eos_token_id in added
+        for name, value in adds.items():
+            setattr(self, name, value)
 
     @classmethod
     def from_characters(cls, texts: Iterable[str], vocab_size: int | None = None) -> "EchoTokenizer":

@@ -245,8 +245,8 @@ class DataArguments:
     muon: bool = field(
         default=False,
         metadata={
-            "help": "The matrices of all layers learn by Muon, all else by AdamW with the same learning rate: more is"
-            " learned in a step, which takes somewhat longer."
+            "help": "The matrices of all layers learn by Muon, all else by AdamW with the same learning rate. A step"
+            " takes somewhat longer; in a short trial the loss fell faster by the step."
         },
     )
     average_checkpoints: int = field(
@@ -964,6 +964,7 @@ def train(
         max_seconds=data_arguments.max_seconds,
         **options,
     )
+    num_recorded = len(train_data.dataset)
     if data_arguments.non_speech_share:
         train_data = add_non_speech(
             train_data, data_arguments.non_speech_share, processor, training_arguments.seed, **options
@@ -1022,7 +1023,10 @@ def train(
         # The Trainer notes the best whether or not it takes it.
         "best_checkpoint": trainer.state.best_model_checkpoint if training_arguments.load_best_model_at_end else None,
         "seconds": round(time.monotonic() - started, 1),
-        "train": _describe(train_data, data_arguments.train_data),
+        "train": {
+            **_describe(train_data, data_arguments.train_data),
+            "without_speech": len(train_data.dataset) - num_recorded,
+        },
         "eval": _describe(eval_data, data_arguments.eval_data) if eval_data else None,
         "train_loss": result.metrics["train_loss"],
         "metrics": {key.removeprefix("eval_"): value for key, value in metrics.items()},
