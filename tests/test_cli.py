@@ -557,6 +557,7 @@ def test_train_resume_evaluate_transcribe(capsys, tones, tmp_path, monkeypatch):
     (output_dir / "train_command.json").write_text(remembered)
     code, out, _ = run(capsys, "train", "--resume", "--output_dir", output_dir)
     assert code == 0 and "since checkpoint-4" in out
+    assert sorted(json.loads((output_dir / "train_command.json").read_text())) == sorted(json.loads(remembered))
     summary = json.loads((output_dir / "run_summary.json").read_text())
     assert summary["resumed_from"] == "checkpoint-4" and summary["steps"] == 120
     assert "WER" in out and "in 16 words" in out and f"Saved in {output_dir}" in out

@@ -404,7 +404,7 @@ def _train(arguments: list[str]) -> int:
     if known.resume and find_last_checkpoint(output_dir) is None:
         raise ValueError(f"There is no checkpoint to resume from in {output_dir}; start without --resume.")
     before = _read_command(command_file) if known.resume and command_file.is_file() else []
-    arguments = before + arguments
+    arguments = _keep_last(before + arguments)
     settings = vars(parser.parse_args(arguments))
     if before:
         _refuse_other_models(vars(parser.parse_args(before)), settings)
@@ -552,6 +552,18 @@ def _with_recipe(arguments: list[str]) -> list[str]:
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
         listed += [f"--{name}", *map(str, values)]
     return listed + others
+
+
+def _keep_last(arguments: list[str]) -> list[str]:
+    """Each option once, as it was given last, which is how it counts."""
+    options: dict[str, list[str]] = {}
+    name = ""
+    for item in arguments:
+        if item.startswith("--"):
+            name = item.split("=")[0].replace("-", "_")
+            options.pop(name, None)
+        options.setdefault(name, []).append(item)
+    return [item for option in options.values() for item in option]
 
 
 def _training_report(summary: dict[str, Any]) -> str:
