@@ -436,7 +436,7 @@ def _train(arguments: list[str]) -> int:
         return 130
     if training.process_index == 0:
         _write(_training_report(summary))
-    # A thread of the group that still works when the interpreter ends aborts the process.
+    # A thread of the group that still works when the interpreter ends may abort the process.
     PartialState().destroy_process_group()
     return 0
 

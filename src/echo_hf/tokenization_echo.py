@@ -91,7 +91,7 @@ class EchoTokenizer(TokenizersBackend):
         # Given to the library, one of the two would switch the other off.
         adds = {name: kwargs.pop(name) for name in ("add_bos_token", "add_eos_token") if name in kwargs}
         if not {"post_processor", "tokenizer_file", "tokenizer_object"} & kwargs.keys():
-            kwargs = {"add_bos_token": True, "add_eos_token": True, **kwargs}
+            kwargs |= {"add_bos_token": True, "add_eos_token": True}
         super().__init__(
             bos_token=bos_token,
             eos_token=eos_token,
