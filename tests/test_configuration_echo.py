@@ -81,6 +81,8 @@ def test_feature_groups_take_their_fixed_order():
         ("silence_threshold", -0.1),
         ("silence_scale_range", [0.5, 0.1]),
         ("dropout", 1.0),
+        ("encoder_layerdrop", 1.0),
+        ("decoder_layerdrop", -0.1),
         ("label_smoothing", -0.1),
         ("ctc_loss_weight", 1.5),
         ("mask_time_prob", 2.0),

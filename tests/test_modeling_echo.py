@@ -655,6 +655,44 @@ def test_spec_augment_masks_the_spectrogram_in_training_only():
     model.encoder(torch.rand(1, 1, 17))  # shorter than any mask
 
 
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_layerdrop_passes_over_layers_in_training_only(part):
+    layerdrop = {f"{part}_layerdrop": 0.4}
+    model, inputs = tiny_model(ctc_loss_weight=0.3, **layerdrop), make_inputs()
+    plain, ran = tiny_model(ctc_loss_weight=0.3), []
+    layers = getattr(model.model, part).layers
+    for number, layer in enumerate(layers):
+        layer.register_forward_hook(lambda *_, number=number: ran.append(number))
+    with torch.no_grad():
+        assert torch.equal(model(**inputs, labels=LABELS).logits, plain(**inputs, labels=LABELS).logits)
+        assert ran == list(range(len(layers)))
+        ran.clear()
+        model.train()
+        torch.manual_seed(0)
+        for _ in range(200):
+            model(**inputs, labels=LABELS)
+    assert len(ran) / 200 / len(layers) == pytest.approx(0.6, abs=0.06)
+    counts = [ran.count(number) for number in range(len(layers))]
+    assert min(counts) > 80, "every layer runs, and is passed over, by its own chance"
+
+    # What a batch passed over does not learn from it, and what ran does as if there were no other layers.
+    ran.clear()
+    while len(set(ran)) != 1:
+        ran.clear()
+        model.zero_grad()
+        model(**inputs, labels=LABELS).loss.backward()
+    kept = getattr(plain.train().model, part)
+    kept.layers = kept.layers[ran[0] : ran[0] + 1]
+    plain(**inputs, labels=LABELS).loss.backward()
+    for number, layer in enumerate(layers):
+        gradients = [parameter.grad for parameter in layer.parameters()]
+        if number != ran[0]:
+            assert all(gradient is None for gradient in gradients)
+        else:
+            for gradient, parameter in zip(gradients, kept.layers[0].parameters()):
+                torch.testing.assert_close(gradient, parameter.grad)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["baseline", "all"])
 def test_overfits_a_batch_and_generates_it(preset):

@@ -345,7 +345,7 @@ class Interrupt(TrainerCallback):
 
 @pytest.mark.parametrize(("save_steps", "muon"), [(2, False), (3, False), (2, True)])
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(manifest, tmp_path, save_steps, muon):
-    """To the bit of chance: perturbation, masks and dropout go on where they were, also within an epoch."""
+    """To the bit of chance: perturbation, masks, dropout and LayerDrop go on where they were, also within an epoch."""
     data = DataArguments(
         train_data=[str(manifest)],
         cache_dir=str(tmp_path / "cache"),
@@ -356,7 +356,8 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(manifest, tmp_path, 
         consistency_weight=0.2,
         muon=muon,
     )
-    arguments = model_arguments(config_overrides=TINY + ",dropout=0.2,apply_spec_augment=true")
+    chance = "dropout=0.2,encoder_layerdrop=0.3,decoder_layerdrop=0.3,apply_spec_augment=true"
+    arguments = model_arguments(config_overrides=f"{TINY},{chance}")
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": save_steps}  # an epoch has 3 steps
     train(arguments, data, trainer_arguments(tmp_path / "straight", **settings))
     with pytest.raises(KeyboardInterrupt):
@@ -451,6 +452,13 @@ def test_a_mean_with_the_start_that_cannot_be_is_an_error(manifest, tmp_path):
     data.start_share = 1.0
     with pytest.raises(ValueError, match="below 1, got 1.0"):
         train(ModelArguments(model_name_or_path=str(tmp_path / "start")), data, trainer_arguments(tmp_path / "run"))
+
+
+def test_layerdrop_is_refused_where_processes_wait_for_each_other_at_every_layer(manifest, tmp_path):
+    data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"))
+    arguments = model_arguments(config_overrides=f"{TINY},encoder_layerdrop=0.1")
+    with pytest.raises(ValueError, match="encoder_layerdrop and decoder_layerdrop must be 0 with FSDP"):
+        train(arguments, data, trainer_arguments(tmp_path / "run", fsdp=True))
 
 
 def test_averaging_waits_for_the_process_that_writes_checkpoints(tmp_path):

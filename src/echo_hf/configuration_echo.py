@@ -185,6 +185,11 @@ class EchoConfig(PreTrainedConfig):
             Probability of dropping a value of the embeddings and of each sub-layer's output, in training.
         attention_dropout (`float`, defaults to 0.0):
             Probability of dropping an attention weight, in training.
+        encoder_layerdrop (`float`, defaults to 0.0):
+            Probability of passing over an encoder layer, in training: each is drawn anew for every batch
+            (https://huggingface.co/papers/1909.11556). Self-conditioning stays where it is.
+        decoder_layerdrop (`float`, defaults to 0.0):
+            The same of a decoder layer.
         rotary_frequencies (`str`, defaults to `"standard"`):
             How the rotary frequencies (rad a frame) lie: `"standard"`, `theta ** (-2c / d)`, or `"mel"`, evenly spaced
             on a mel scale and proportional to theta.
@@ -308,6 +313,8 @@ class EchoConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
+    encoder_layerdrop: float | int = 0.0
+    decoder_layerdrop: float | int = 0.0
     rotary_frequencies: Literal["standard", "mel"] = "standard"
     rotary_theta: float | int = 10000.0
     learn_theta: bool = False
@@ -445,7 +452,7 @@ class EchoConfig(PreTrainedConfig):
             )
         if self.decoder_start_token_id is None:
             raise ValueError("decoder_start_token_id is None, and the decoder begins with it; give bos_token_id.")
-        for name in ("dropout", "attention_dropout", "label_smoothing"):
+        for name in ("dropout", "attention_dropout", "encoder_layerdrop", "decoder_layerdrop", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
         for name in ("ctc_loss_weight", "mask_time_prob", "mask_feature_prob"):

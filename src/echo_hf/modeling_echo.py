@@ -808,6 +808,10 @@ class EchoPreTrainedModel(PreTrainedModel):
                     setattr(module, name, head)
         return embeddings
 
+    def _drops_layer(self, probability: float) -> bool:
+        """Whether this batch passes over the next layer: LayerDrop (https://huggingface.co/papers/1909.11556)."""
+        return self.training and probability > 0 and torch.rand(()).item() < probability
+
     def _get_feat_extract_output_lengths(self, input_lengths: torch.Tensor) -> torch.Tensor:
         """Encoder frames of that many input frames: `ceil(T / stride)`, stride after stride."""
         for stride in self.config.stem_strides:
@@ -975,9 +979,10 @@ class EchoEncoder(EchoPreTrainedModel):
 
         intermediate_logits = []
         for number, layer in enumerate(self.layers, 1):
-            hidden_states = layer(
-                hidden_states, mask, cos, sin, silence, standardized_f0, position_bias, pitch, encoder_mask, **kwargs
-            )
+            if not self._drops_layer(config.encoder_layerdrop):
+                hidden_states = layer(
+                    hidden_states, mask, cos, sin, silence, standardized_f0, position_bias, pitch, encoder_mask, **kwargs
+                )
             if config.self_conditioning_layers and number in config.self_conditioning_layers:
                 logits = self.intermediate_head(self.norm(hidden_states))
                 hidden_states = hidden_states + self.self_conditioning(logits.softmax(-1))
@@ -1081,6 +1086,8 @@ class EchoDecoder(EchoPreTrainedModel):
         hidden_states = self.dropout(hidden_states)
         cos, sin = self.rotary_emb(position_ids, hidden_states.dtype)
         for layer in self.layers:
+            if self._drops_layer(self.config.decoder_layerdrop):
+                continue
             hidden_states = layer(
                 hidden_states,
                 causal_mask,

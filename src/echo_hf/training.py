@@ -935,6 +935,11 @@ def train(
         averaging.check(model, training_arguments)
         callbacks = [*(callbacks or []), averaging]
     config = model.config
+    if training_arguments.fsdp and (config.encoder_layerdrop or config.decoder_layerdrop):
+        raise ValueError(
+            "encoder_layerdrop and decoder_layerdrop must be 0 with FSDP, whose processes wait for each other at every"
+            " layer, and each would pass over others: --config_overrides encoder_layerdrop=0,decoder_layerdrop=0."
+        )
     masked = config.apply_spec_augment and (config.mask_time_prob or config.mask_feature_prob)
     if data_arguments.consistency_weight and not (masked or config.dropout or config.attention_dropout):
         raise ValueError(
