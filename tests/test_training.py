@@ -454,11 +454,13 @@ def test_a_mean_with_the_start_that_cannot_be_is_an_error(manifest, tmp_path):
         train(ModelArguments(model_name_or_path=str(tmp_path / "start")), data, trainer_arguments(tmp_path / "run"))
 
 
-def test_layerdrop_is_refused_where_processes_wait_for_each_other_at_every_layer(manifest, tmp_path):
+@pytest.mark.parametrize("setting", ["fsdp", "ddp_find_unused_parameters"])
+def test_layerdrop_is_refused_where_processes_would_wait_for_each_other(manifest, tmp_path, setting):
     data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"))
     arguments = model_arguments(config_overrides=f"{TINY},encoder_layerdrop=0.1")
-    with pytest.raises(ValueError, match="encoder_layerdrop and decoder_layerdrop must be 0 with FSDP"):
-        train(arguments, data, trainer_arguments(tmp_path / "run", fsdp=True))
+    settings = trainer_arguments(tmp_path / "run", **{setting: setting == "fsdp"})
+    with pytest.raises(ValueError, match=f"(?i)encoder_layerdrop and decoder_layerdrop must be 0 with {setting}"):
+        train(arguments, data, settings)
 
 
 def test_averaging_waits_for_the_process_that_writes_checkpoints(tmp_path):

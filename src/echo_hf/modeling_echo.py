@@ -981,7 +981,16 @@ class EchoEncoder(EchoPreTrainedModel):
         for number, layer in enumerate(self.layers, 1):
             if not self._drops_layer(config.encoder_layerdrop):
                 hidden_states = layer(
-                    hidden_states, mask, cos, sin, silence, standardized_f0, position_bias, pitch, encoder_mask, **kwargs
+                    hidden_states,
+                    mask,
+                    cos,
+                    sin,
+                    silence,
+                    standardized_f0,
+                    position_bias,
+                    pitch,
+                    encoder_mask,
+                    **kwargs,
                 )
             if config.self_conditioning_layers and number in config.self_conditioning_layers:
                 logits = self.intermediate_head(self.norm(hidden_states))

@@ -935,11 +935,15 @@ def train(
         averaging.check(model, training_arguments)
         callbacks = [*(callbacks or []), averaging]
     config = model.config
-    if training_arguments.fsdp and (config.encoder_layerdrop or config.decoder_layerdrop):
-        raise ValueError(
-            "encoder_layerdrop and decoder_layerdrop must be 0 with FSDP, whose processes wait for each other at every"
-            " layer, and each would pass over others: --config_overrides encoder_layerdrop=0,decoder_layerdrop=0."
-        )
+    if config.encoder_layerdrop or config.decoder_layerdrop:
+        # Every process passes over other layers, and the others wait for what these would have learned unless told.
+        if training_arguments.fsdp or training_arguments.ddp_find_unused_parameters is False:
+            cause = "FSDP" if training_arguments.fsdp else "ddp_find_unused_parameters false"
+            raise ValueError(
+                f"encoder_layerdrop and decoder_layerdrop must be 0 with {cause}, as processes would wait for layers"
+                " that others pass over: --config_overrides encoder_layerdrop=0,decoder_layerdrop=0."
+            )
+        training_arguments.ddp_find_unused_parameters = True
     masked = config.apply_spec_augment and (config.mask_time_prob or config.mask_feature_prob)
     if data_arguments.consistency_weight and not (masked or config.dropout or config.attention_dropout):
         raise ValueError(
