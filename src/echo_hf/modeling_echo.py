@@ -978,20 +978,10 @@ class EchoEncoder(EchoPreTrainedModel):
             mask = create_bidirectional_mask(config=config, inputs_embeds=hidden_states, attention_mask=encoder_mask)
 
         intermediate_logits = []
+        shared = (mask, cos, sin, silence, standardized_f0, position_bias, pitch, encoder_mask)
         for number, layer in enumerate(self.layers, 1):
             if not self._drops_layer(config.encoder_layerdrop):
-                hidden_states = layer(
-                    hidden_states,
-                    mask,
-                    cos,
-                    sin,
-                    silence,
-                    standardized_f0,
-                    position_bias,
-                    pitch,
-                    encoder_mask,
-                    **kwargs,
-                )
+                hidden_states = layer(hidden_states, *shared, **kwargs)
             if config.self_conditioning_layers and number in config.self_conditioning_layers:
                 logits = self.intermediate_head(self.norm(hidden_states))
                 hidden_states = hidden_states + self.self_conditioning(logits.softmax(-1))
