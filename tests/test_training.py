@@ -461,6 +461,9 @@ def test_layerdrop_is_refused_where_processes_would_wait_for_each_other(manifest
     settings = trainer_arguments(tmp_path / "run", **{setting: setting == "fsdp"})
     with pytest.raises(ValueError, match=f"(?i)encoder_layerdrop and decoder_layerdrop must be 0 with {setting}"):
         train(arguments, data, settings)
+    model, _ = build_model_and_processor(arguments, ["low"])
+    with pytest.raises(ValueError, match=f"(?i)encoder_layerdrop and decoder_layerdrop must be 0 with {setting}"):
+        EchoTrainer(model=model, args=settings)
 
 
 def test_averaging_waits_for_the_process_that_writes_checkpoints(tmp_path):
