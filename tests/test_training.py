@@ -509,6 +509,30 @@ def test_layers_that_a_checkpoint_lacks_add_nothing_until_they_learn(tmp_path):
         assert block.layers[-1].mlp.down_proj.weight.grad.any()
 
 
+def test_wider_feed_forwards_add_nothing_until_they_learn(tmp_path):
+    start, processor = build_model_and_processor(model_arguments(), ["low", "high"])
+    start.generation_config.ctc_weight = 0.7
+    start.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    overrides = "encoder_intermediate_size=24,decoder_intermediate_size=20,encoder_num_hidden_layers=2,pitch_gate=true"
+    wider, _ = build_model_and_processor(
+        ModelArguments(model_name_or_path=str(tmp_path), config_overrides=overrides), []
+    )
+    assert (wider.config.encoder_intermediate_size, wider.config.decoder_intermediate_size) == (24, 20)
+    assert wider.generation_config.ctc_weight == 0.7
+    inputs = {
+        "input_features": torch.rand(2, 40, start.config.num_feature_channels),
+        "labels": processor.tokenizer(["low", "high"], padding=True, return_tensors="pt")["input_ids"],
+    }
+    torch.testing.assert_close(wider.eval()(**inputs).logits, start.eval()(**inputs).logits)
+    wider.train()(**inputs).loss.backward()
+    for block in (wider.model.encoder, wider.model.decoder):
+        assert block.layers[0].mlp.down_proj.weight.grad[:, 16:].any()
+    wider.save_pretrained(tmp_path / "wider")
+    again = EchoForConditionalGeneration.from_pretrained(tmp_path / "wider").eval()
+    torch.testing.assert_close(again(**inputs).logits, start(**inputs).logits)
+
+
 @pytest.mark.parametrize(
     ("count", "settings", "message"),
     [

@@ -76,6 +76,7 @@ from .modeling_echo import mask_frames
 from .non_speech import non_speech_table
 from .optimization import describe_muon
 from .processing_echo import EchoProcessor
+from .teacher import Teacher
 from .tokenization_echo import EchoTokenizer
 
 logger = logging.get_logger(__name__)
@@ -83,6 +84,7 @@ logger = logging.get_logger(__name__)
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl")  # nothing of such a name is ever pushed
 BYTE_VOCABULARY = 259  # 3 special tokens and 256 bytes
 TOKEN_UNITS = ("byte", "character", "subword")
+WIDTHS = ("encoder_intermediate_size", "decoder_intermediate_size")  # that a checkpoint may be given more of
 
 # What `echo-hf train` sets where the Trainer's own default is meant for fine-tuning a large language model.
 TRAINING_DEFAULTS = {
@@ -241,6 +243,20 @@ class DataArguments:
             "help": "Each utterance is heard twice in a batch, with other masks and dropout, and this is the weight of"
             " what the two disagree on; try 0.2. A step takes twice as long. Needs apply_spec_augment or dropout."
         },
+    )
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "A larger speech model of Transformers, a folder or a name on the Hub, e.g. openai/whisper-base,"
+            " whose hidden states the encoder learns to tell beside the texts. What tells them is left out of the model"
+            " at the end."
+        },
+    )
+    teacher_weight: float = field(
+        default=1.0, metadata={"help": "Weight of what the encoder does not tell of the teacher's states in the loss."}
+    )
+    teacher_layer: int | None = field(
+        default=None, metadata={"help": "Encoder layer that tells them, counted from 1; the last if not given."}
     )
     muon: bool = field(
         default=False,
@@ -616,7 +632,8 @@ class StartAveraging(TrainerCallback):
 
     def check(self, model: torch.nn.Module, args):
         """Raises `ValueError` if the model is of another shape than the start, or FSDP keeps parts of its weights."""
-        shapes = {name: value.shape for name, value in model.state_dict().items()}
+        # What tells a teacher's states is of this training alone.
+        shapes = {name: value.shape for name, value in model.state_dict().items() if "teacher_head" not in name}
         others = {name: value.shape for name, value in self.start.items()}
         differing = [name for name in {**shapes, **others} if shapes.get(name) != others.get(name)]
         if differing:
@@ -630,7 +647,8 @@ class StartAveraging(TrainerCallback):
     def on_train_end(self, args, state, control, model=None, **kwargs):
         with torch.no_grad():
             for name, value in model.named_parameters():  # which has what is tied once
-                value.lerp_(self.start[name].to(value), self.share)
+                if name in self.start:
+                    value.lerp_(self.start[name].to(value), self.share)
 
 
 def as_list(value: str | Sequence[str] | None) -> list[str] | None:
@@ -771,12 +789,16 @@ def build_model_and_processor(
                     " out; fields that do not change the weights' shapes can be given as config_overrides."
                 )
         overrides = {"label_smoothing": label_smoothing, **parse_overrides(arguments.config_overrides)}
+        before = EchoConfig.from_pretrained(arguments.model_name_or_path)
+        wider = {name: overrides.pop(name) for name in WIDTHS if overrides.get(name, 0) > getattr(before, name)}
         model, processor = load_model_and_processor(
             arguments.model_name_or_path, EchoForConditionalGeneration, **overrides
         )
         if "max_target_positions" in overrides:  # the checkpoint's own way of writing has its old one
             model.generation_config.max_length = model.config.max_target_positions
-        add_nothing(model, EchoConfig.from_pretrained(arguments.model_name_or_path))
+        add_nothing(model, before)
+        if wider:
+            model = widen(model, **wider)
     check_fit(processor, model.config)
     if arguments.attn_implementation is not None:
         model.set_attn_implementation(arguments.attn_implementation)
@@ -800,6 +822,51 @@ def add_nothing(model: EchoForConditionalGeneration, before: EchoConfig):
         for name, module in layer.named_modules():
             if name.endswith(("o_proj", "down_proj")):
                 module.weight.zero_()
+
+
+@torch.no_grad()
+def widen(model: EchoForConditionalGeneration, **widths: int) -> EchoForConditionalGeneration:
+    """
+    The model with wider feed-forwards, which compute what it computes: what they have more starts by adding 0.
+
+    Args:
+        model ([`EchoForConditionalGeneration`])
+        widths: larger values of the config's `encoder_intermediate_size` and `decoder_intermediate_size`.
+    """
+    wider = EchoForConditionalGeneration(EchoConfig.from_dict({**model.config.to_dict(), **widths}))
+    weights = wider.state_dict()
+    for name, value in model.state_dict().items():
+        if name.endswith("mlp.down_proj.weight"):
+            weights[name].zero_()
+        weights[name][tuple(slice(size) for size in value.shape)] = value
+    wider.generation_config = model.generation_config
+    return wider
+
+
+def listen_to(teacher: Teacher, model: EchoForConditionalGeneration, weight: float, layer: int | None = None):
+    """
+    Gives the model's encoder what tells the teacher's states, if it has none as yet, and its config the settings.
+
+    Args:
+        teacher ([`Teacher`])
+        model ([`EchoForConditionalGeneration`]): changed in place.
+        weight (`float`): of the teacher's part in the loss.
+        layer (`int`, *optional*): encoder layer that tells the states, counted from 1; the last if not given.
+
+    Raises:
+        `ValueError`: there is no such layer, the weight is negative, or the checkpoint had another teacher.
+    """
+    config, encoder = model.config, model.model.encoder
+    if encoder.teacher_head is None:
+        encoder.teacher_head = torch.nn.Linear(config.encoder_hidden_size, teacher.hidden_size)
+        model._init_weights(encoder.teacher_head)
+    if len(encoder.teacher_head.weight) != teacher.hidden_size:
+        raise ValueError(
+            f"The checkpoint tells states of {len(encoder.teacher_head.weight)} channels, and the teacher's have"
+            f" {teacher.hidden_size}; go on with the one that it had."
+        )
+    config.teacher_hidden_size, config.teacher_layer, config.teacher_loss_weight = teacher.hidden_size, layer, weight
+    config._check_training()
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -909,6 +976,8 @@ def train(
             raise ValueError(f"{name} must be in [0, 1], got {getattr(data_arguments, name)}.")
     if data_arguments.consistency_weight < 0:
         raise ValueError(f"consistency_weight must not be negative, got {data_arguments.consistency_weight}.")
+    if data_arguments.teacher is None and data_arguments.teacher_layer is not None:
+        raise ValueError("teacher_layer is set, and there is no teacher; name one, or leave it out.")
     if data_arguments.muon:
         describe_muon(training_arguments)  # refuses what does not go with it
     if data_arguments.start_share and model_arguments.model_name_or_path is None:
@@ -949,6 +1018,11 @@ def train(
     model, processor = build_model_and_processor(
         model_arguments, [text or "" for text in train_table["text"]], label_smoothing
     )
+    teacher = None
+    if data_arguments.teacher is not None:
+        dtype = torch.bfloat16 if training_arguments.bf16 else torch.float32
+        teacher = Teacher(data_arguments.teacher, model.config.inputs_to_logits_ratio, dtype)
+        listen_to(teacher, model, data_arguments.teacher_weight, data_arguments.teacher_layer)
 
     if data_arguments.start_share:
         start, _ = load_model_and_processor(started_from, EchoForConditionalGeneration)
@@ -984,12 +1058,13 @@ def train(
         processor,
         min_seconds=data_arguments.min_seconds,
         max_seconds=data_arguments.max_seconds,
+        teacher=teacher,
         **options,
     )
     num_recorded = len(train_data.dataset)
     if data_arguments.non_speech_share:
         train_data = add_non_speech(
-            train_data, data_arguments.non_speech_share, processor, training_arguments.seed, **options
+            train_data, data_arguments.non_speech_share, processor, training_arguments.seed, teacher=teacher, **options
         )
     eval_data = prepare_dataset(eval_table, processor, **options) if eval_table is not None else None
     if model.config.ctc_loss_weight > 0 and (beyond := count_beyond_ctc(train_data, model.config)):
@@ -1011,6 +1086,7 @@ def train(
             max_joined_seconds=min(MAX_JOINED_SECONDS, data_arguments.max_seconds or MAX_JOINED_SECONDS),
             max_label_length=model.config.max_target_positions,
             seed=training_arguments.seed,
+            teacher_frames=math.prod(model.config.stem_strides) if teacher is not None else 0,
         ),
         train_dataset=train_data.dataset,
         eval_dataset=eval_data.dataset if eval_data else None,
@@ -1022,6 +1098,8 @@ def train(
         muon=data_arguments.muon,
     )
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
+    model.model.encoder.teacher_head = None  # it has served
+    model.config.teacher_hidden_size = None
     # As the Trainer calls it itself: otherwise it would push at once, before the model is evaluated.
     try:
         trainer.save_model(_internal_call=True)
