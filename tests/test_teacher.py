@@ -1,6 +1,7 @@
 """A teacher's states go with the frames they are of, whatever is done to these, and the encoder learns to tell them."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -114,10 +115,15 @@ def test_whisper_hears_what_is_there_alone(whisper):
     np.testing.assert_allclose(states, expected, atol=0.02)
 
 
-def test_long_recordings_are_heard_in_pieces(whisper):
-    teacher = Teacher(whisper, FRAME)
-    states = teacher(noise(65.0), RATE)
-    assert states.shape == (1625, 16) and np.isfinite(states.astype(np.float32)).all()
+def test_long_recordings_are_heard_in_pieces_to_their_end(whisper):
+    teacher, audio = Teacher(whisper, FRAME), noise(65.0)
+    assert teacher(audio, RATE).shape == (1625, 16)
+    piece = audio[: 29 * RATE].copy()
+    piece[: 27 * RATE] = 0.0
+    states = teacher(piece, RATE).astype(np.float32)
+    first, last = states[:670].mean(0), states[-45:].mean(0)
+    is_noise = np.abs(states - last).mean(1) < np.abs(states - first).mean(1)
+    assert is_noise[: 27 * 25].mean() < 0.3 and is_noise[27 * 25 :].mean() > 0.9  # of 2 s
 
 
 def test_another_rate_is_the_same_sound(whisper):
@@ -221,6 +227,11 @@ def test_the_layer_that_tells_learns_and_those_behind_it_do_not(whisper):
     first, second = model.model.encoder.layers[:2]
     assert first.mlp.down_proj.weight.grad.any() and model.model.encoder.teacher_head.weight.grad.any()
     assert second.mlp.down_proj.weight.grad is None
+    # Without states the head has a gradient all the same, for which several processes would wait.
+    model.zero_grad()
+    model(**inputs).loss.backward()
+    assert model.model.encoder.teacher_head.weight.grad is not None
+    assert not model.model.encoder.teacher_head.weight.grad.any()
     assert model(**inputs).teacher_loss is None and model.eval()(**inputs, **states).teacher_loss is None
     with pytest.raises(ValueError, match="teacher_layer must be an encoder layer, from 1 to"):
         listen_to(Teacher(whisper, FRAME), model, weight=1.0, layer=99)
@@ -240,8 +251,8 @@ def test_states_are_computed_once_and_only_where_asked_for(whisper, manifest, tm
     np.testing.assert_array_equal(again[3]["teacher_states"], taught[3]["teacher_states"])
 
 
-def test_a_teacher_of_no_weight_changes_nothing_and_one_of_weight_is_told_better(whisper, manifest, tmp_path):
-    def run(name: str, **settings) -> list[float]:
+def test_a_teacher_of_no_weight_changes_nothing_and_none_stays_in_the_model(whisper, manifest, tmp_path):
+    def run(name: str, **settings) -> EchoForConditionalGeneration:
         data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"), **settings)
         train(model_arguments(), data, trainer_arguments(tmp_path / name, max_steps=20, learning_rate=1e-2))
         return EchoForConditionalGeneration.from_pretrained(tmp_path / name)
@@ -251,17 +262,17 @@ def test_a_teacher_of_no_weight_changes_nothing_and_one_of_weight_is_told_better
     heard = run("heard", teacher=str(whisper), teacher_weight=1.0, teacher_layer=1)
     for name, value in alone.state_dict().items():
         torch.testing.assert_close(unheard.state_dict()[name], value, msg=name)
-    assert list(heard.state_dict()) == list(alone.state_dict()) and heard.config.teacher_hidden_size is None
+    assert list(heard.state_dict()) == list(alone.state_dict())
+    assert heard.config.to_diff_dict() == alone.config.to_diff_dict()
     assert any((heard.state_dict()[name] != value).any() for name, value in alone.state_dict().items())
 
 
-def test_a_resumed_run_goes_on_with_its_teacher(whisper, hubert, manifest, tmp_path):
+def test_a_resumed_run_goes_on_with_its_teacher(whisper, manifest, tmp_path):
     data = DataArguments(
         train_data=[str(manifest)],
         cache_dir=str(tmp_path / "cache"),
         tempo_perturbation=0.2,
         join=0.5,
-        start_share=0.0,
         non_speech_share=0.5,
         teacher=str(whisper),
     )
@@ -269,6 +280,9 @@ def test_a_resumed_run_goes_on_with_its_teacher(whisper, hubert, manifest, tmp_p
     train(model_arguments(), data, trainer_arguments(tmp_path / "straight", **settings))
     with pytest.raises(KeyboardInterrupt):
         train(model_arguments(), data, trainer_arguments(tmp_path / "broken", **settings), callbacks=[Interrupt()])
+    alone = replace(data, teacher=None)
+    with pytest.raises(ValueError, match="was trained with a teacher; resume it with the same"):
+        train(model_arguments(), alone, trainer_arguments(tmp_path / "broken", **settings), resume=True)
     train(model_arguments(), data, trainer_arguments(tmp_path / "broken", **settings), resume=True)
     straight = EchoForConditionalGeneration.from_pretrained(tmp_path / "straight").state_dict()
     resumed = EchoForConditionalGeneration.from_pretrained(tmp_path / "broken").state_dict()
@@ -285,7 +299,14 @@ def test_a_mean_with_the_start_leaves_what_tells_the_states_aside(whisper, manif
     assert EchoForConditionalGeneration.from_pretrained(tmp_path / "mean").config.teacher_hidden_size is None
 
 
-def test_a_layer_without_a_teacher_is_refused(manifest, tmp_path):
-    data = DataArguments(train_data=[str(manifest)], teacher_layer=1)
-    with pytest.raises(ValueError, match="teacher_layer is set, and there is no teacher"):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"teacher_layer": 1}, "teacher_layer is set, and there is no teacher"),
+        ({"teacher": "nowhere", "teacher_weight": -1.0}, "teacher_weight must not be negative, got -1.0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(manifest, tmp_path, settings, message):
+    data = DataArguments(train_data=[str(manifest)], **settings)
+    with pytest.raises(ValueError, match=message):
         train(model_arguments(), data, trainer_arguments(tmp_path / "run"))

@@ -528,6 +528,12 @@ def test_wider_feed_forwards_add_nothing_until_they_learn(tmp_path):
     wider.train()(**inputs).loss.backward()
     for block in (wider.model.encoder, wider.model.decoder):
         assert block.layers[0].mlp.down_proj.weight.grad[:, 16:].any()
+    for width in (8, "many"):
+        overrides = json.dumps({"encoder_intermediate_size": width})
+        with pytest.raises(
+            ValueError, match=f"encoder_intermediate_size is to be {width}, and is 16 in the checkpoint"
+        ):
+            build_model_and_processor(ModelArguments(model_name_or_path=str(tmp_path), config_overrides=overrides), [])
     wider.save_pretrained(tmp_path / "wider")
     again = EchoForConditionalGeneration.from_pretrained(tmp_path / "wider").eval()
     torch.testing.assert_close(again(**inputs).logits, start(**inputs).logits)

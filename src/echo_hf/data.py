@@ -257,7 +257,8 @@ class PreparedData:
         dataset (`datasets.Dataset`):
             `input_features` (float32, `(frames, channels)`), `length` (frames), `labels` (token ids as the tokenizer
             gives them), `audio` (path, or `None` for audio in memory), `text`, `origin` and the source's other columns;
-            with a teacher `teacher_states` (float16, `(encoder frames, teacher's channels)`).
+            with a teacher `teacher_states` (float16, `(encoder frames, teacher's channels)`, or 0 frames of what is
+            too short for it).
         skipped (`list[tuple[str, str]]`): origin and reason of each row left out.
         seconds (`float`): duration of the audio in `dataset`.
     """
@@ -320,16 +321,13 @@ def prepare_dataset(
         part_of[index] = sources[index], times[sources[index], origins[index]]
     parts = []
     for rows in (list(part) for _, part in groupby(keep, key=part_of.__getitem__)):
-        settings = (
-            table.select(rows).select_columns(["audio"]),
-            processor.feature_extractor,
-            [files[index].identity for index in rows],
-            num_proc,
-            Path(cache_dir) if cache_dir is not None else Path(datasets.config.HF_DATASETS_CACHE) / "echo_hf",
-        )
-        part = _compute_features(*settings)
+        audio = table.select(rows).select_columns(["audio"])
+        identities = [files[index].identity for index in rows]
+        folder = Path(cache_dir) if cache_dir is not None else Path(datasets.config.HF_DATASETS_CACHE) / "echo_hf"
+        part = _compute_features(audio, processor.feature_extractor, identities, num_proc, folder)
         if teacher is not None:
-            part = datasets.concatenate_datasets([part, _compute_states(*settings, teacher)], axis=1)
+            states = _compute_states(audio, processor.feature_extractor, identities, folder, teacher)
+            part = datasets.concatenate_datasets([part, states], axis=1)
         parts.append(part)
     features = datasets.concatenate_datasets(parts)
     undecodable = {keep[row]: message for row, message in enumerate(features["problem"]) if message}
@@ -467,11 +465,11 @@ def _compute_features(
         )
 
 
-def _compute_states(
-    table: Dataset, extractor, identities: list[str], num_proc: int | None, cache_dir: Path, teacher: Teacher
-) -> Dataset:
-    """As [`_compute_features`], the teacher's states of each recording; none of what cannot be decoded."""
-    fingerprint = features_fingerprint(extractor, [teacher.fingerprint, *identities])
+def _compute_states(table: Dataset, extractor, identities: list[str], cache_dir: Path, teacher: Teacher) -> Dataset:
+    """As [`_compute_features`], the teacher's states of each recording; none of what cannot be decoded. In this process
+    alone, as a model whose threads have worked is not to be forked."""
+    names = "\n".join([teacher.fingerprint, str(extractor.sampling_rate), *identities])
+    fingerprint = hashlib.sha256(names.encode()).hexdigest()[:32]
     with FileLock(cache_dir / f"states-{fingerprint}.lock"):
         return table.map(
             _extract_states,
@@ -481,7 +479,6 @@ def _compute_states(
             remove_columns=table.column_names,
             features=datasets.Features({"teacher_states": datasets.Array2D((None, teacher.hidden_size), "float16")}),
             fn_kwargs={"extractor": extractor, "teacher": teacher},
-            num_proc=num_proc if num_proc is not None and num_proc > 1 else None,
             cache_file_name=str(cache_dir / f"states-{fingerprint}.arrow"),
             new_fingerprint=fingerprint,
             load_from_cache_file=True,
@@ -534,9 +531,9 @@ def _extract_states(batch: dict[str, list], extractor, teacher: Teacher) -> dict
     for audio in batch["audio"]:
         try:
             waveform = extractor._read(audio, "audio", None, resample=True)
-            states.append(teacher(waveform, extractor.sampling_rate))
         except (OSError, RuntimeError, ValueError):  # which its features report
-            states.append(np.zeros((0, teacher.hidden_size), dtype=np.float16))
+            waveform = np.zeros(0, dtype=np.float32)
+        states.append(teacher(waveform, extractor.sampling_rate))
     return {"teacher_states": states}
 
 
@@ -647,8 +644,8 @@ class EchoDataCollator:
         pad_to_multiple_of (`int`, *optional*): frames are padded up to a multiple of this, for fixed shapes.
         perturb (`Callable`, *optional*):
             What is done to the features of the utterances before, such as [`VoicePerturbation.batch`]: it takes a list
-            of them, each `(frames, channels)`, and a `random.Random` to draw from, and returns as many, each
-            `(other frames, channels)`. For training only.
+            of them, each `(frames, channels)`, with states of a teacher one channel more behind the spectrogram, and a
+            `random.Random` to draw from, and returns as many, each `(other frames, channels)`. For training only.
         join (`float`, defaults to 0.0):
             Probability that the utterances of a batch are joined: those of a language, as many as were drawn and as
             `max_joined_seconds` hold, one behind the other, their texts parted by a space; so the batch has fewer and

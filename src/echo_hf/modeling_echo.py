@@ -1270,7 +1270,7 @@ def ctc_loss(
 def teacher_loss(
     told_states: torch.Tensor,
     teacher_states: torch.Tensor,
-    teacher_mask: torch.Tensor,
+    teacher_mask: torch.Tensor | None,
     num_items_in_batch: torch.Tensor | int,
 ) -> torch.Tensor:
     """How far the encoder is from telling the teacher's states (https://huggingface.co/papers/1412.6550): the mean
@@ -1280,14 +1280,15 @@ def teacher_loss(
     Args:
         told_states (`torch.Tensor` of shape `(B, S, C)`): of [`EchoEncoderOutput`].
         teacher_states (`torch.Tensor` of shape `(B, S, C)`): of [`Teacher`].
-        teacher_mask (`torch.Tensor` of shape `(B, S)`): 1 for frames that the teacher heard.
+        teacher_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 1 for frames that the teacher heard; all if not
+            given.
         num_items_in_batch: number of label tokens to divide the sum by.
 
     Returns:
         `torch.Tensor` of shape `()`.
     """
     left = (told_states.float() - teacher_states.float()).square().mean(-1)
-    return _divide((left * teacher_mask).sum(), num_items_in_batch)
+    return _divide((left if teacher_mask is None else left * teacher_mask).sum(), num_items_in_batch)
 
 
 def _divide(total: torch.Tensor, num_items_in_batch: torch.Tensor | int) -> torch.Tensor:
@@ -1452,13 +1453,18 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
                 begin, at most `max_target_positions`; -100 and pad are ignored.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*): label tokens that the sums of the losses are
                 divided by; those of `labels` if not given.
+            teacher_states (`torch.Tensor` of shape `(B, S, teacher_hidden_size)`, *optional*): of [`Teacher`], at the
+                encoder's frames; read in training, with `teacher_hidden_size`.
+            teacher_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 1 for frames that the teacher heard; all if not
+                given.
 
         Raises:
             `ValueError`: there is nothing to decode, the labels are too long, or the shapes do not fit the config.
 
         Returns:
             [`EchoSeq2SeqLMOutput`] with `logits` of shape `(B, L, vocab_size)`. With labels, `loss` is
-            `(1 - w) * ce_loss + w * ctc_loss`, `w = ctc_loss_weight`.
+            `(1 - w) * ce_loss + w * ctc_loss`, `w = ctc_loss_weight`, and with `teacher_states`
+            `teacher_loss_weight * teacher_loss` more.
 
         Example:
 
@@ -1529,7 +1535,9 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
                 )
                 result.loss = torch.lerp(result.ce_loss, result.ctc_loss, self.config.ctc_loss_weight)
             told_states = getattr(encoder_outputs, "told_states", None)
-            if told_states is not None and teacher_states is not None:
+            if told_states is not None and teacher_states is None:
+                result.loss = result.loss + 0.0 * told_states.sum()  # other processes may wait for its gradient
+            elif told_states is not None:
                 tokens = (labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
                 result.teacher_loss = teacher_loss(told_states, teacher_states, teacher_mask, tokens)
                 result.loss = result.loss + self.config.teacher_loss_weight * result.teacher_loss

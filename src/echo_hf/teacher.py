@@ -23,7 +23,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from .feature_extraction_echo import resample_audio
 
 SILENCE_BEHIND = 1.0  # seconds of silence behind a recording: cut off at its last word, Whisper hears on
-LONGEST = 30.0  # seconds that a teacher hears at once
+LONGEST = 29.0  # seconds that a teacher hears at once; with the silence, the 30 that Whisper's positions hold
 SHORTEST = 2.0  # seconds of a recording below which its states have too little to be standardised over
 
 
@@ -44,7 +44,7 @@ class Teacher:
         fingerprint (`str`): another whenever its states may differ.
 
     Raises:
-        `ValueError`: there is no such checkpoint, or no speech encoder in it.
+        `ValueError`: there is no such checkpoint, or what is in it makes no hidden states of audio.
     """
 
     def __init__(self, checkpoint: str | Path, frame_samples: int, dtype: torch.dtype = torch.float32):
@@ -60,14 +60,19 @@ class Teacher:
                 f"The teacher {checkpoint} takes {self.encoder.main_input_name}, not audio; name a speech encoder."
             )
         self.frame_samples, self.dtype = frame_samples, dtype
-        self.hidden_size = self.encoder.config.hidden_size
         self.sampling_rate = self.feature_extractor.sampling_rate
+        digest = hashlib.sha256(f"{config.to_json_string()} {frame_samples} {dtype}".encode())
+        digest.update(self.feature_extractor.to_json_string().encode() + Path(__file__).read_bytes())
+        for name, value in self.encoder.state_dict().items():
+            digest.update(name.encode() + value.flatten().view(torch.uint8).numpy().tobytes())
         self.positions = None
         if isinstance(self.encoder, WhisperEncoder):
             self.positions = self.encoder.embed_positions.weight.detach().clone()
-        digest = hashlib.sha256(f"{config.to_json_string()} {frame_samples} {dtype}".encode())
-        for name, value in self.encoder.state_dict().items():
-            digest.update(f"{name} {value.double().sum().item()} {value.double().square().sum().item()}".encode())
+        try:
+            with torch.no_grad():
+                self.hidden_size = self._hear(np.zeros(self.sampling_rate, np.float32), self.sampling_rate).shape[-1]
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"The teacher {checkpoint} makes no hidden states of audio: {error}") from error
         self.fingerprint = digest.hexdigest()[:32]
 
     @torch.no_grad()
@@ -94,7 +99,7 @@ class Teacher:
         """States of a piece, `(frames, hidden_size)`, float32."""
         frames = math.ceil(len(waveform) / self.frame_samples)
         padded = np.pad(waveform, (0, round(SILENCE_BEHIND * sampling_rate)))
-        share = len(waveform) / len(padded)
+        share = frames * self.frame_samples / len(padded)  # the last frame may hold some of the silence
         if sampling_rate != self.sampling_rate:
             padded = resample_audio(padded, sampling_rate, self.sampling_rate)
         options = {} if self.positions is None else {"padding": "longest", "truncation": False}

@@ -628,11 +628,12 @@ class StartAveraging(TrainerCallback):
     def __init__(self, share: float, start: torch.nn.Module):
         if not 0 < share < 1:
             raise ValueError(f"start_share must be at least 0 and below 1, got {share}.")
-        self.share, self.start = share, start.state_dict()
+        # What tells a teacher's states is of one training alone.
+        self.start = {name: value for name, value in start.state_dict().items() if "teacher_head" not in name}
+        self.share = share
 
     def check(self, model: torch.nn.Module, args):
         """Raises `ValueError` if the model is of another shape than the start, or FSDP keeps parts of its weights."""
-        # What tells a teacher's states is of this training alone.
         shapes = {name: value.shape for name, value in model.state_dict().items() if "teacher_head" not in name}
         others = {name: value.shape for name, value in self.start.items()}
         differing = [name for name in {**shapes, **others} if shapes.get(name) != others.get(name)]
@@ -789,16 +790,14 @@ def build_model_and_processor(
                     " out; fields that do not change the weights' shapes can be given as config_overrides."
                 )
         overrides = {"label_smoothing": label_smoothing, **parse_overrides(arguments.config_overrides)}
-        before = EchoConfig.from_pretrained(arguments.model_name_or_path)
-        wider = {name: overrides.pop(name) for name in WIDTHS if overrides.get(name, 0) > getattr(before, name)}
+        widths = {name: overrides.pop(name) for name in WIDTHS if name in overrides}
         model, processor = load_model_and_processor(
             arguments.model_name_or_path, EchoForConditionalGeneration, **overrides
         )
         if "max_target_positions" in overrides:  # the checkpoint's own way of writing has its old one
             model.generation_config.max_length = model.config.max_target_positions
-        add_nothing(model, before)
-        if wider:
-            model = widen(model, **wider)
+        add_nothing(model, EchoConfig.from_pretrained(arguments.model_name_or_path))
+        model = widen(model, **widths)
     check_fit(processor, model.config)
     if arguments.attn_implementation is not None:
         model.set_attn_implementation(arguments.attn_implementation)
@@ -832,7 +831,19 @@ def widen(model: EchoForConditionalGeneration, **widths: int) -> EchoForConditio
     Args:
         model ([`EchoForConditionalGeneration`])
         widths: larger values of the config's `encoder_intermediate_size` and `decoder_intermediate_size`.
+
+    Raises:
+        `ValueError`: a width is smaller than the model's, or no number.
     """
+    widths = {name: width for name, width in widths.items() if width != getattr(model.config, name)}
+    if not widths:
+        return model
+    for name, width in widths.items():
+        if not isinstance(width, int) or width < getattr(model.config, name):
+            raise ValueError(
+                f"{name} is to be {width}, and is {getattr(model.config, name)} in the checkpoint, whose feed-forwards"
+                " can only be made wider; give more, or leave it out."
+            )
     wider = EchoForConditionalGeneration(EchoConfig.from_dict({**model.config.to_dict(), **widths}))
     weights = wider.state_dict()
     for name, value in model.state_dict().items():
@@ -867,6 +878,13 @@ def listen_to(teacher: Teacher, model: EchoForConditionalGeneration, weight: flo
         )
     config.teacher_hidden_size, config.teacher_layer, config.teacher_loss_weight = teacher.hidden_size, layer, weight
     config._check_training()
+
+
+def forget_teacher(model: EchoForConditionalGeneration):
+    """Takes out of the model, and of its config, what [`listen_to`] put in."""
+    model.model.encoder.teacher_head = None
+    for name in ("teacher_hidden_size", "teacher_layer", "teacher_loss_weight"):
+        setattr(model.config, name, getattr(EchoConfig, name))
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -971,6 +989,8 @@ def train(
         check_hub_strategy(training_arguments)
     if data_arguments.diagnostics:
         require_tensorboard()
+    if data_arguments.teacher_weight < 0:
+        raise ValueError(f"teacher_weight must not be negative, got {data_arguments.teacher_weight}.")
     for name in ("non_speech_share", "join"):
         if not 0 <= getattr(data_arguments, name) <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {getattr(data_arguments, name)}.")
@@ -1018,8 +1038,16 @@ def train(
     model, processor = build_model_and_processor(
         model_arguments, [text or "" for text in train_table["text"]], label_smoothing
     )
+    is_taught = model.model.encoder.teacher_head is not None
+    if resume and is_taught != (data_arguments.teacher is not None):
+        raise ValueError(
+            f"{checkpoint} was trained {'with' if is_taught else 'without'} a teacher; resume it"
+            f" {'with the same' if is_taught else 'without'} `teacher`."
+        )
     teacher = None
-    if data_arguments.teacher is not None:
+    if data_arguments.teacher is None:
+        forget_teacher(model)
+    else:
         dtype = torch.bfloat16 if training_arguments.bf16 else torch.float32
         teacher = Teacher(data_arguments.teacher, model.config.inputs_to_logits_ratio, dtype)
         listen_to(teacher, model, data_arguments.teacher_weight, data_arguments.teacher_layer)
@@ -1066,6 +1094,7 @@ def train(
         train_data = add_non_speech(
             train_data, data_arguments.non_speech_share, processor, training_arguments.seed, teacher=teacher, **options
         )
+    del teacher  # and the memory that it takes
     eval_data = prepare_dataset(eval_table, processor, **options) if eval_table is not None else None
     if model.config.ctc_loss_weight > 0 and (beyond := count_beyond_ctc(train_data, model.config)):
         logger.warning(
@@ -1086,7 +1115,7 @@ def train(
             max_joined_seconds=min(MAX_JOINED_SECONDS, data_arguments.max_seconds or MAX_JOINED_SECONDS),
             max_label_length=model.config.max_target_positions,
             seed=training_arguments.seed,
-            teacher_frames=math.prod(model.config.stem_strides) if teacher is not None else 0,
+            teacher_frames=math.prod(model.config.stem_strides) if data_arguments.teacher is not None else 0,
         ),
         train_dataset=train_data.dataset,
         eval_dataset=eval_data.dataset if eval_data else None,
@@ -1098,8 +1127,7 @@ def train(
         muon=data_arguments.muon,
     )
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
-    model.model.encoder.teacher_head = None  # it has served
-    model.config.teacher_hidden_size = None
+    forget_teacher(model)
     # As the Trainer calls it itself: otherwise it would push at once, before the model is evaluated.
     try:
         trainer.save_model(_internal_call=True)
