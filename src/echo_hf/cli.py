@@ -460,7 +460,7 @@ def _refuse_other_models(before: dict[str, Any], settings: dict[str, Any]) -> No
         return ", ".join(name for name in names if settings[name] != before[name])
 
     names = [field.name for field in fields(ModelArguments) if field.name != "attn_implementation"]
-    if others := changed((*names, "label_smoothing_factor", "teacher")):
+    if others := changed((*names, "label_smoothing_factor")):
         raise ValueError(
             f"--resume goes on with the model of the checkpoint, which {others} would change: leave that"
             " out, or start a new run from the weights (--model_name_or_path)."

@@ -230,13 +230,6 @@ class EchoConfig(PreTrainedConfig):
         ctc_loss_weight (`float`, defaults to 0.3):
             Weight of the CTC loss on the encoder in the hybrid loss, in [0, 1]; cross-entropy has the rest. 0: no CTC
             head. (Watanabe et al., https://ieeexplore.ieee.org/document/8068205)
-        teacher_hidden_size (`int`, *optional*):
-            Channels of the hidden states of a larger model, the teacher, which the encoder learns to tell in training;
-            without a teacher when not given. `echo-hf train --teacher` sets it, and takes it out at the end.
-        teacher_layer (`int`, *optional*):
-            Encoder layer, counted from 1, whose states tell them; the last when not given.
-        teacher_loss_weight (`float`, defaults to 1.0):
-            Weight of what they do not tell in the loss; it is added to the hybrid loss.
         label_smoothing (`float`, defaults to 0.0):
             Probability mass that the cross-entropy's target spreads evenly over the vocabulary, in [0, 1).
         apply_spec_augment (`bool`, defaults to `False`):
@@ -285,7 +278,7 @@ class EchoConfig(PreTrainedConfig):
 
     model_type = "echo"
     _auto_class = "AutoConfig"
-    keys_to_ignore_at_inference = ["past_key_values", "cache", "ce_loss", "ctc_loss", "ctc_logits", "teacher_loss"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "ce_loss", "ctc_loss", "ctc_logits"]
     attribute_map = {
         "hidden_size": "decoder_hidden_size",
         "intermediate_size": "decoder_intermediate_size",
@@ -338,9 +331,6 @@ class EchoConfig(PreTrainedConfig):
     token_pitch: Literal["none", "mean", "median", "last"] = "none"
     tokens_per_second: float | int = 10.0
     ctc_loss_weight: float | int = 0.3
-    teacher_hidden_size: int | None = None
-    teacher_layer: int | None = None
-    teacher_loss_weight: float | int = 1.0
     label_smoothing: float | int = 0.0
     apply_spec_augment: bool = False
     mask_time_prob: float | int = 0.05
@@ -468,13 +458,6 @@ class EchoConfig(PreTrainedConfig):
         for name in ("ctc_loss_weight", "mask_time_prob", "mask_feature_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
-        if self.teacher_loss_weight < 0:
-            raise ValueError(f"teacher_loss_weight must not be negative, got {self.teacher_loss_weight}.")
-        if self.teacher_layer is not None and not 1 <= self.teacher_layer <= self.encoder_num_hidden_layers:
-            raise ValueError(
-                f"teacher_layer must be an encoder layer, from 1 to {self.encoder_num_hidden_layers}, got"
-                f" {self.teacher_layer}."
-            )
         layers = self.self_conditioning_layers or []
         if any(not 1 <= layer < self.encoder_num_hidden_layers for layer in layers) or len(set(layers)) < len(layers):
             raise ValueError(

@@ -35,7 +35,6 @@ from filelock import FileLock
 from transformers.utils import logging
 
 from .metrics import has_half_surrogate
-from .teacher import Teacher
 from .transcription import AUDIO_EXTENSIONS
 from .transcription import find_audio_files
 
@@ -256,9 +255,7 @@ class PreparedData:
     Args:
         dataset (`datasets.Dataset`):
             `input_features` (float32, `(frames, channels)`), `length` (frames), `labels` (token ids as the tokenizer
-            gives them), `audio` (path, or `None` for audio in memory), `text`, `origin` and the source's other columns;
-            with a teacher `teacher_states` (float16, `(encoder frames, teacher's channels)`, or 0 frames of what is
-            too short for it).
+            gives them), `audio` (path, or `None` for audio in memory), `text`, `origin` and the source's other columns.
         skipped (`list[tuple[str, str]]`): origin and reason of each row left out.
         seconds (`float`): duration of the audio in `dataset`.
     """
@@ -278,7 +275,6 @@ def prepare_dataset(
     allow_empty_text: bool = False,
     num_proc: int | None = None,
     cache_dir: str | os.PathLike | None = None,
-    teacher: Teacher | None = None,
 ) -> PreparedData:
     """
     Checks a table of speech, then computes its features, or takes them from the cache.
@@ -295,7 +291,6 @@ def prepare_dataset(
         allow_empty_text (`bool`, defaults to `False`): whether audio without words, such as silence, can be used.
         num_proc (`int`, *optional*): number of processes that compute features; this process alone when not given.
         cache_dir (`str`, *optional*): folder for features; `echo_hf` in the cache of `datasets` when not given.
-        teacher ([`Teacher`], *optional*): its states are computed too.
 
     Returns:
         [`PreparedData`].
@@ -319,17 +314,18 @@ def prepare_dataset(
     for index in keep:
         times[sources[index], origins[index]] += 1
         part_of[index] = sources[index], times[sources[index], origins[index]]
-    parts = []
-    for rows in (list(part) for _, part in groupby(keep, key=part_of.__getitem__)):
-        audio = table.select(rows).select_columns(["audio"])
-        identities = [files[index].identity for index in rows]
-        folder = Path(cache_dir) if cache_dir is not None else Path(datasets.config.HF_DATASETS_CACHE) / "echo_hf"
-        part = _compute_features(audio, processor.feature_extractor, identities, num_proc, folder)
-        if teacher is not None:
-            states = _compute_states(audio, processor.feature_extractor, identities, folder, teacher)
-            part = datasets.concatenate_datasets([part, states], axis=1)
-        parts.append(part)
-    features = datasets.concatenate_datasets(parts)
+    features = datasets.concatenate_datasets(
+        [
+            _compute_features(
+                table.select(rows).select_columns(["audio"]),
+                processor.feature_extractor,
+                [files[index].identity for index in rows],
+                num_proc,
+                Path(cache_dir) if cache_dir is not None else Path(datasets.config.HF_DATASETS_CACHE) / "echo_hf",
+            )
+            for rows in (list(part) for _, part in groupby(keep, key=part_of.__getitem__))
+        ]
+    )
     undecodable = {keep[row]: message for row, message in enumerate(features["problem"]) if message}
     _report(origins, undecodable, skip_broken)
 
@@ -344,12 +340,11 @@ def prepare_dataset(
         prepared = prepared.select([row for row, index in enumerate(keep) if index not in undecodable])
         if not len(prepared):
             raise ValueError(f"None of the {len(table)} utterances can be used: {_describe(origins, undecodable)}.")
-    arrays = ["input_features"] if teacher is None else ["input_features", "teacher_states"]
     left_out = dict(sorted((problems | outside | undecodable).items()))
     if outside:
         logger.warning(f"{len(outside)} of {len(table)} utterances left out: {_describe(origins, outside)}.")
     return PreparedData(
-        dataset=prepared.with_format("numpy", columns=arrays, output_all_columns=True),
+        dataset=prepared.with_format("numpy", columns=["input_features"], output_all_columns=True),
         skipped=[(origins[index], reason) for index, reason in left_out.items()],
         seconds=sum(files[index].seconds for index in keep if index not in undecodable),
     )
@@ -465,27 +460,6 @@ def _compute_features(
         )
 
 
-def _compute_states(table: Dataset, extractor, identities: list[str], cache_dir: Path, teacher: Teacher) -> Dataset:
-    """As [`_compute_features`], the teacher's states of each recording; none of what cannot be decoded. In this process
-    alone, as a model whose threads have worked is not to be forked."""
-    names = "\n".join([teacher.fingerprint, str(extractor.sampling_rate), *identities])
-    fingerprint = hashlib.sha256(names.encode()).hexdigest()[:32]
-    with FileLock(cache_dir / f"states-{fingerprint}.lock"):
-        return table.map(
-            _extract_states,
-            batched=True,
-            batch_size=16,
-            writer_batch_size=64,
-            remove_columns=table.column_names,
-            features=datasets.Features({"teacher_states": datasets.Array2D((None, teacher.hidden_size), "float16")}),
-            fn_kwargs={"extractor": extractor, "teacher": teacher},
-            cache_file_name=str(cache_dir / f"states-{fingerprint}.arrow"),
-            new_fingerprint=fingerprint,
-            load_from_cache_file=True,
-            desc="Asking the teacher",
-        )
-
-
 def features_fingerprint(extractor, identities: Iterable[str]) -> str:
     """
     A name for the features of some audio: the same in every process, another whenever the features may differ.
@@ -524,17 +498,6 @@ def _extract(batch: dict[str, list], extractor) -> dict[str, list]:
         features.append(values)
         problems.append(problem)
     return {"input_features": features, "length": [len(values) for values in features], "problem": problems}
-
-
-def _extract_states(batch: dict[str, list], extractor, teacher: Teacher) -> dict[str, list]:
-    states = []
-    for audio in batch["audio"]:
-        try:
-            waveform = extractor._read(audio, "audio", None, resample=True)
-        except (OSError, RuntimeError, ValueError):  # which its features report
-            waveform = np.zeros(0, dtype=np.float32)
-        states.append(teacher(waveform, extractor.sampling_rate))
-    return {"teacher_states": states}
 
 
 # Streams -------------------------------------------------------------------------------------------------------------
@@ -644,8 +607,8 @@ class EchoDataCollator:
         pad_to_multiple_of (`int`, *optional*): frames are padded up to a multiple of this, for fixed shapes.
         perturb (`Callable`, *optional*):
             What is done to the features of the utterances before, such as [`VoicePerturbation.batch`]: it takes a list
-            of them, each `(frames, channels)`, with states of a teacher one channel more behind the spectrogram, and a
-            `random.Random` to draw from, and returns as many, each `(other frames, channels)`. For training only.
+            of them, each `(frames, channels)`, and a `random.Random` to draw from, and returns as many, each
+            `(other frames, channels)`. For training only.
         join (`float`, defaults to 0.0):
             Probability that the utterances of a batch are joined: those of a language, as many as were drawn and as
             `max_joined_seconds` hold, one behind the other, their texts parted by a space; so the batch has fewer and
@@ -655,15 +618,10 @@ class EchoDataCollator:
         seed (`int`, defaults to 0): of what is drawn.
         epoch (`int`, *optional*, defaults to 0): likewise; [`EchoTrainer`] sets it. `None`, as for a stream, which may
             repeat itself within an epoch: `perturb` gets no `random.Random`, and all is drawn anew each time.
-        teacher_frames (`int`, defaults to 0):
-            How many frames of the features a state of a [`Teacher`] spans; with 0, rows' `teacher_states` are left
-            aside.
 
     Returns (`__call__`):
         `dict[str, torch.Tensor]`: `input_features` `(batch, frames, channels)`, `attention_mask` `(batch, frames)` and,
-        if the rows have them, `labels` `(batch, tokens)`; with `teacher_frames` and states `teacher_states` `(batch,
-        encoder frames, teacher's channels)`, of the frames that those of the batch were made of, and `teacher_mask`
-        `(batch, encoder frames)`, 0 where the teacher heard nothing, as in a pause that was added.
+        if the rows have them, `labels` `(batch, tokens)`.
 
     Raises:
         `ValueError`: utterances are to be joined, and rows have no `text` or `labels`, or the accumulated phase, which
@@ -678,7 +636,6 @@ class EchoDataCollator:
     max_label_length: int | None = None
     seed: int = 0
     epoch: int | None = 0
-    teacher_frames: int = 0
 
     def __post_init__(self):
         if self.join and "phase" in self.processor.feature_extractor.feature_groups:
@@ -703,22 +660,10 @@ class EchoDataCollator:
             lengths = [len(utterance) for utterance in features]
             said = [np.asarray(row["labels"]).tolist() for row in rows if row.get("labels") is not None]
             chance = random.Random(f"{self.seed} {self.epoch} {lengths} {said}")
-        groups = self.processor.feature_extractor.feature_groups
-        teaches = self.teacher_frames and any(len(row.get("teacher_states", ())) for row in rows)
-        if teaches:
-            # A channel that follows in time only tells, of each frame, which one it was, counted through the batch.
-            states, place = self._list_states(rows, features)
-            features = [
-                np.insert(utterance, groups["spectrogram"], number, axis=1)
-                for utterance, number in zip(features, place, strict=True)
-            ]
         if self.perturb is not None:
             features = self.perturb(features, chance)
         if self.join and (chance or random).random() < self.join:
             rows, features = self._join(rows, features, chance or random)
-        if teaches:
-            times = [utterance[:, groups["spectrogram"]] for utterance in features]
-            features = [np.delete(utterance, groups["spectrogram"], axis=1) for utterance in features]
         padded = self.processor.feature_extractor.pad(
             {"input_features": features},
             padding=True,
@@ -727,41 +672,12 @@ class EchoDataCollator:
             return_tensors="pt",
         )
         batch = dict(padded)
-        if teaches:
-            batch |= self._align(states, times, batch["attention_mask"].shape[1])
         if all(row.get("labels") is not None for row in rows):
             begin = self.processor.tokenizer.bos_token_id
             labels = [torch.as_tensor(row["labels"], dtype=torch.long) for row in rows]
             labels = [ids[1:] if len(ids) and ids[0] == begin else ids for ids in labels]
             batch["labels"] = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
         return batch
-
-    def _list_states(self, rows, features) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The states of all rows, one behind the other, `(states, channels)`, and where in them, in frames and from 1,
-        each frame of each row is; 0 where the teacher heard nothing."""
-        states, places, before = [], [], 0
-        for row, utterance in zip(rows, features, strict=True):
-            heard = row.get("teacher_states", ())
-            number = len(heard)
-            place = np.arange(1, len(utterance) + 1, dtype=np.float32)
-            places.append(np.where(place <= number * self.teacher_frames, place + before * self.teacher_frames, 0))
-            if number:
-                states.append(np.asarray(heard))
-                before += number
-        return np.concatenate(states), places
-
-    def _align(self, states: np.ndarray, times: list[np.ndarray], num_frames: int) -> dict[str, torch.Tensor]:
-        """`teacher_states` and `teacher_mask` of the encoder's frames: the state of the frame in the middle of each."""
-        size = math.ceil(num_frames / self.teacher_frames)
-        aligned = np.zeros((len(times), size, states.shape[1]), dtype=np.float32)
-        mask = np.zeros((len(times), size), dtype=np.int64)
-        for row, time in enumerate(times):
-            middles = np.arange(0, len(time), self.teacher_frames) + self.teacher_frames // 2
-            middle = time[np.minimum(middles, len(time) - 1)]
-            index = (np.round(middle).astype(int) - 1) // self.teacher_frames
-            mask[row, : len(index)] = index >= 0
-            aligned[row, : len(index)] = np.where(index[:, None] >= 0, states[index], 0)
-        return {"teacher_states": torch.from_numpy(aligned), "teacher_mask": torch.from_numpy(mask)}
 
     def _join(self, rows: list[dict[str, Any]], features: list[np.ndarray], chance) -> tuple[list, list]:
         """Fewer and longer rows, each with `labels` alone, and their features."""

@@ -90,8 +90,6 @@ class EchoEncoderOutput(BaseModelOutput):
             `1 / tokens_per_second` seconds; with `token_pitch`.
         intermediate_logits (`torch.Tensor` of shape `(B, N, S, vocab_size)`, *optional*): what the encoder took each
             frame for behind N of its layers; in training, with `self_conditioning_layers`.
-        told_states (`torch.Tensor` of shape `(B, S, teacher_hidden_size)`, *optional*): what the encoder takes the
-            teacher's states for; in training, with `teacher_hidden_size`.
     """
 
     attention_mask: torch.Tensor | None = None
@@ -99,7 +97,6 @@ class EchoEncoderOutput(BaseModelOutput):
     silence: torch.Tensor | None = None
     token_pitch: torch.Tensor | None = None
     intermediate_logits: torch.Tensor | None = None
-    told_states: torch.Tensor | None = None
 
 
 @dataclass
@@ -110,13 +107,11 @@ class EchoSeq2SeqLMOutput(Seq2SeqLMOutput):
         ce_loss (`torch.Tensor` of shape `()`, *optional*): cross-entropy a token.
         ctc_loss (`torch.Tensor` of shape `()`, *optional*): CTC loss a token; with `ctc_loss_weight > 0`.
         ctc_logits (`torch.Tensor` of shape `(B, S, vocab_size)`, *optional*): of the CTC head; with labels given.
-        teacher_loss (`torch.Tensor` of shape `()`, *optional*): see [`teacher_loss`]; with `teacher_states` given.
     """
 
     ce_loss: torch.Tensor | None = None
     ctc_loss: torch.Tensor | None = None
     ctc_logits: torch.Tensor | None = None
-    teacher_loss: torch.Tensor | None = None
 
 
 def precise_dtype(device: torch.device) -> torch.dtype:
@@ -852,9 +847,6 @@ class EchoEncoder(EchoPreTrainedModel):
         if config.self_conditioning_layers:
             self.intermediate_head = EchoOutputHead(config.encoder_hidden_size, config.vocab_size)
             self.self_conditioning = EchoZeroLinear(config.vocab_size, config.encoder_hidden_size, bias=False)
-        self.teacher_head = None
-        if config.teacher_hidden_size:
-            self.teacher_head = nn.Linear(config.encoder_hidden_size, config.teacher_hidden_size)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -985,8 +977,7 @@ class EchoEncoder(EchoPreTrainedModel):
         else:
             mask = create_bidirectional_mask(config=config, inputs_embeds=hidden_states, attention_mask=encoder_mask)
 
-        intermediate_logits, told_states = [], None
-        teaches = self.training and self.teacher_head is not None
+        intermediate_logits = []
         shared = (mask, cos, sin, silence, standardized_f0, position_bias, pitch, encoder_mask)
         for number, layer in enumerate(self.layers, 1):
             if not self._drops_layer(config.encoder_layerdrop):
@@ -995,8 +986,6 @@ class EchoEncoder(EchoPreTrainedModel):
                 logits = self.intermediate_head(self.norm(hidden_states))
                 hidden_states = hidden_states + self.self_conditioning(logits.softmax(-1))
                 intermediate_logits.append(logits)
-            if teaches and number == (config.teacher_layer or len(self.layers)):
-                told_states = self.teacher_head(self.norm(hidden_states))
         return EchoEncoderOutput(
             last_hidden_state=self.norm(hidden_states),
             attention_mask=encoder_mask,
@@ -1004,7 +993,6 @@ class EchoEncoder(EchoPreTrainedModel):
             silence=silence,
             token_pitch=token_pitch,
             intermediate_logits=torch.stack(intermediate_logits, 1) if self.training and intermediate_logits else None,
-            told_states=told_states,
         )
 
 
@@ -1267,30 +1255,6 @@ def ctc_loss(
     return _divide(total, num_items_in_batch)
 
 
-def teacher_loss(
-    told_states: torch.Tensor,
-    teacher_states: torch.Tensor,
-    teacher_mask: torch.Tensor | None,
-    num_items_in_batch: torch.Tensor | int,
-) -> torch.Tensor:
-    """How far the encoder is from telling the teacher's states (https://huggingface.co/papers/1412.6550): the mean
-    square of what is left of a state, summed over the frames and divided by the number of label tokens, as the other
-    losses are. Of a frame it is 1 where nothing is told of standardised states, and 0 where all is.
-
-    Args:
-        told_states (`torch.Tensor` of shape `(B, S, C)`): of [`EchoEncoderOutput`].
-        teacher_states (`torch.Tensor` of shape `(B, S, C)`): of [`Teacher`].
-        teacher_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 1 for frames that the teacher heard; all if not
-            given.
-        num_items_in_batch: number of label tokens to divide the sum by.
-
-    Returns:
-        `torch.Tensor` of shape `()`.
-    """
-    left = (told_states.float() - teacher_states.float()).square().mean(-1)
-    return _divide((left if teacher_mask is None else left * teacher_mask).sum(), num_items_in_batch)
-
-
 def _divide(total: torch.Tensor, num_items_in_batch: torch.Tensor | int) -> torch.Tensor:
     # The Trainer's number need not be on the device of the logits, and replicas of `DataParallel` know of none.
     return total / (num_items_in_batch.to(total.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch)
@@ -1453,18 +1417,13 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
                 begin, at most `max_target_positions`; -100 and pad are ignored.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*): label tokens that the sums of the losses are
                 divided by; those of `labels` if not given.
-            teacher_states (`torch.Tensor` of shape `(B, S, teacher_hidden_size)`, *optional*): of [`Teacher`], at the
-                encoder's frames; read in training, with `teacher_hidden_size`.
-            teacher_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 1 for frames that the teacher heard; all if not
-                given.
 
         Raises:
             `ValueError`: there is nothing to decode, the labels are too long, or the shapes do not fit the config.
 
         Returns:
             [`EchoSeq2SeqLMOutput`] with `logits` of shape `(B, L, vocab_size)`. With labels, `loss` is
-            `(1 - w) * ce_loss + w * ctc_loss`, `w = ctc_loss_weight`, and with `teacher_states`
-            `teacher_loss_weight * teacher_loss` more.
+            `(1 - w) * ce_loss + w * ctc_loss`, `w = ctc_loss_weight`.
 
         Example:
 
@@ -1482,7 +1441,6 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
         if past_key_values is None:
             past_key_values = kwargs.pop("cache", None)  # its name from Transformers 5.24 on
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        teacher_states, teacher_mask = kwargs.pop("teacher_states", None), kwargs.pop("teacher_mask", None)
         if labels is not None:
             if labels.shape[1] > self.config.max_target_positions:
                 raise ValueError(
@@ -1534,13 +1492,6 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
                     result.ctc_logits, labels, encoder_mask, self.config, num_items_in_batch, intermediate_logits
                 )
                 result.loss = torch.lerp(result.ce_loss, result.ctc_loss, self.config.ctc_loss_weight)
-            told_states = getattr(encoder_outputs, "told_states", None)
-            if told_states is not None and teacher_states is None:
-                result.loss = result.loss + 0.0 * told_states.sum()  # other processes may wait for its gradient
-            elif told_states is not None:
-                tokens = (labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-                result.teacher_loss = teacher_loss(told_states, teacher_states, teacher_mask, tokens)
-                result.loss = result.loss + self.config.teacher_loss_weight * result.teacher_loss
         return result
 
 

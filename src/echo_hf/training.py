@@ -76,7 +76,6 @@ from .modeling_echo import mask_frames
 from .non_speech import non_speech_table
 from .optimization import describe_muon
 from .processing_echo import EchoProcessor
-from .teacher import Teacher
 from .tokenization_echo import EchoTokenizer
 
 logger = logging.get_logger(__name__)
@@ -243,20 +242,6 @@ class DataArguments:
             "help": "Each utterance is heard twice in a batch, with other masks and dropout, and this is the weight of"
             " what the two disagree on; try 0.2. A step takes twice as long. Needs apply_spec_augment or dropout."
         },
-    )
-    teacher: str | None = field(
-        default=None,
-        metadata={
-            "help": "A larger speech model of Transformers, a folder or a name on the Hub, e.g. openai/whisper-base,"
-            " whose hidden states the encoder learns to tell beside the texts. What tells them is left out of the model"
-            " at the end."
-        },
-    )
-    teacher_weight: float = field(
-        default=1.0, metadata={"help": "Weight of what the encoder does not tell of the teacher's states in the loss."}
-    )
-    teacher_layer: int | None = field(
-        default=None, metadata={"help": "Encoder layer that tells them, counted from 1; the last if not given."}
     )
     muon: bool = field(
         default=False,
@@ -628,13 +613,11 @@ class StartAveraging(TrainerCallback):
     def __init__(self, share: float, start: torch.nn.Module):
         if not 0 < share < 1:
             raise ValueError(f"start_share must be at least 0 and below 1, got {share}.")
-        # What tells a teacher's states is of one training alone.
-        self.start = {name: value for name, value in start.state_dict().items() if "teacher_head" not in name}
-        self.share = share
+        self.share, self.start = share, start.state_dict()
 
     def check(self, model: torch.nn.Module, args):
         """Raises `ValueError` if the model is of another shape than the start, or FSDP keeps parts of its weights."""
-        shapes = {name: value.shape for name, value in model.state_dict().items() if "teacher_head" not in name}
+        shapes = {name: value.shape for name, value in model.state_dict().items()}
         others = {name: value.shape for name, value in self.start.items()}
         differing = [name for name in {**shapes, **others} if shapes.get(name) != others.get(name)]
         if differing:
@@ -648,8 +631,7 @@ class StartAveraging(TrainerCallback):
     def on_train_end(self, args, state, control, model=None, **kwargs):
         with torch.no_grad():
             for name, value in model.named_parameters():  # which has what is tied once
-                if name in self.start:
-                    value.lerp_(self.start[name].to(value), self.share)
+                value.lerp_(self.start[name].to(value), self.share)
 
 
 def as_list(value: str | Sequence[str] | None) -> list[str] | None:
@@ -854,39 +836,6 @@ def widen(model: EchoForConditionalGeneration, **widths: int) -> EchoForConditio
     return wider
 
 
-def listen_to(teacher: Teacher, model: EchoForConditionalGeneration, weight: float, layer: int | None = None):
-    """
-    Gives the model's encoder what tells the teacher's states, if it has none as yet, and its config the settings.
-
-    Args:
-        teacher ([`Teacher`])
-        model ([`EchoForConditionalGeneration`]): changed in place.
-        weight (`float`): of the teacher's part in the loss.
-        layer (`int`, *optional*): encoder layer that tells the states, counted from 1; the last if not given.
-
-    Raises:
-        `ValueError`: there is no such layer, the weight is negative, or the checkpoint had another teacher.
-    """
-    config, encoder = model.config, model.model.encoder
-    if encoder.teacher_head is None:
-        encoder.teacher_head = torch.nn.Linear(config.encoder_hidden_size, teacher.hidden_size)
-        model._init_weights(encoder.teacher_head)
-    if len(encoder.teacher_head.weight) != teacher.hidden_size:
-        raise ValueError(
-            f"The checkpoint tells states of {len(encoder.teacher_head.weight)} channels, and the teacher's have"
-            f" {teacher.hidden_size}; go on with the one that it had."
-        )
-    config.teacher_hidden_size, config.teacher_layer, config.teacher_loss_weight = teacher.hidden_size, layer, weight
-    config._check_training()
-
-
-def forget_teacher(model: EchoForConditionalGeneration):
-    """Takes out of the model, and of its config, what [`listen_to`] put in."""
-    model.model.encoder.teacher_head = None
-    for name in ("teacher_hidden_size", "teacher_layer", "teacher_loss_weight"):
-        setattr(model.config, name, getattr(EchoConfig, name))
-
-
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """The complete `checkpoint-<step>` folders in `output_dir`, oldest first. A run that was killed while it saved
     leaves a folder without a readable `trainer_state.json`, which is written last."""
@@ -989,15 +938,11 @@ def train(
         check_hub_strategy(training_arguments)
     if data_arguments.diagnostics:
         require_tensorboard()
-    if data_arguments.teacher_weight < 0:
-        raise ValueError(f"teacher_weight must not be negative, got {data_arguments.teacher_weight}.")
     for name in ("non_speech_share", "join"):
         if not 0 <= getattr(data_arguments, name) <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {getattr(data_arguments, name)}.")
     if data_arguments.consistency_weight < 0:
         raise ValueError(f"consistency_weight must not be negative, got {data_arguments.consistency_weight}.")
-    if data_arguments.teacher is None and data_arguments.teacher_layer is not None:
-        raise ValueError("teacher_layer is set, and there is no teacher; name one, or leave it out.")
     if data_arguments.muon:
         describe_muon(training_arguments)  # refuses what does not go with it
     if data_arguments.start_share and model_arguments.model_name_or_path is None:
@@ -1038,19 +983,6 @@ def train(
     model, processor = build_model_and_processor(
         model_arguments, [text or "" for text in train_table["text"]], label_smoothing
     )
-    is_taught = model.model.encoder.teacher_head is not None
-    if resume and is_taught != (data_arguments.teacher is not None):
-        raise ValueError(
-            f"{checkpoint} was trained {'with' if is_taught else 'without'} a teacher; resume it"
-            f" {'with the same' if is_taught else 'without'} `teacher`."
-        )
-    teacher = None
-    if data_arguments.teacher is None:
-        forget_teacher(model)
-    else:
-        dtype = torch.bfloat16 if training_arguments.bf16 else torch.float32
-        teacher = Teacher(data_arguments.teacher, model.config.inputs_to_logits_ratio, dtype)
-        listen_to(teacher, model, data_arguments.teacher_weight, data_arguments.teacher_layer)
 
     if data_arguments.start_share:
         start, _ = load_model_and_processor(started_from, EchoForConditionalGeneration)
@@ -1086,15 +1018,13 @@ def train(
         processor,
         min_seconds=data_arguments.min_seconds,
         max_seconds=data_arguments.max_seconds,
-        teacher=teacher,
         **options,
     )
     num_recorded = len(train_data.dataset)
     if data_arguments.non_speech_share:
         train_data = add_non_speech(
-            train_data, data_arguments.non_speech_share, processor, training_arguments.seed, teacher=teacher, **options
+            train_data, data_arguments.non_speech_share, processor, training_arguments.seed, **options
         )
-    del teacher  # and the memory that it takes
     eval_data = prepare_dataset(eval_table, processor, **options) if eval_table is not None else None
     if model.config.ctc_loss_weight > 0 and (beyond := count_beyond_ctc(train_data, model.config)):
         logger.warning(
@@ -1115,7 +1045,6 @@ def train(
             max_joined_seconds=min(MAX_JOINED_SECONDS, data_arguments.max_seconds or MAX_JOINED_SECONDS),
             max_label_length=model.config.max_target_positions,
             seed=training_arguments.seed,
-            teacher_frames=math.prod(model.config.stem_strides) if data_arguments.teacher is not None else 0,
         ),
         train_dataset=train_data.dataset,
         eval_dataset=eval_data.dataset if eval_data else None,
@@ -1127,7 +1056,6 @@ def train(
         muon=data_arguments.muon,
     )
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
-    forget_teacher(model)
     # As the Trainer calls it itself: otherwise it would push at once, before the model is evaluated.
     try:
         trainer.save_model(_internal_call=True)
