@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from speed import peak_memory
 
 from conftest import SAMPLING_RATE
 from conftest import voice
 from echo_hf import transcription
-from echo_hf.benchmark import peak_memory
 from echo_hf.pipeline_echo import EchoAutomaticSpeechRecognitionPipeline
 from echo_hf.transcription import Transcript
 from echo_hf.transcription import expand_paths

@@ -1,31 +1,17 @@
-"""Audio in which nobody speaks: to train a model to write nothing there, and to measure whether it does.
+"""Audio in which nobody speaks, to train a model to write nothing there.
 
-All of it is computed, none recorded, and the same for the same seed. Training takes [`TRAINING_KINDS`] only. What an
-evaluation has besides, [`FURTHER_KINDS`], must never be trained on: its figures tell what a model does with sounds of a
-kind that it has not met.
+All of it is computed, none recorded, and the same for the same seed. Training takes [`TRAINING_KINDS`] only. The
+[`FURTHER_KINDS`] are for evaluation (`benchmarks/non_speech.py`) and must never be trained on: their figures tell what
+a model does with sounds of a kind that it has not met.
 """
 
 import io
-import os
-from collections.abc import Callable
-from collections.abc import Iterator
 from collections.abc import Sequence
-from contextlib import contextmanager
-from typing import Any
 
 import datasets
 import numpy as np
 import soundfile
 from datasets import Dataset
-
-from .benchmark import format_table
-from .data import load_sources
-from .data import prepare_dataset
-from .metrics import normalize_text
-from .metrics import score
-from .transcription import bundled_recordings
-from .transcription import make_pipeline
-from .transcription import recognize
 
 TRAINING_KINDS = ("zeros", "white_noise", "pink_noise", "brown_noise", "hum", "chords", "melody", "clicks")
 FURTHER_KINDS = ("sweep", "wind", "bursts", "engine")  # for evaluation alone
@@ -34,16 +20,6 @@ LOWEST_NOISE = 20.0  # Hz; coloured noise is flat below, where it would be mostl
 A4 = 440.0  # Hz
 SCALES = ((0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10), (0, 2, 4, 7, 9))  # semitones: major, minor, pentatonic
 CHORDS = ((0, 4, 7), (0, 3, 7), (0, 4, 7, 10), (0, 5, 7), (0, 7, 12))  # semitones above the root
-
-
-CLIP_SECONDS = (1.0, 8.0)  # of the clips that are measured
-EVALUATION_SEEDS = 1_000_000  # added to the seed, so that no clip repeats one of a training run with the same
-TAIL_SECONDS = 10.0
-TAILS = {  # what follows speech: a kind of sound and its level in dBFS
-    "silence": ("zeros", 0.0),
-    "noise, -60 dBFS": ("pink_noise", -60.0),
-    "noise, -40 dBFS": ("pink_noise", -40.0),
-}
 
 
 # Signals -------------------------------------------------------------------------------------------------------------
@@ -336,10 +312,11 @@ def non_speech_table(
         duration, level = generator.uniform(*seconds), generator.uniform(*levels)
         signals.append(non_speech_signal(kind, duration, generator, level, sampling_rate))
         origins.append(f"non-speech {row} of seed {seed} ({kind}, {level:.0f} dBFS)")
-    return _make_table(signals, origins, sampling_rate)
+    return table_of_signals(signals, origins, sampling_rate)
 
 
-def _make_table(signals: list[np.ndarray], origins: list[str], sampling_rate: int) -> Dataset:
+def table_of_signals(signals: list[np.ndarray], origins: list[str], sampling_rate: int) -> Dataset:
+    """Utterances without words of signals at a sampling rate in Hz, each with what an error message calls it."""
     audio = []
     for signal in signals:
         file = io.BytesIO()
@@ -349,178 +326,4 @@ def _make_table(signals: list[np.ndarray], origins: list[str], sampling_rate: in
     return table.cast_column("audio", datasets.Audio(decode=False))
 
 
-# What a model makes of it --------------------------------------------------------------------------------------------
-
-
-def measure_non_speech(
-    model,
-    processor,
-    sources: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
-    count: int = 20,
-    seed: int = 0,
-    batch_size: int = 16,
-    cache_dir: str | os.PathLike | None = None,
-    **generate_kwargs,
-) -> dict[str, Any]:
-    """
-    Counts the words that are written where nobody speaks: for clips that are not speech, and for speech that
-    [`TAIL_SECONDS`] of silence or low noise follow.
-
-    Three ways of asking stand side by side: `"model"`, whose `generate()` gets the features of the whole clip;
-    `"no silence scaling"`, the same with `silence_scaling` switched off for the time, if the checkpoint has it; and
-    `"pipeline"`, which leaves silence out by itself before the model is asked.
-
-    Args:
-        model ([`EchoForConditionalGeneration`] or [`EchoForCTC`]): the recogniser.
-        processor ([`EchoProcessor`]): the model's.
-        sources (*optional*): speech, as [`~echo_hf.data.load_sources`] takes it; the recordings that come with the
-            package when not given. What was said does not matter.
-        count (`int`, defaults to 20): clips of each kind, and recordings of speech at most, which are drawn.
-        seed (`int`, defaults to 0): of all that is drawn. Clips of all kinds have the same durations and levels.
-        batch_size (`int`, defaults to 16): clips at a time.
-        cache_dir (`str`, *optional*): folder for features, as of [`~echo_hf.data.prepare_dataset`].
-        generate_kwargs: passed on to `generate()`, e.g. `num_beams`; a CTC model takes none.
-
-    Returns:
-        `dict`: `"clips"` and `"tails"`, lists of rows.
-
-            - A row of clips has `kind` (the last two rows sum up), `trainable` (whether the kind is one of
-              [`TRAINING_KINDS`]), `clips`, `seconds` (of audio) and, under each way of asking, `not_empty` (share of
-              clips with a text) and `words_per_minute` (of audio).
-            - A row of tails has `tail`, `recordings` and, under each way, `words` (written without the tail), `edits`
-              (word edit distance from the transcript without the tail to that with it), `insertions` (the edits that
-              are words more) and `changed` (share of transcripts that are another text).
-
-            Words are compared as [`~echo_hf.metrics.normalize_text`] leaves them.
-
-    Raises:
-        `ValueError`: a source cannot be used, or `count` is below 1.
-    """
-    rate, kinds = processor.feature_extractor.sampling_rate, (*TRAINING_KINDS, *FURTHER_KINDS)
-    seed += EVALUATION_SEEDS
-    clips = [non_speech_table(count, seed, (kind,), CLIP_SECONDS, sampling_rate=rate) for kind in kinds]
-    speech = load_sources(bundled_recordings()[0].parent if sources is None else sources)
-    if len(speech) > count:
-        speech = speech.select(np.sort(np.random.default_rng(seed).choice(len(speech), count, replace=False)))
-    table = datasets.concatenate_datasets([*clips, *_with_tails(speech, processor.feature_extractor, seed)])
-    prepared = prepare_dataset(table, processor, allow_empty_text=True, cache_dir=cache_dir).dataset
-
-    def ask_model():
-        return recognize(model, processor, prepared, batch_size, **generate_kwargs)[0]
-
-    def ask_pipeline():
-        options = {"generate_kwargs": generate_kwargs} if generate_kwargs else {}
-        audio = [audio["bytes"] for audio in table["audio"]]
-        return [result["text"] for result in make_pipeline(model, processor)(audio, batch_size=batch_size, **options)]
-
-    texts = {"model": ask_model()}
-    if model.config.silence_scaling:
-        with _without_silence_scaling(model.config):
-            texts["no silence scaling"] = ask_model()
-    texts["pipeline"] = ask_pipeline()
-
-    # All lies in the order of the table: `count` clips of each kind, then the speech without a tail and with each.
-    lengths = prepared["length"][:]
-    frame_seconds = processor.feature_extractor.hop_length / rate
-    first, further = len(kinds) * count, len(TRAINING_KINDS) * count
-    groups = {kind: slice(index * count, (index + 1) * count) for index, kind in enumerate(kinds)}
-    groups |= {"all for training": slice(0, further), "all never trained on": slice(further, first)}
-    clip_rows = []
-    for name, rows in groups.items():
-        seconds = sum(lengths[rows]) * frame_seconds
-        row = {"kind": name, "trainable": rows.stop <= further, "clips": rows.stop - rows.start}
-        row["seconds"] = round(seconds, 2)
-        clip_rows.append(row | {way: _count_words(written[rows], seconds) for way, written in texts.items()})
-    tail_rows = []
-    plain = slice(first, first + len(speech))
-    for index, tail in enumerate(TAILS, start=1):
-        rows = slice(first + index * len(speech), first + (index + 1) * len(speech))
-        compared = {way: _compare(written[plain], written[rows]) for way, written in texts.items()}
-        tail_rows.append({"tail": tail, "recordings": len(speech)} | compared)
-    return {"clips": clip_rows, "tails": tail_rows}
-
-
-def _with_tails(speech: Dataset, extractor, seed: int) -> list[Dataset]:
-    """The speech as it is, then followed by each of the tails."""
-    rate, generator = extractor.sampling_rate, np.random.default_rng(seed)
-    waveforms = [extractor._read(row["audio"], row["origin"], None, resample=True) for row in speech]
-    tables = [_make_table(waveforms, speech["origin"][:], rate)]
-    for name, (kind, level) in TAILS.items():
-        longer = [
-            np.concatenate([waveform, non_speech_signal(kind, TAIL_SECONDS, generator, level, rate)])
-            for waveform in waveforms
-        ]
-        tables.append(_make_table(longer, [f"{origin}, then {name}" for origin in speech["origin"]], rate))
-    return tables
-
-
-@contextmanager
-def _without_silence_scaling(config) -> Iterator[None]:
-    config.silence_scaling = False
-    try:
-        yield
-    finally:
-        config.silence_scaling = True
-
-
-def _count_words(texts: list[str], seconds: float) -> dict[str, float]:
-    words = sum(len(normalize_text(text).split()) for text in texts)
-    return {
-        "not_empty": sum(bool(text.strip()) for text in texts) / len(texts),
-        "words_per_minute": words / seconds * 60.0,
-    }
-
-
-def _compare(plain: list[str], followed: list[str]) -> dict[str, float | int]:
-    result = score(plain, followed)
-    return {
-        "words": result.words.total,
-        "edits": result.words.errors,
-        "insertions": result.words.insertions,
-        "changed": 1.0 - result.exact / result.utterances,
-    }
-
-
-def format_non_speech(report: dict[str, Any]) -> str:
-    """
-    What [`measure_non_speech`] found, as two tables in Markdown. Cells have a figure for each way of asking, in the
-    order that the heading says.
-    """
-    ways = [name for name, value in report["clips"][0].items() if isinstance(value, dict)]
-    heading = " / ".join(ways)
-
-    def cell(row: dict[str, Any], write: Callable[[dict[str, Any]], str]) -> str:
-        return " / ".join(write(row[way]) for way in ways)
-
-    clips = [
-        {
-            "kind": row["kind"],
-            "for training": "yes" if row["trainable"] else "never",
-            "clips": row["clips"],
-            "seconds": f"{row['seconds']:.0f}",
-            "clips with a text": cell(row, lambda found: f"{found['not_empty']:.0%}"),
-            "words a minute": cell(row, lambda found: f"{found['words_per_minute']:.1f}"),
-        }
-        for row in report["clips"]
-    ]
-    tails = [
-        {
-            f"speech, then {TAIL_SECONDS:g} s of": row["tail"],
-            "recordings": row["recordings"],
-            "words without": cell(row, lambda found: str(found["words"])),
-            "words edited (inserted)": cell(row, lambda found: f"{found['edits']} ({found['insertions']})"),
-            "transcripts changed": cell(row, lambda found: f"{found['changed']:.0%}"),
-        }
-        for row in report["tails"]
-    ]
-    return f"In each cell: {heading}.\n\n{format_table(clips)}\n\n{format_table(tails)}"
-
-
-__all__ = [
-    "FURTHER_KINDS",
-    "TRAINING_KINDS",
-    "format_non_speech",
-    "measure_non_speech",
-    "non_speech_signal",
-    "non_speech_table",
-]
+__all__ = ["FURTHER_KINDS", "TRAINING_KINDS", "non_speech_signal", "non_speech_table"]

@@ -71,10 +71,7 @@ from .model_card import TRAINING_ARGUMENTS_FILE
 from .model_card import CardArguments
 from .model_card import write_model_card
 from .modeling_echo import EchoForConditionalGeneration
-from .modeling_echo import ignore_padding
-from .modeling_echo import mask_frames
 from .non_speech import non_speech_table
-from .optimization import describe_muon
 from .processing_echo import EchoProcessor
 from .tokenization_echo import EchoTokenizer
 
@@ -83,7 +80,6 @@ logger = logging.get_logger(__name__)
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl")  # nothing of such a name is ever pushed
 BYTE_VOCABULARY = 259  # 3 special tokens and 256 bytes
 TOKEN_UNITS = ("byte", "character", "subword")
-WIDTHS = ("encoder_intermediate_size", "decoder_intermediate_size")  # that a checkpoint may be given more of
 
 # What `echo-hf train` sets where the Trainer's own default is meant for fine-tuning a large language model.
 TRAINING_DEFAULTS = {
@@ -207,10 +203,6 @@ class DataArguments:
         default=0.0,
         metadata={"help": "Its spectrum is tilted and its noise floor raised at random; 0.25 is 10 dB at the edges."},
     )
-    f0_shift: float = field(
-        default=0.0,
-        metadata={"help": "Its F0 alone is moved by a random factor up to exp of this."},
-    )
     f0_drop: float = field(
         default=0.0,
         metadata={"help": "With this probability all of an utterance's F0 is hidden, as unvoiced."},
@@ -236,31 +228,10 @@ class DataArguments:
             " other, up to 20 s or max_seconds, so that long speech is trained where most recordings are short."
         },
     )
-    consistency_weight: float = field(
-        default=0.0,
-        metadata={
-            "help": "Each utterance is heard twice in a batch, with other masks and dropout, and this is the weight of"
-            " what the two disagree on; try 0.2. A step takes twice as long. Needs apply_spec_augment or dropout."
-        },
-    )
-    muon: bool = field(
-        default=False,
-        metadata={
-            "help": "The matrices of all layers learn by Muon, all else by AdamW with the same learning rate. A step"
-            " takes somewhat longer; in a short trial the loss fell faster by the step."
-        },
-    )
     average_checkpoints: int = field(
         default=0,
         metadata={
             "help": "The last so many saved checkpoints are averaged at the end, weight by weight; 0 keeps the last."
-        },
-    )
-    start_share: float = field(
-        default=0.0,
-        metadata={
-            "help": "At the end the weights are averaged with those of model_name_or_path, which have this share, below"
-            " 1: what a model could do before it forgets less. Try 0.5."
         },
     )
     diagnostics: bool = field(
@@ -285,17 +256,10 @@ class EchoTrainer(Seq2SeqTrainer):
         train_collator (`Callable`, *optional*): makes a training batch; `data_collator` makes the others, and all if
             not given.
         card_arguments ([`CardArguments`], *optional*): what to say in the model card that cannot be measured.
-        consistency_weight (`float`, defaults to 0.0): above 0, every row of a training batch is given to the model
-            twice, so that a step takes twice the time and memory, and the loss that is minimised and logged has this
-            many times the [`disagreement`] of the two added: that of the decoder's tokens and that of the CTC head's
-            frames, weighted as their losses are, both divided by the number of label tokens. The model must mask or
-            drop out something in training, or the two are the same.
-        muon (`bool`, defaults to `False`): the optimizer is [`Muon`], for the matrices of the model's layers.
 
     Raises:
         `ValueError`: the processor is not the model's; the `hub_strategy` would push the state of the optimizer;
-            processes would wait for layers that others pass over; or batches are perturbed or joined in processes that
-            outlive an epoch.
+            or batches are perturbed or joined in processes that outlive an epoch.
     """
 
     def __init__(
@@ -303,8 +267,6 @@ class EchoTrainer(Seq2SeqTrainer):
         *args,
         train_collator: EchoDataCollator | None = None,
         card_arguments: CardArguments | None = None,
-        consistency_weight: float = 0.0,
-        muon: bool = False,
         **kwargs,
     ):
         given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
@@ -312,8 +274,6 @@ class EchoTrainer(Seq2SeqTrainer):
         if settings is not None and settings.push_to_hub:
             check_hub_strategy(settings)
         processor, config = given.get("processing_class"), getattr(given.get("model"), "config", None)
-        if settings is not None and isinstance(config, EchoConfig):
-            allow_layerdrop(config, settings)
         if isinstance(processor, EchoProcessor) and isinstance(config, EchoConfig):
             check_fit(processor, config)  # a token too many is an "index out of range" in the middle of training
         super().__init__(*args, **kwargs)
@@ -329,45 +289,6 @@ class EchoTrainer(Seq2SeqTrainer):
             else:
                 self.train_collator.epoch = None
         self.card_arguments = card_arguments or CardArguments()
-        self.consistency_weight = consistency_weight
-        if muon:  # `Seq2SeqTrainer` takes none of an optimizer's descriptions that the Trainer takes
-            self.optimizer_cls_and_kwargs = describe_muon(self.args)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not (self.consistency_weight and model.training):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs = {
-            name: value.repeat_interleave(2, dim=0) if torch.is_tensor(value) else value
-            for name, value in inputs.items()
-        }
-        tokens = None if num_items_in_batch is None else 2 * num_items_in_batch
-        loss, outputs = super().compute_loss(model, inputs, True, tokens)
-        settings = self.args
-        is_token = ignore_padding(inputs["labels"], self.model.config) != -100
-        # Per token, as the model's own loss, of which the Trainer takes the mean over processes or replicas.
-        if tokens is None:
-            share = 1 / (inputs["labels"] != -100).sum()
-        elif settings.average_tokens_across_devices:
-            share = self.accelerator.num_processes // self.get_tp_size() / tokens
-        else:
-            share = 1 / (max(1, settings.n_gpu) * tokens)
-        between = self._disagreement(outputs, inputs, is_token)
-        loss = loss + self.consistency_weight * share * between
-        return (loss, outputs) if return_outputs else loss
-
-    def _disagreement(self, outputs, inputs, is_token: torch.Tensor) -> torch.Tensor:
-        """Of the tokens and of the frames, weighted as their losses are; the sum over both views of all utterances."""
-        is_decoder = self.model.can_generate()
-        weight = self.model.config.ctc_loss_weight if is_decoder else 1.0
-        total = (1 - weight) * disagreement(outputs["logits"], is_token) if is_decoder else 0.0
-        frame_logits = outputs.get("ctc_logits") if is_decoder else outputs["logits"]
-        if frame_logits is None:
-            return total
-        mask = inputs.get("attention_mask")
-        if mask is None:
-            mask = torch.ones(inputs["input_features"].shape[:2], device=frame_logits.device)
-        lengths = self.model._get_feat_extract_output_lengths(mask.sum(-1).long())
-        return total + weight * disagreement(frame_logits, mask_frames(lengths, frame_logits.shape[1]))
 
     def _get_train_sampler(self, train_dataset=None):
         """The Trainer's, but for `group_by_length`: its sampler draws an order from the random state of the process.
@@ -502,26 +423,6 @@ class EchoTrainer(Seq2SeqTrainer):
             self.push_in_progress = PushInProgress([job])
 
 
-def disagreement(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """How far two views of each utterance are apart: the Kullback-Leibler divergences of their distributions, each view
-    from the other, which is held fixed. As a loss it keeps a model from learning a few utterances by heart (consistency
-    regularisation of CTC, Yao et al., https://huggingface.co/papers/2410.05101; of decoders, R-Drop, Liang et al.,
-    https://huggingface.co/papers/2106.14448).
-
-    Args:
-        logits (`torch.Tensor` of shape `(2 * B, positions, vocab_size)`): rows `2 * i` and `2 * i + 1` are views of the
-            same utterance.
-        mask (`torch.Tensor` of shape `(2 * B, positions)`): where positions are real.
-
-    Returns:
-        `torch.Tensor` of shape `()`: the sum over all rows and real positions.
-    """
-    scores = logits.float().log_softmax(-1)
-    other = scores.detach().unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-    divergence = torch.nn.functional.kl_div(scores, other, reduction="none", log_target=True).sum(-1)
-    return divergence.masked_fill(~mask.bool(), 0.0).sum()
-
-
 class _TellEpoch(TrainerCallback):
     """Tells a collator the epoch, before the loader's processes take their copies of it."""
 
@@ -598,42 +499,6 @@ class CheckpointAveraging(TrainerCallback):
         logger.info(f"The weights are the mean of those of {', '.join(folder.name for folder in folders)}.")
 
 
-class StartAveraging(TrainerCallback):
-    """Gives the model, at the end of training, the mean of its weights and of those that it started from, as WiSE-FT
-    (Wortsman et al., https://huggingface.co/papers/2109.01903): what it was not trained on further it forgets less.
-
-    Args:
-        share (`float`): weight of the start in the mean, above 0 and below 1.
-        start (`torch.nn.Module`): the model as it was, of the same shape.
-
-    Raises:
-        `ValueError`: the share is none.
-    """
-
-    def __init__(self, share: float, start: torch.nn.Module):
-        if not 0 < share < 1:
-            raise ValueError(f"start_share must be at least 0 and below 1, got {share}.")
-        self.share, self.start = share, start.state_dict()
-
-    def check(self, model: torch.nn.Module, args):
-        """Raises `ValueError` if the model is of another shape than the start, or FSDP keeps parts of its weights."""
-        shapes = {name: value.shape for name, value in model.state_dict().items()}
-        others = {name: value.shape for name, value in self.start.items()}
-        differing = [name for name in {**shapes, **others} if shapes.get(name) != others.get(name)]
-        if differing:
-            raise ValueError(
-                "start_share needs a model of the shape that it starts with, and other are"
-                f" {', '.join(differing[:3])}; leave it out, or the changes of the config."
-            )
-        if args.fsdp:
-            raise ValueError("start_share cannot be used with FSDP, which keeps parts of the weights.")
-
-    def on_train_end(self, args, state, control, model=None, **kwargs):
-        with torch.no_grad():
-            for name, value in model.named_parameters():  # which has what is tied once
-                value.lerp_(self.start[name].to(value), self.share)
-
-
 def as_list(value: str | Sequence[str] | None) -> list[str] | None:
     """One name or several as a list; None stays None."""
     return [value] if isinstance(value, str) else list(value) if value is not None else None
@@ -649,24 +514,6 @@ def check_hub_strategy(arguments: Seq2SeqTrainingArguments) -> None:
             f"hub_strategy {arguments.hub_strategy.value!r} pushes the state of the optimizer, which is a pickle, and"
             " whoever loads a pickle runs what is in it. Take 'every_save' or 'end'."
         )
-
-
-def allow_layerdrop(config: EchoConfig, arguments: Seq2SeqTrainingArguments):
-    """
-    Has several processes not wait for what layers would have learned that one of them passes over, if any may be.
-
-    Raises:
-        `ValueError`: the arguments have them wait.
-    """
-    if not (config.encoder_layerdrop or config.decoder_layerdrop):
-        return
-    if arguments.fsdp or arguments.ddp_find_unused_parameters is False:
-        cause = "FSDP" if arguments.fsdp else "ddp_find_unused_parameters false"
-        raise ValueError(
-            f"encoder_layerdrop and decoder_layerdrop must be 0 with {cause}, as processes would wait for layers"
-            " that others pass over: --config_overrides encoder_layerdrop=0,decoder_layerdrop=0."
-        )
-    arguments.ddp_find_unused_parameters = True
 
 
 def is_write_error(error: Exception) -> bool:
@@ -772,14 +619,12 @@ def build_model_and_processor(
                     " out; fields that do not change the weights' shapes can be given as config_overrides."
                 )
         overrides = {"label_smoothing": label_smoothing, **parse_overrides(arguments.config_overrides)}
-        widths = {name: overrides.pop(name) for name in WIDTHS if name in overrides}
         model, processor = load_model_and_processor(
             arguments.model_name_or_path, EchoForConditionalGeneration, **overrides
         )
         if "max_target_positions" in overrides:  # the checkpoint's own way of writing has its old one
             model.generation_config.max_length = model.config.max_target_positions
-        add_nothing(model, EchoConfig.from_pretrained(arguments.model_name_or_path))
-        model = widen(model, **widths)
+        zero_new_layers(model, EchoConfig.from_pretrained(arguments.model_name_or_path))
     check_fit(processor, model.config)
     if arguments.attn_implementation is not None:
         model.set_attn_implementation(arguments.attn_implementation)
@@ -789,7 +634,7 @@ def build_model_and_processor(
 
 
 @torch.no_grad()
-def add_nothing(model: EchoForConditionalGeneration, before: EchoConfig):
+def zero_new_layers(model: EchoForConditionalGeneration, before: EchoConfig):
     """
     Sets what the layers beyond those of a checkpoint add to 0, so that the deeper model starts as the checkpoint.
 
@@ -803,37 +648,6 @@ def add_nothing(model: EchoForConditionalGeneration, before: EchoConfig):
         for name, module in layer.named_modules():
             if name.endswith(("o_proj", "down_proj")):
                 module.weight.zero_()
-
-
-@torch.no_grad()
-def widen(model: EchoForConditionalGeneration, **widths: int) -> EchoForConditionalGeneration:
-    """
-    The model with wider feed-forwards, which compute what it computes: what they have more starts by adding 0.
-
-    Args:
-        model ([`EchoForConditionalGeneration`])
-        widths: larger values of the config's `encoder_intermediate_size` and `decoder_intermediate_size`.
-
-    Raises:
-        `ValueError`: a width is smaller than the model's, or no number.
-    """
-    widths = {name: width for name, width in widths.items() if width != getattr(model.config, name)}
-    if not widths:
-        return model
-    for name, width in widths.items():
-        if not isinstance(width, int) or width < getattr(model.config, name):
-            raise ValueError(
-                f"{name} is to be {width}, and is {getattr(model.config, name)} in the checkpoint, whose feed-forwards"
-                " can only be made wider; give more, or leave it out."
-            )
-    wider = EchoForConditionalGeneration(EchoConfig.from_dict({**model.config.to_dict(), **widths}))
-    weights = wider.state_dict()
-    for name, value in model.state_dict().items():
-        if name.endswith("mlp.down_proj.weight"):
-            weights[name].zero_()
-        weights[name][tuple(slice(size) for size in value.shape)] = value
-    wider.generation_config = model.generation_config
-    return wider
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -941,12 +755,6 @@ def train(
     for name in ("non_speech_share", "join"):
         if not 0 <= getattr(data_arguments, name) <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {getattr(data_arguments, name)}.")
-    if data_arguments.consistency_weight < 0:
-        raise ValueError(f"consistency_weight must not be negative, got {data_arguments.consistency_weight}.")
-    if data_arguments.muon:
-        describe_muon(training_arguments)  # refuses what does not go with it
-    if data_arguments.start_share and model_arguments.model_name_or_path is None:
-        raise ValueError("start_share is set, and there is no model_name_or_path to start from; leave one out.")
     if data_arguments.average_checkpoints:
         averaging = CheckpointAveraging(data_arguments.average_checkpoints)
         averaging.check(training_arguments)
@@ -984,25 +792,11 @@ def train(
         model_arguments, [text or "" for text in train_table["text"]], label_smoothing
     )
 
-    if data_arguments.start_share:
-        start, _ = load_model_and_processor(started_from, EchoForConditionalGeneration)
-        averaging = StartAveraging(data_arguments.start_share, start)
-        averaging.check(model, training_arguments)
-        callbacks = [*(callbacks or []), averaging]
-    config = model.config
-    allow_layerdrop(config, training_arguments)
-    masked = config.apply_spec_augment and (config.mask_time_prob or config.mask_feature_prob)
-    if data_arguments.consistency_weight and not (masked or config.dropout or config.attention_dropout):
-        raise ValueError(
-            "consistency_weight is set, and the two views of an utterance would be the same: set"
-            " --config_overrides apply_spec_augment=true, or dropout."
-        )
     perturb = VoicePerturbation(
         processor.feature_extractor,
         tempo=data_arguments.tempo_perturbation,
         voice=data_arguments.voice_perturbation,
         channel=data_arguments.channel_perturbation,
-        f0_shift=data_arguments.f0_shift,
         f0_drop=data_arguments.f0_drop,
         pause=data_arguments.pause,
     )
@@ -1052,8 +846,6 @@ def train(
         compute_metrics=make_compute_metrics(processor.tokenizer) if training_arguments.predict_with_generate else None,
         callbacks=callbacks,
         card_arguments=card_arguments,
-        consistency_weight=data_arguments.consistency_weight,
-        muon=data_arguments.muon,
     )
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
     # As the Trainer calls it itself: otherwise it would push at once, before the model is evaluated.

@@ -1,21 +1,27 @@
-"""How fast Echo is, and at what price: `echo-hf benchmark`.
+"""Speed and memory of Echo, beside other models of the same size.
 
-Everything that is compared is measured in one run, in turns, and reported as medians and ratios: between runs a shared
-machine may differ by half, within a turn it hardly does. Models have random weights, as speed does not depend on them,
-and are told how many tokens to write. Six sections, each a function that returns rows:
+All cases of a comparison run in turns within one run and are reported as medians and ratios: the same case may differ
+by half between two runs on a shared machine, and hardly differs within a turn. Models have random weights, since speed
+does not depend on them, and write a given number of tokens. The sections, each a function that returns rows:
 
     features    F0 trackers and whole features, against the log-mel spectrogram alone
-    f0          errors of the trackers on synthetic voices, clean, in noise and band-limited
     pitch       encoder and training step, all pitch mechanisms against none
-    generation  transcribing, against Moonshine-tiny, Speech2Text-small and Whisper-tiny
+    generation  transcription, against Moonshine-tiny, Speech2Text-small and Whisper-tiny
     training    a training step, against the same three
     scaling     encoder and training step as the audio and the batch grow
+
+    python benchmarks/speed.py --threads 1                       # everything, on one CPU thread
+    python benchmarks/speed.py generation training --rounds 9 --output speed.json
+    python benchmarks/speed.py generation training --device cuda --dtype bfloat16 --compile
 """
 
+import argparse
 import ctypes
 import gc
+import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,22 +32,16 @@ import torch
 import transformers
 from transformers.utils import logging
 
-from .configuration_echo import EchoConfig
-from .feature_extraction_echo import EchoFeatureExtractor
-from .feature_extraction_echo import log_mel_spectrogram
-from .metrics import f0_metrics
-from .metrics import f0_test_signals
-from .metrics import synthetic_voice
-from .modeling_echo import DEFAULT_CTC_WEIGHT
-from .modeling_echo import EchoForConditionalGeneration
-from .pitch_echo import TRACKERS
-from .pitch_echo import estimate_f0
+from echo_hf.configuration_echo import EchoConfig
+from echo_hf.feature_extraction_echo import EchoFeatureExtractor, log_mel_spectrogram
+from echo_hf.metrics import format_table, synthetic_voice
+from echo_hf.modeling_echo import DEFAULT_CTC_WEIGHT, EchoForConditionalGeneration
+from echo_hf.pitch_echo import TRACKERS, estimate_f0
 
-SECTIONS = ("features", "f0", "pitch", "generation", "training", "scaling")
+SECTIONS = ("features", "pitch", "generation", "training", "scaling")
 SAMPLING_RATE = 16000  # Hz
 FRAMES_PER_SECOND = 100
 VOCAB_SIZE = 4096  # of Echo beside its peers, which have 10,000 and more
-WINDOW = 250  # encoder frames to either side, 10 s, where windowed attention is measured
 
 
 def measure(cases: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:
@@ -220,18 +220,6 @@ def benchmark_features(rounds: int, device: torch.device, seconds: float = 10.0)
     return [{"case": name, "ms": value * 1e3, "ratio": value / alone} for name, value in medians.items()]
 
 
-def benchmark_f0(rounds: int, device: torch.device) -> list[dict[str, Any]]:
-    """Errors of each tracker on each of [`f0_test_signals`], as [`f0_metrics`] defines them: shares in percent, and
-    cents. Nothing here is random, so `rounds` are not repeated."""
-    rows = []
-    for signal, (waveform, reference) in f0_test_signals().items():
-        for method in TRACKERS:
-            errors = f0_metrics(reference, estimate_f0(waveform, SAMPLING_RATE, 160, method)[: len(reference)])
-            shares = {f"{name.upper()} %": 100 * errors[name] for name in ("gpe", "vde", "ffe", "rpa", "rca")}
-            rows.append({"signal": signal, "tracker": method, **shares, "cents": errors["cents"]})
-    return rows
-
-
 def benchmark_pitch(
     rounds: int, device: torch.device, dtype: torch.dtype, size: str = "27m", seconds: tuple[float, ...] = (5, 30, 60)
 ) -> list[dict[str, Any]]:
@@ -336,50 +324,42 @@ def benchmark_scaling(
     seconds: tuple[float, ...] = (5, 30, 120, 300, 600),
     batch_sizes: tuple[int, ...] = (1, 4, 16),
 ) -> list[dict[str, Any]]:
-    """Seconds and peak memory of the encoder and of a training step (with gradient checkpointing) as the audio grows at
-    batch 1, and as the batch grows at the shortest audio; with full attention, and with a window of `WINDOW` frames.
+    """Milliseconds and peak memory of the encoder and of a training step (with gradient checkpointing) as the audio
+    grows at batch 1, and as the batch grows at the shortest audio.
 
     `growth` is the exponent of time over size since the row before: 1 is linear, 2 quadratic.
     """
-    models = {
-        "full": echo_model("all", size, device, dtype),
-        f"window {WINDOW}": echo_model("all", size, device, dtype, encoder_attention_window=WINDOW),
-    }
+    model = echo_model("all", size, device, dtype)
+    model.activation_checkpointing_enable()
     rows = []
-    for name, model in models.items():
-        model.activation_checkpointing_enable()
-        for kind in ("encoder", "training step"):
-            for grows, shapes in (
-                ("audio", [(length, 1) for length in seconds]),
-                ("batch", [(seconds[0], batch_size) for batch_size in batch_sizes]),
-            ):
-                before = None
-                for length, batch_size in shapes:
-                    inputs = model_inputs(model, length, batch_size, device, dtype)
-                    labels = min(int(5 * length), model.config.max_target_positions)
-                    case = encoding(model, inputs) if kind == "encoder" else training_step(model, inputs, labels)
-                    value = measure({"": case}, rounds, device)[""]
-                    growth = None
-                    if before is not None:
-                        larger = length * batch_size / before[0]
-                        growth = float(np.log(value / before[1]) / np.log(larger))
-                    before = (length * batch_size, value)
-                    rows.append(
-                        {
-                            "case": kind,
-                            "attention": name,
-                            "grows": grows,
-                            "seconds": length,
-                            "batch": batch_size,
-                            "ms": value * 1e3,
-                            "growth": growth,
-                            "MiB": peak_memory(case, device),
-                        }
-                    )
+    for kind in ("encoder", "training step"):
+        for grows, shapes in (
+            ("audio", [(length, 1) for length in seconds]),
+            ("batch", [(seconds[0], batch_size) for batch_size in batch_sizes]),
+        ):
+            before = None
+            for length, batch_size in shapes:
+                inputs = model_inputs(model, length, batch_size, device, dtype)
+                labels = min(int(5 * length), model.config.max_target_positions)
+                case = encoding(model, inputs) if kind == "encoder" else training_step(model, inputs, labels)
+                value, growth = measure({"": case}, rounds, device)[""], None
+                if before is not None:
+                    growth = float(np.log(value / before[1]) / np.log(length * batch_size / before[0]))
+                before = (length * batch_size, value)
+                row = {"case": kind, "grows": grows, "seconds": length, "batch": batch_size}
+                rows.append(row | {"ms": value * 1e3, "growth": growth, "MiB": peak_memory(case, device)})
     return rows
 
 
 # All together --------------------------------------------------------------------------------------------------------
+
+QUICK: dict[str, dict[str, Any]] = {  # each section at its smallest
+    "features": {"seconds": 1.0},
+    "pitch": {"seconds": (1,)},
+    "generation": {"seconds": (1,), "batch_sizes": (1,), "num_tokens": (2,)},
+    "training": {"seconds": 1, "batch_size": 1, "num_labels": 4},
+    "scaling": {"seconds": (1, 2), "batch_sizes": (1,)},
+}
 
 
 def run_benchmark(
@@ -414,19 +394,7 @@ def run_benchmark(
     Raises:
         `ValueError`: a section, the device or the dtype is not known, or a section is not measured compiled.
     """
-    for section in sections:
-        if section not in SECTIONS:
-            raise ValueError(f"Section {section!r} is not known; choose from {', '.join(SECTIONS)}.")
-    if compiled and (others := set(sections) - {"generation", "training"}):
-        raise ValueError(f"Only generation and training are measured compiled, not {', '.join(sorted(others))}.")
-    named = getattr(torch, dtype, None)
-    if not isinstance(named, torch.dtype) or not named.is_floating_point:
-        raise ValueError(f"dtype {dtype!r} is none that models compute in; float32, bfloat16 and float16 are.")
-    try:
-        where, what = torch.device(device), named
-        torch.zeros(1, device=where)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without that device
-        raise ValueError(f"The models cannot run on {device!r}: {error}") from error
+    where, what = _check(sections, device, dtype, compiled)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # generate() remarks on what the peers' configs leave open, at each call
     size, rounds = ("2m", 1) if quick else (size, rounds)
@@ -440,17 +408,8 @@ def run_benchmark(
         },
         "settings": {"rounds": rounds, "device": device, "dtype": dtype, "sizes": sizes, "compiled": compiled},
     }
-    short: dict[str, dict[str, Any]] = {
-        "features": {"seconds": 1.0},
-        "f0": {},
-        "pitch": {"seconds": (1,)},
-        "generation": {"seconds": (1,), "batch_sizes": (1,), "num_tokens": (2,)},
-        "training": {"seconds": 1, "batch_size": 1, "num_labels": 4},
-        "scaling": {"seconds": (1, 2), "batch_sizes": (1,)},
-    }
     functions: dict[str, Callable[..., Any]] = {
         "features": benchmark_features,
-        "f0": benchmark_f0,
         "pitch": benchmark_pitch,
         "generation": benchmark_generation,
         "training": benchmark_training,
@@ -462,8 +421,8 @@ def run_benchmark(
             results["parameters"] = {name: round(model.num_parameters() / 1e6, 1) for name, model in models.items()}
         for section in sections:
             report(section)
-            settings = dict(short[section]) if quick else {}
-            if section not in ("features", "f0"):
+            settings = dict(QUICK[section]) if quick else {}
+            if section != "features":
                 settings["dtype"] = what
             if section in ("pitch", "scaling"):
                 settings["size"] = sizes[section]
@@ -476,19 +435,61 @@ def run_benchmark(
     return results
 
 
-def format_table(rows: list[dict[str, Any]]) -> str:
-    """Rows as a Markdown table, numbers to three digits."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+def _check(sections: tuple[str, ...], device: str, dtype: str, compiled: bool) -> tuple[torch.device, torch.dtype]:
+    for section in sections:
+        if section not in SECTIONS:
+            raise ValueError(f"Section {section!r} is not known; choose from {', '.join(SECTIONS)}.")
+    if compiled and (others := set(sections) - {"generation", "training"}):
+        raise ValueError(f"Only generation and training are measured compiled, not {', '.join(sorted(others))}.")
+    named = getattr(torch, dtype, None)
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise ValueError(f"dtype {dtype!r} is none that models compute in; float32, bfloat16 and float16 are.")
+    try:
+        where = torch.device(device)
+        torch.zeros(1, device=where)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without that device
+        raise ValueError(f"The models cannot run on {device!r}: {error}") from error
+    return where, named
 
-    def cell(value) -> str:
-        if value is None:
-            return ""
-        if isinstance(value, float):
-            return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-        return str(value)
 
-    lines = [columns, ["---"] * len(columns)] + [[cell(row.get(name)) for name in columns] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def main(arguments: list[str] | None = None) -> None:
+    """Measures what the command line names, and prints a table after each section."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help="what to measure (all)")
+    parser.add_argument("--rounds", type=int, default=5, help="times that each case is measured (5)")
+    parser.add_argument("--threads", type=int, help="CPU threads (PyTorch's own choice)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (cpu)")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (float32)")
+    parser.add_argument("--size", help="size of Echo (27m, which is that of the others, and 10m in scaling)")
+    parser.add_argument("--compile", action="store_true", help="compile all models, in generation and training")
+    parser.add_argument("--quick", action="store_true", help="run all once at its smallest; the figures mean nothing")
+    parser.add_argument("--output", type=Path, help="file for all figures, as JSON")
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+
+    def keep(results: dict[str, Any]) -> None:
+        section = list(results)[-1]
+        print(f"\n{section}\n\n{format_table(results[section])}", flush=True)
+        if options.output:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+    results = run_benchmark(
+        tuple(options.sections) or SECTIONS,
+        rounds=options.rounds,
+        device=options.device,
+        dtype=options.dtype,
+        size=options.size,
+        compiled=options.compile,
+        quick=options.quick,
+        report=lambda section: print(f"Measuring {section} ...", file=sys.stderr),
+        keep=keep,
+    )
+    for name, value in results.items():
+        if not isinstance(value, list):
+            print(f"{name}: {', '.join(f'{key} {item}' for key, item in value.items())}")
 
 
-__all__ = ["SECTIONS", "format_table", "measure", "peak_memory", "run_benchmark"]
+if __name__ == "__main__":
+    main()

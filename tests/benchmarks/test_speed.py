@@ -6,14 +6,11 @@ import math
 import pytest
 import torch
 
-from echo_hf.benchmark import SECTIONS
-from echo_hf.benchmark import echo_model
-from echo_hf.benchmark import format_table
-from echo_hf.benchmark import measure
-from echo_hf.benchmark import model_inputs
-from echo_hf.benchmark import peak_memory
-from echo_hf.benchmark import run_benchmark
-from echo_hf.cli import main
+import speed
+from echo_hf.metrics import format_table
+from echo_hf.pitch_echo import TRACKERS
+from f0_trackers import benchmark_trackers
+from speed import SECTIONS, echo_model, measure, model_inputs, peak_memory, run_benchmark
 
 CPU = torch.device("cpu")
 
@@ -75,17 +72,17 @@ def test_unknown_settings_are_named(settings, message):
 
 def test_what_was_measured_is_kept_when_a_later_section_fails(tmp_path, capsys, monkeypatch):
     rows = [{"audio": "1 s", "ms": 2.0}]
-    monkeypatch.setattr("echo_hf.benchmark.benchmark_f0", lambda **_: rows)
-    monkeypatch.setattr("echo_hf.benchmark.benchmark_scaling", lambda **_: 1 / 0)
+    monkeypatch.setattr(speed, "benchmark_pitch", lambda **_: rows)
+    monkeypatch.setattr(speed, "benchmark_scaling", lambda **_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        main(["benchmark", "f0", "scaling", "--quick", "--output", str(tmp_path / "speed.json")])
-    assert json.loads((tmp_path / "speed.json").read_text())["f0"] == rows
+        speed.main(["pitch", "scaling", "--quick", "--output", str(tmp_path / "speed.json")])
+    assert json.loads((tmp_path / "speed.json").read_text())["pitch"] == rows
     assert "| 1 s | 2" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_every_section_runs_and_writes_its_rows(tmp_path, capsys):
-    assert main(["benchmark", "--quick", "--output", str(tmp_path / "speed.json")]) == 0
+    speed.main(["--quick", "--output", str(tmp_path / "speed.json")])
     results = json.loads((tmp_path / "speed.json").read_text())
     shown = capsys.readouterr().out
     for section in SECTIONS:
@@ -99,3 +96,11 @@ def test_every_section_runs_and_writes_its_rows(tmp_path, capsys):
     fastest = min(value for name, value in row.items() if name.endswith(" ms") and not name.startswith("Echo"))
     assert row["Echo, times as fast"] == pytest.approx(fastest / row["Echo ms"])
     assert 27 < results["parameters"]["Moonshine-tiny"] < 27.2
+
+
+def test_trackers_have_a_row_for_each_signal():
+    rows = benchmark_trackers()
+    assert {row["tracker"] for row in rows} == set(TRACKERS) and len(rows) % len(TRACKERS) == 0
+    assert all(0 <= value <= 100 for row in rows for name, value in row.items() if name.endswith("%"))
+    clean = {row["tracker"]: row for row in rows if row["signal"] == rows[0]["signal"]}
+    assert clean["dio"]["GPE %"] < 5
