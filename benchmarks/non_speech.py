@@ -20,9 +20,9 @@ import numpy as np
 from datasets import Dataset
 
 from echo_hf.data import load_sources, prepare_dataset
+from echo_hf.data.non_speech import FURTHER_KINDS, TRAINING_KINDS, non_speech_signal, non_speech_table, table_of_signals
+from echo_hf.inference import bundled_recordings, load_checkpoint, make_pipeline, recognize
 from echo_hf.metrics import format_table, normalize_text, score
-from echo_hf.non_speech import FURTHER_KINDS, TRAINING_KINDS, non_speech_signal, non_speech_table, table_of_signals
-from echo_hf.transcription import bundled_recordings, load_checkpoint, make_pipeline, recognize
 
 CLIP_SECONDS = (1.0, 8.0)  # of the clips that are measured
 EVALUATION_SEEDS = 1_000_000  # added to the seed, so that no clip repeats one of a training run with the same

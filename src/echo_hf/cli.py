@@ -20,7 +20,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-COMMAND_FILE = "train_command.json"  # in output_dir: the options of a training run, for --resume
 # What a checkpoint keeps of the optimizer, and what decides which one it is.
 OPTIMIZER_OPTIONS = (
     "learning_rate",
@@ -329,8 +328,9 @@ def _train(arguments: list[str]) -> int:
     from transformers import Seq2SeqTrainingArguments
     from transformers import TrainerCallback
 
-    from .model_card import CardArguments
+    from .training import COMMAND_FILE
     from .training import TRAINING_DEFAULTS
+    from .training import CardArguments
     from .training import DataArguments
     from .training import ModelArguments
     from .training import find_last_checkpoint
@@ -660,8 +660,8 @@ def _evaluate(options) -> int:
     from .data import prepare_dataset
     from .metrics import normalize_text
     from .metrics import score
-    from .transcription import load_checkpoint
-    from .transcription import recognize
+    from .inference import load_checkpoint
+    from .inference import recognize
 
     _refuse_folder(options.output)
     overrides = parse_overrides(options.config_overrides)
@@ -861,7 +861,7 @@ def _plot(options) -> int:
 
 
 def _draw_curves(options):
-    from .plotting import plot_learning_curves
+    from .analysis.plotting import plot_learning_curves
 
     if options.input is None:
         raise ValueError("curves: name the folder of a training run, or its trainer_state.json.")
@@ -869,10 +869,10 @@ def _draw_curves(options):
 
 
 def _draw_recording(options):
-    from . import plotting
-    from .transcription import bundled_recordings
-    from .transcription import expand_paths
-    from .transcription import load_checkpoint
+    from .analysis import plotting
+    from .inference import bundled_recordings
+    from .inference import expand_paths
+    from .inference import load_checkpoint
 
     path = str(expand_paths([options.input] if options.input else bundled_recordings())[0])
     model, processor = load_checkpoint(options.checkpoint, "cpu")
@@ -895,7 +895,7 @@ def _draw_recording(options):
 
 
 def _find_words(model, processor, path: str) -> list[dict[str, Any]]:
-    from .transcription import make_pipeline
+    from .inference import make_pipeline
 
     return make_pipeline(model, processor)(path, return_timestamps="word")["chunks"]
 
@@ -931,12 +931,12 @@ def _skip_or_stop(transcript, skip_broken: bool) -> None:
 def _diagnose(options) -> int:
     import torch
 
-    from .diagnostics import EchoDiagnostics
-    from .transcription import bundled_recordings
-    from .transcription import expand_paths
-    from .transcription import load_checkpoint
-    from .transcription import make_pipeline
-    from .transcription import transcribe_files
+    from .analysis.diagnostics import EchoDiagnostics
+    from .inference import bundled_recordings
+    from .inference import expand_paths
+    from .inference import load_checkpoint
+    from .inference import make_pipeline
+    from .inference import transcribe_files
 
     files = expand_paths(options.paths or bundled_recordings())
     model, processor = load_checkpoint(options.checkpoint, options.device)
@@ -983,7 +983,7 @@ def _add_demo(commands) -> None:
 def _demo(options) -> int:
     from .demo import build_demo
     from .demo import launch
-    from .transcription import load_checkpoint
+    from .inference import load_checkpoint
 
     demo = build_demo(*load_checkpoint(options.checkpoint, options.device))
     address = launch(demo, options.host, options.port)
@@ -1030,11 +1030,11 @@ def _add_transcribe(commands) -> None:
 
 def _transcribe(options) -> int:
     from .subtitles import group_cues
-    from .transcription import bundled_recordings
-    from .transcription import expand_paths
-    from .transcription import load_checkpoint
-    from .transcription import make_pipeline
-    from .transcription import transcribe_files
+    from .inference import bundled_recordings
+    from .inference import expand_paths
+    from .inference import load_checkpoint
+    from .inference import make_pipeline
+    from .inference import transcribe_files
 
     files = expand_paths(options.paths or bundled_recordings())
     outputs = {}

@@ -8,8 +8,8 @@ import soundfile
 
 import non_speech
 from conftest import voice
-from echo_hf.non_speech import FURTHER_KINDS, TRAINING_KINDS
-from echo_hf.transcription import load_checkpoint
+from echo_hf.data.non_speech import FURTHER_KINDS, TRAINING_KINDS
+from echo_hf.inference import load_checkpoint
 from non_speech import TAILS, format_non_speech, measure_non_speech
 
 KINDS = TRAINING_KINDS + FURTHER_KINDS

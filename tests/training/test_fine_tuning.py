@@ -14,11 +14,13 @@ import pytest
 import soundfile
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSpeechSeq2Seq
-from transformers import AutoProcessor
-from transformers import EarlyStoppingCallback
-from transformers import Seq2SeqTrainer
-from transformers import Seq2SeqTrainingArguments
+from transformers import (
+    AutoModelForSpeechSeq2Seq,
+    AutoProcessor,
+    EarlyStoppingCallback,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+)
 
 import echo_hf
 from conftest import voice
@@ -310,7 +312,7 @@ def test_adapter_gets_its_gradients_through_checkpointing(reentrant, tiny, speec
 def test_training_and_adapters_of_the_page_run(tiny, tmp_path, monkeypatch):
     """As they are written there; test_export.py has what comes after, in its own words."""
     pytest.importorskip("peft")
-    page = (Path(__file__).parent.parent / "docs" / "fine_tuning.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "fine_tuning.md").read_text(encoding="utf-8")
     blocks = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "Trainer" in block]
     assert len(blocks) == 2
 

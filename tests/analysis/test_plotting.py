@@ -9,22 +9,19 @@ import pytest
 import torch
 
 from conftest import voice
-from echo_hf import EchoConfig
-from echo_hf import EchoFeatureExtractor
-from echo_hf import EchoForConditionalGeneration
-from echo_hf import EchoForCTC
-from echo_hf import EchoModel
-from echo_hf import EchoTokenizer
-from echo_hf import plotting
+from echo_hf import EchoConfig, EchoFeatureExtractor, EchoForConditionalGeneration, EchoForCTC, EchoModel, EchoTokenizer
+from echo_hf.analysis import attention, plotting
+from echo_hf.analysis.plotting import (
+    plot_alignment,
+    plot_angles,
+    plot_learning_curves,
+    plot_pitch,
+    plot_pitch_bias,
+    plot_similarity,
+    plot_utterance,
+    position_similarity,
+)
 from echo_hf.cli import main
-from echo_hf.plotting import plot_alignment
-from echo_hf.plotting import plot_angles
-from echo_hf.plotting import plot_learning_curves
-from echo_hf.plotting import plot_pitch
-from echo_hf.plotting import plot_pitch_bias
-from echo_hf.plotting import plot_similarity
-from echo_hf.plotting import plot_utterance
-from echo_hf.plotting import position_similarity
 
 WORDS = [{"text": "so", "timestamp": (0.1, 0.4)}, {"text": "long", "timestamp": (0.4, 0.9)}]
 
@@ -222,7 +219,7 @@ def test_alignment_without_a_text_shows_what_the_model_writes(features, monkeypa
     model, tokenizer = tiny_model(), EchoTokenizer()
     ids = model.generate(features)[0, 1:].tolist()
     axis = plot_alignment(model, features, tokenizer).axes[0]
-    expected = [plotting._show_token(tokenizer, token) for token in ids]
+    expected = [attention._show_token(tokenizer, token) for token in ids]
     assert [label.get_text() for label in axis.get_yticklabels()] == expected and len(ids) > 2
     monkeypatch.setattr(model, "generate", lambda **_: torch.tensor([[1, 2]]))
     with pytest.raises(ValueError, match="wrote nothing for this utterance; give a text"):

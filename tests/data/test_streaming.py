@@ -15,14 +15,8 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Seq2SeqTrainingArguments
 
-from echo_hf.data import EchoDataCollator
-from echo_hf.data import load_sources
-from echo_hf.data import prepare_dataset
-from echo_hf.data import stream_dataset
-from echo_hf.training import TRAINING_DEFAULTS
-from echo_hf.training import EchoTrainer
-from echo_hf.training import ModelArguments
-from echo_hf.training import build_model_and_processor
+from echo_hf.data import EchoDataCollator, load_sources, prepare_dataset, stream_dataset
+from echo_hf.training import TRAINING_DEFAULTS, EchoTrainer, ModelArguments, build_model_and_processor
 
 TEXTS = ["a", "b", "c", "d", "e", "f", "g", "h"]
 
@@ -169,7 +163,7 @@ print(len(rows), float(sum(row["input_features"].sum() for row in rows)))
 @pytest.mark.slow
 def test_two_processes_share_a_cache(manifest, tmp_path):
     command = [sys.executable, "-c", PREPARE, str(manifest), str(tmp_path / "cache")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}
     running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [process.communicate(timeout=120)[0].splitlines() for process in running]
     assert [process.returncode for process in running] == [0, 0]

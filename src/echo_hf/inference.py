@@ -106,8 +106,6 @@ def recognize(
         `ValueError`: the control is not known, there is no other utterance to shuffle with, or a CTC model is given
             settings of `generate()`.
     """
-    from .data import EchoDataCollator
-
     if generate_kwargs and not model.can_generate():
         raise ValueError(f"A CTC model generates nothing, and takes no {', '.join(generate_kwargs)}; leave them out.")
     if control is not None and control not in CONTROLS:
@@ -121,14 +119,16 @@ def recognize(
         source[order] = np.roll(order, -1)
     lengths = np.asarray(dataset["length"])[source]
     positions = np.argsort(-lengths, kind="stable")  # the longest first: what does not fit into memory fails at once
-    collator = EchoDataCollator(processor)
     texts, cut_off = [""] * len(dataset), 0
     features = dataset.select_columns(["input_features"])
     for start in tqdm(
         range(0, len(positions), batch_size), desc=f"Recognising ({control or 'as recorded'})", leave=False
     ):
         batch_positions = positions[start : start + batch_size]
-        batch = collator([features[int(source[position])] for position in batch_positions])
+        rows = [np.asarray(features[int(row)]["input_features"], np.float32) for row in source[batch_positions]]
+        batch = processor.feature_extractor.pad(
+            {"input_features": rows}, padding=True, return_attention_mask=True, return_tensors="pt"
+        )
         if control == "zeroed":
             batch["input_features"] = torch.zeros_like(batch["input_features"])
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}

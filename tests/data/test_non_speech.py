@@ -11,7 +11,7 @@ import soundfile
 from conftest import voice
 from echo_hf import EchoFeatureExtractor, EchoProcessor, EchoTokenizer
 from echo_hf.data import load_sources, prepare_dataset
-from echo_hf.non_speech import FURTHER_KINDS, TRAINING_KINDS, non_speech_signal, non_speech_table
+from echo_hf.data.non_speech import FURTHER_KINDS, TRAINING_KINDS, non_speech_signal, non_speech_table
 
 KINDS = TRAINING_KINDS + FURTHER_KINDS
 

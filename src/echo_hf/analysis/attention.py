@@ -1,174 +1,32 @@
-"""Pictures of what Echo hears and how pitch moves its attention. Needs matplotlib: `pip install ".[plot]"`.
+"""Pictures of how pitch moves a model's attention, asked of the model itself.
 
-Each function returns a `matplotlib.figure.Figure`, made without pyplot, so that a notebook, a file and TensorBoard all
-take it and no window opens. What a model does is asked of the model: angles come from its own rotary embedding, and F0
-is put on the encoder's frames as the encoder does it. Colours are those of Okabe and Ito, and what a colour says, a
-line's style or a label says too.
+Angles come from the model's own rotary embedding, and F0 is put on the encoder's frames as the encoder does it.
 """
 
-import json
-from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import Sequence
-from os import PathLike
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
-from .feature_extraction_echo import EchoFeatureExtractor
-from .segmentation_echo import runs
-
-# The colour-blind safe palette of Okabe and Ito (https://jfly.uni-koeln.de/color/).
-BLACK, ORANGE, SKY = "#000000", "#E69F00", "#56B4E9"
-BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
+from ..modeling_echo import align_f0, mean_cross_attention, standardize_f0
+from .diagnostics import find_module
+from .figures import (
+    BLACK,
+    BLUE,
+    ORANGE,
+    PURPLE,
+    VERMILLION,
+    check_length,
+    draw_f0,
+    new_figure,
+    set_title,
+    write_words_above,
+)
 
 THETA_MODES = ("none", "mean", "frame", "phase")
-LONGEST_PICTURE = 120  # s; beyond it nothing can be told apart, and spectrograms fill the memory
-SPECTROGRAM_RANGE = 70.0  # dB below the loudest that a picture still shows
 ROTARY_PAIRS = 4  # channel pairs whose angles are drawn
 ROUNDING = 1e-9  # rad; below it angles made in float64 are the same
-
-
-def plot_utterance(
-    audio,
-    feature_extractor: EchoFeatureExtractor | None = None,
-    title: str | None = None,
-    words: Sequence[Mapping[str, Any]] | None = None,
-):
-    """Waveform, log-mel spectrogram and F0 of one utterance on one time axis, voiced stretches shaded.
-
-    Args:
-        audio: what [`EchoFeatureExtractor`] takes as one utterance; another sampling rate than its own is resampled.
-        feature_extractor ([`EchoFeatureExtractor`], *optional*): the default one if not given. Its features must hold
-            the pitch.
-        title (`str`, *optional*): put above the picture.
-        words (`Sequence[Mapping]`, *optional*): what was said when, as the pipeline's `"chunks"`: each with `"text"`
-            and `"timestamp"` (start and end in seconds). They are written under the waveform.
-
-    Returns:
-        `matplotlib.figure.Figure`: with three axes, in the order above; time in seconds.
-
-    Raises:
-        `ImportError`: matplotlib is not installed.
-        `ValueError`: the extractor has no pitch, the audio cannot be used, or a word lacks its times.
-    """
-    figure = _new_figure(9, 6.5)
-    extractor, waveform, features, f0 = _hear(audio, feature_extractor)
-    num_mels = extractor.feature_groups["spectrogram"]
-    frame = extractor.hop_length / extractor.sampling_rate  # seconds
-    duration = len(waveform) / extractor.sampling_rate
-
-    axes = figure.subplots(3, 1, sharex=True, height_ratios=(1.2, 1.6, 1.2))
-    axes[0].plot(np.arange(len(waveform)) / extractor.sampling_rate, waveform, color=BLUE, linewidth=0.5)
-    axes[0].set_ylabel("amplitude")
-    image = axes[1].imshow(
-        features[:, :num_mels].T * 40.0,  # a unit is 4 decades of power
-        origin="lower",
-        aspect="auto",
-        cmap="cividis",
-        extent=(0.0, len(features) * frame, 0, num_mels),
-    )
-    axes[1].set_ylabel("mel channel")
-    figure.colorbar(image, ax=axes[1], label="dB above floor", pad=0.01)
-    axes[2].plot(np.arange(len(f0)) * frame, np.where(f0 > 0, f0, np.nan), ".", color=VERMILLION, ms=4, label="F0")
-    axes[2].set_ylabel("F0 (Hz)")
-    axes[2].set_xlabel("time (s)")
-    axes[2].set_xlim(0.0, duration)
-    for i, (start, end) in enumerate(runs(f0 > 0)):
-        for axis in (axes[0], axes[2]):
-            label = "voiced" if i == 0 and axis is axes[2] else None
-            axis.axvspan(start * frame, end * frame, color=SKY, alpha=0.25, linewidth=0, label=label)
-    if f0.any():
-        # Room for the legend above the contour.
-        axes[2].set_ylim(0.9 * f0[f0 > 0].min(), 1.35 * f0.max())
-        axes[2].legend(loc="upper right", ncols=2)
-    else:
-        axes[2].text(duration / 2, 0.5, "no voiced frame", ha="center", transform=axes[2].get_xaxis_transform())
-    if words:
-        peak = float(np.abs(waveform).max()) or 1.0
-        axes[0].set_ylim(-2.2 * peak, 1.1 * peak)
-        axes[0].set_yticks((-peak, 0.0, peak), [f"{tick:.2g}" for tick in (-peak, 0.0, peak)])
-        _write_words(axes[0], words, duration)
-    _set_title(figure, title)
-    return figure
-
-
-def plot_pitch(
-    audio,
-    feature_extractor: EchoFeatureExtractor | None = None,
-    title: str | None = None,
-    words: Sequence[Mapping[str, Any]] | None = None,
-    harmonics: int = 5,
-    max_frequency: float = 4000.0,
-):
-    """F0 and its harmonics on a narrow-band spectrogram: whether the tracker follows the voice can be seen at a glance,
-    since F0 and its multiples must lie on the spectrogram's ridges.
-
-    The spectrogram has a window of 40 ms, longer than the model's own 25 ms, so that harmonics stand apart; it is not
-    what the model is given.
-
-    Args:
-        audio, feature_extractor, title, words: as in [`plot_utterance`]; words are written above.
-        harmonics (`int`, defaults to 5): multiples of F0 that are drawn, F0 itself among them; at least 1.
-        max_frequency (`float`, defaults to 4000.0): Hz, top of the picture.
-
-    Returns:
-        `matplotlib.figure.Figure`: with one axes, time in seconds by frequency in Hz.
-
-    Raises:
-        `ImportError`: matplotlib is not installed.
-        `ValueError`: the extractor has no pitch, or the audio cannot be used.
-    """
-    from transformers.audio_utils import spectrogram
-    from transformers.audio_utils import window_function
-
-    if harmonics < 1:
-        raise ValueError(f"harmonics must be at least 1, got {harmonics}.")
-    figure = _new_figure(9, 5)
-    extractor, waveform, _, f0 = _hear(audio, feature_extractor)
-    rate, hop = extractor.sampling_rate, extractor.hop_length
-    window = round(0.04 * rate)
-    padded = np.pad(waveform, (0, max(0, window + 1 - len(waveform))))  # mirrored at its ends, which takes that many
-    decibels = spectrogram(
-        padded,
-        window_function(window, "hann"),
-        frame_length=window,
-        hop_length=hop,
-        fft_length=4 * 2 ** int(np.ceil(np.log2(window))),
-        power=2.0,
-        log_mel="dB",
-        db_range=SPECTROGRAM_RANGE,
-    )[:, : len(f0)]
-    decibels = decibels - max(decibels.max(), SPECTROGRAM_RANGE - 100.0)  # silence, at -100 dB, stays white
-    frame = hop / rate
-    axis = figure.subplots()
-    image = axis.imshow(
-        decibels,
-        origin="lower",
-        aspect="auto",
-        cmap="Greys",
-        vmin=-SPECTROGRAM_RANGE,
-        vmax=0.0,
-        extent=(-frame / 2, (decibels.shape[1] - 0.5) * frame, 0.0, rate / 2),
-    )
-    figure.colorbar(image, ax=axis, label="level (dB, 0 = the loudest)", pad=0.01)
-    times, voiced = np.arange(len(f0)) * frame, np.where(f0 > 0, f0, np.nan)
-    for number in range(2, harmonics + 1):
-        label = f"harmonics 2 to {harmonics}" if number == 2 else None
-        axis.plot(times, number * voiced, "--", color=BLUE, linewidth=1.0, label=label)
-    axis.plot(times, voiced, color=VERMILLION, linewidth=2.5, label="F0")
-    axis.set_ylim(0.0, min(max_frequency, rate / 2))
-    axis.set_xlim(0.0, len(waveform) / rate)
-    axis.set_xlabel("time (s)")
-    axis.set_ylabel("frequency (Hz)")
-    axis.legend(loc="upper right", framealpha=0.95)
-    if words:
-        _write_words_above(axis, words, len(waveform) / rate, "0.4")
-    if not f0.any():
-        axis.text(0.5, 0.9, "no voiced frame", ha="center", transform=axis.transAxes)
-    _set_title(figure, title)
-    return figure
 
 
 def plot_angles(model, input_features, theta_mode: str | None = None, title: str | None = None):
@@ -196,7 +54,7 @@ def plot_angles(model, input_features, theta_mode: str | None = None, title: str
     """
     from matplotlib.lines import Line2D
 
-    figure = _new_figure(9, 7.5)
+    figure = new_figure(9, 7.5)
     encoder, f0, seconds = _encode_f0(model, input_features)
     theta_mode = _check_mode(theta_mode or encoder.config.theta_mode)
     unwound = _fastest_turn(encoder, f0) < np.pi
@@ -231,9 +89,9 @@ def plot_angles(model, input_features, theta_mode: str | None = None, title: str
     if np.abs(difference).max() < ROUNDING:
         axes[1].set_ylim(-1.0, 1.0)
         axes[1].text(0.5, 0.6, "F0 moves no angle", ha="center", transform=axes[1].transAxes)
-    _draw_f0(axes[2], times, f0)
+    draw_f0(axes[2], times, f0)
     axes[2].set_xlim(0.0, max(times[-1], seconds))
-    _set_title(figure, title)
+    set_title(figure, title)
     figure.align_ylabels(axes)
     return figure
 
@@ -260,7 +118,7 @@ def plot_similarity(model, input_features, theta_modes: Sequence[str] = THETA_MO
     """
     if not theta_modes:
         raise ValueError(f"theta_modes: name at least one of {', '.join(THETA_MODES)}.")
-    figure = _new_figure(3.0 * len(theta_modes) + 1.2, 6.4)
+    figure = new_figure(3.0 * len(theta_modes) + 1.2, 6.4)
     encoder, f0, seconds = _encode_f0(model, input_features)
     similarities = [position_similarity(_angles(encoder, f0, _check_mode(mode))) for mode in theta_modes]
     standard = position_similarity(_angles(encoder, f0, "none"))
@@ -296,7 +154,7 @@ def plot_similarity(model, input_features, theta_modes: Sequence[str] = THETA_MO
         row[0].set_ylabel("time i (s)")
     figure.colorbar(upper, ax=axes[0], label="similarity", pad=0.01)
     figure.colorbar(lower, ax=axes[1], label="less the standard's", pad=0.01)
-    _set_title(figure, title)
+    set_title(figure, title)
     return figure
 
 
@@ -333,11 +191,7 @@ def plot_pitch_bias(
         `ValueError`: the features are not one utterance with pitch; or there is no such layer or head, or no strength
             was learned.
     """
-    import torch
-
-    from .modeling_echo import standardize_f0
-
-    figure = _new_figure(10, 6.6)
+    figure = new_figure(10, 6.6)
     encoder, f0, seconds = _encode_f0(model, input_features)
     described = f"s = {strength:.3g}, given" if strength is not None else ""
     if strength is None:
@@ -385,10 +239,10 @@ def plot_pitch_bias(
         figure.colorbar(image, ax=axis, label="added to the score", pad=0.02)
     axes[0, 0].set_ylabel("time i, who looks (s)")
     for axis in axes[1]:
-        _draw_f0(axis, times, f0)
+        draw_f0(axis, times, f0)
         axis.set_xlabel("time j, looked at (s)")
     axes[1, 0].set_xlim(0.0, duration)
-    _set_title(figure, title)
+    set_title(figure, title)
     return figure
 
 
@@ -418,11 +272,7 @@ def plot_alignment(
         `ImportError`: matplotlib is not installed.
         `ValueError`: the features are not one utterance, the model has no decoder, or no token was written.
     """
-    import torch
-
-    from .modeling_echo import mean_cross_attention
-
-    _new_figure(1, 1)  # so that a missing matplotlib is told before the model runs
+    new_figure(1, 1)  # so that a missing matplotlib is told before the model runs
     if not model.can_generate():
         raise ValueError(f"{type(model).__name__} has no decoder, and so no cross-attention to draw.")
     features = _one_utterance(model, input_features)
@@ -445,7 +295,7 @@ def plot_alignment(
     seconds = config.inputs_to_logits_ratio / config.sampling_rate
     duration = weights.shape[1] * seconds
     labels = [_show_token(tokenizer, token) for token in ids]
-    figure = _new_figure(9, min(max(3.0, 1.3 + 0.17 * len(ids) + (0.5 if words else 0.0)), 40.0))
+    figure = new_figure(9, min(max(3.0, 1.3 + 0.17 * len(ids) + (0.5 if words else 0.0)), 40.0))
     axis = figure.subplots()
     # Each row by its own brightest: a token that looks far around would otherwise be dark all over.
     image = axis.imshow(
@@ -473,165 +323,9 @@ def plot_alignment(
     axis.set_xlabel("time (s)")
     figure.legend(loc="outside lower center", fontsize="small")
     if words:
-        _write_words_above(axis, words, duration, "white")
-    _set_title(figure, title)
+        write_words_above(axis, words, duration, "white")
+    set_title(figure, title)
     return figure
-
-
-def plot_learning_curves(log_history: str | PathLike | Iterable[Mapping[str, Any]], title: str | None = None):
-    """Losses of a training run over its steps, and the word error rate on an axis of its own at the right.
-
-    Args:
-        log_history: `trainer.state.log_history`, or path of a `trainer_state.json`, or of the folder it lies in.
-        title (`str`, *optional*): put above the picture.
-
-    Returns:
-        `matplotlib.figure.Figure`: with one axes for losses, and a second for the word error rate in percent if the log
-        has one.
-
-    Raises:
-        `ImportError`: matplotlib is not installed.
-        `ValueError`: there is no log, or it holds no loss and no word error rate.
-    """
-    figure = _new_figure(9, 5)
-    if isinstance(log_history, str | PathLike):
-        log_history = read_log_history(log_history)
-    log_history = list(log_history)
-    axis = figure.subplots()
-    handles = []
-    # key in the log, label, colour, line, marker
-    for key, label, color, style, marker in (
-        ("loss", "training loss", BLUE, "-", ""),
-        ("eval_loss", "evaluation loss", ORANGE, "-", "o"),
-    ):
-        handles += _draw_log(axis, log_history, key, 1.0, color=color, linestyle=style, marker=marker, label=label)
-    axis.set_xlabel("step")
-    axis.set_ylabel("loss (nats a token)")
-    _start_at_zero(axis)
-    axis.grid(color="0.9")
-    if any(isinstance(entry.get("eval_wer"), int | float) for entry in log_history):
-        right = axis.twinx()
-        handles += _draw_log(
-            right,
-            log_history,
-            "eval_wer",
-            100.0,
-            color=VERMILLION,
-            linestyle="-.",
-            marker="s",
-            label="word error rate (right)",
-        )
-        right.set_ylabel("word error rate (%)", color=VERMILLION)
-        right.tick_params(axis="y", colors=VERMILLION)
-        _start_at_zero(right)
-    if not handles:
-        raise ValueError("log_history holds neither a loss nor a word error rate: was anything trained?")
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), fontsize="small")
-    _set_title(figure, title)
-    return figure
-
-
-def read_log_history(path: str | PathLike) -> list[dict[str, Any]]:
-    """The `log_history` of a `trainer_state.json`, which is named or lies in the folder that is named.
-
-    Raises:
-        `ValueError`: there is none.
-    """
-    path = Path(path)
-    file = path / "trainer_state.json" if path.is_dir() else path
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))["log_history"]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: no log of a training run ({error}); name a trainer_state.json or the folder of a run."
-        ) from error
-
-
-def _new_figure(width: float, height: float):
-    """An empty figure of that size in inches."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(f'Pictures need matplotlib ({error}): `pip install ".[plot]"` in the clone.') from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _hear(audio, extractor: EchoFeatureExtractor | None):
-    """The extractor, the waveform `(samples,)` at its rate, the features `(T, channels)` and F0 `(T,)` in Hz."""
-    extractor = extractor if extractor is not None else EchoFeatureExtractor()
-    if "pitch" not in extractor.feature_groups:
-        raise ValueError("feature_extractor: its feature_groups have no 'pitch' to draw.")
-    waveform = extractor._read(audio, "audio", extractor.sampling_rate, resample=True)
-    check_length(len(waveform) / extractor.sampling_rate)
-    features = extractor(waveform, sampling_rate=extractor.sampling_rate)["input_features"][0]
-    return extractor, waveform, features, features[:, -1]
-
-
-def check_length(seconds: float) -> None:
-    """Raises `ValueError` for audio that lasts longer than `LONGEST_PICTURE`."""
-    if seconds > LONGEST_PICTURE:
-        raise ValueError(
-            f"A picture shows at most {LONGEST_PICTURE} s, and the audio lasts {seconds:.0f} s; cut out a part of it."
-        )
-
-
-def _set_title(figure, title: str | None) -> None:
-    if title is not None:
-        figure.suptitle(title)
-
-
-def _check_words(words: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    for word in words:
-        times = word.get("timestamp") or ()
-        if "text" not in word or len(times) != 2 or any(time is None for time in times):
-            raise ValueError(f"words: {dict(word)} must have a text and a timestamp of start and end in seconds.")
-    return words
-
-
-def _write_words(axis, words: Sequence[Mapping[str, Any]], duration: float) -> None:
-    """Words at their times near an axis' lower edge, in rows if they would run into each other."""
-    place = axis.get_xaxis_transform()
-    letter = duration / 95  # width of a letter of this size, seconds
-    ends = [0.0, 0.0, 0.0]  # where the writing of each row ends
-    for word in _check_words(words):
-        (start, end), text = word["timestamp"], word["text"].strip()
-        middle, half = (start + end) / 2, 0.5 * len(text) * letter
-        row = next((row for row, taken in enumerate(ends) if taken <= middle - half), int(np.argmin(ends)))
-        ends[row] = middle + half + letter
-        y = 0.27 - 0.12 * row
-        axis.plot((start, end), (y - 0.02, y - 0.02), "|-", color=VERMILLION, linewidth=1.5, transform=place)
-        axis.text(middle, y, text, ha="center", va="bottom", fontsize=8, transform=place, clip_on=True)
-
-
-def _write_words_above(axis, words: Sequence[Mapping[str, Any]], duration: float, color: str) -> None:
-    """Words at their middles above an axis, with dotted lines of that colour where each starts and ends."""
-    middles = [min(sum(word["timestamp"]) / 2, duration) for word in _check_words(words)]
-    top = axis.secondary_xaxis("top")
-    top.set_xticks(middles, [word["text"].strip() for word in words], fontsize=8, rotation=30, ha="left")
-    for word in words:
-        for time in word["timestamp"]:
-            axis.axvline(time, color=color, linewidth=0.8, linestyle=":")
-    axis.set_xlim(0.0, duration)
-
-
-def _draw_f0(axis, times: np.ndarray, f0: np.ndarray) -> None:
-    axis.plot(times, np.where(f0 > 0, f0, np.nan), ".", color=VERMILLION, markersize=4)
-    axis.set_ylabel("F0 (Hz)")
-    axis.set_xlabel("time (s)")
-    if not f0.any():
-        axis.set_yticks([])
-        axis.text(0.5, 0.5, "no voiced frame", ha="center", transform=axis.transAxes)
-
-
-def _draw_log(axis, log_history: list[Mapping[str, Any]], key: str, scale: float, **style) -> list:
-    points = [(entry["step"], entry[key] * scale) for entry in log_history if isinstance(entry.get(key), int | float)]
-    return axis.plot(*zip(*points), markersize=4, **style) if points else []
-
-
-def _start_at_zero(axis) -> None:
-    """The vertical axis from 0, with room above for whole markers, which may be large values close to each other."""
-    highest = max((max(line.get_ydata()) for line in axis.lines), default=0.0)
-    axis.set_ylim(0.0, 1.05 * highest if highest > 0 else 1.0)
 
 
 def _show_token(tokenizer, token: int) -> str:
@@ -647,8 +341,6 @@ def _show_token(tokenizer, token: int) -> str:
 
 def _one_utterance(model, input_features):
     """Features of one utterance, `(1, T, channels)`, where the model is and as it is."""
-    import torch
-
     features = torch.as_tensor(input_features)
     features = features[None] if features.dim() == 2 else features
     if features.dim() != 3 or features.shape[0] != 1:
@@ -662,11 +354,6 @@ def _one_utterance(model, input_features):
 
 def _encode_f0(model, input_features):
     """The encoder, F0 in Hz at its frames `(S,)`, and the seconds from one of them to the next."""
-    import torch
-
-    from .diagnostics import find_module
-    from .modeling_echo import align_f0
-
     encoder = find_module(model, "EchoEncoder")
     if encoder is None:
         raise ValueError(f"{type(model).__name__} is no Echo model with an encoder.")
@@ -688,8 +375,6 @@ def _check_mode(theta_mode: str) -> str:
 
 def _rotary(encoder, theta_mode: str):
     """The encoder's rotary embedding, on the CPU, as it would be in that mode; a new one, so that nothing changes."""
-    import torch
-
     own = encoder.rotary_emb
     rotary = type(own)(own.config, own.head_dim, theta_mode)
     with torch.no_grad():
@@ -700,8 +385,6 @@ def _rotary(encoder, theta_mode: str):
 
 def _angles(encoder, f0: np.ndarray, theta_mode: str, unwound: bool = False) -> np.ndarray:
     """Angles, `(S, C)`, float64: in [0, 2 pi), or unwound, which is right where no pair turns by pi or more a frame."""
-    import torch
-
     rotary, f0_tensor = _rotary(encoder, theta_mode), torch.from_numpy(f0)[None]
     positions = torch.arange(len(f0))[None]
     if unwound and theta_mode != "phase":
@@ -714,8 +397,6 @@ def _angles(encoder, f0: np.ndarray, theta_mode: str, unwound: bool = False) -> 
 
 def _fastest_turn(encoder, f0: np.ndarray) -> float:
     """How far the fastest of the drawn pairs turns in a frame at most, in rad."""
-    import torch
-
     rotary = _rotary(encoder, "none")
     theta = rotary.theta(torch.device("cpu"), None, None)
     return float(rotary.frequencies(theta + float(f0.max()))[..., :ROTARY_PAIRS].max())
@@ -723,22 +404,10 @@ def _fastest_turn(encoder, f0: np.ndarray) -> float:
 
 def _learned_strengths(encoder) -> np.ndarray | None:
     """Strength of the gaussian bias, `(layers, heads)`, or None if the model has none."""
-    import torch
-
     if encoder.config.pitch_bias != "gaussian":
         return None
     strengths = [layer.self_attn.bias_strength.detach().float().cpu() for layer in encoder.layers]
     return torch.stack(strengths).numpy()
 
 
-__all__ = [
-    "plot_alignment",
-    "plot_angles",
-    "plot_learning_curves",
-    "plot_pitch",
-    "plot_pitch_bias",
-    "plot_similarity",
-    "plot_utterance",
-    "position_similarity",
-    "read_log_history",
-]
+__all__ = ["plot_alignment", "plot_angles", "plot_pitch_bias", "plot_similarity", "position_similarity"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from echo_hf import EchoFeatureExtractor
-from echo_hf.augmentation import VoicePerturbation
+from echo_hf.data.augmentation import VoicePerturbation
 
 RATE = 16000
 

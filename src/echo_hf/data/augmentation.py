@@ -49,7 +49,7 @@ class VoicePerturbation:
     ```python
     >>> import numpy as np
     >>> from echo_hf import EchoFeatureExtractor
-    >>> from echo_hf.augmentation import VoicePerturbation
+    >>> from echo_hf.data.augmentation import VoicePerturbation
 
     >>> perturb = VoicePerturbation(EchoFeatureExtractor(), voice=0.2)
     >>> perturb(np.ones((100, 81), dtype=np.float32)).shape

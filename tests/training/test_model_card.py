@@ -6,23 +6,20 @@ import shlex
 import shutil
 
 import pytest
-from huggingface_hub import ModelCard
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import close_session
 
-from echo_hf.cli import COMMAND_FILE
 from echo_hf.cli import _without_token
-from echo_hf.model_card import MARK
-from echo_hf.model_card import CardArguments
-from echo_hf.model_card import build_model_card
-from echo_hf.model_card import write_model_card
-from echo_hf.training import DataArguments
-from echo_hf.training import EchoTrainer
-from echo_hf.training import train
+from echo_hf.training import DataArguments, EchoTrainer, train
+from echo_hf.training.model_card import COMMAND_FILE, MARK, CardArguments, build_model_card, write_model_card
 from hub_server import Hub
-from test_training import manifest  # noqa: F401  (a fixture)
-from test_training import model_arguments
-from test_training import trainer_arguments
+from tiny_training import model_arguments, trainer_arguments, write_six_tones
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    return write_six_tones(tmp_path)
+
 
 METRICS = {
     "wer": 0.3204,

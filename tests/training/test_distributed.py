@@ -17,12 +17,9 @@ from transformers import Seq2SeqTrainingArguments
 
 from echo_hf.cli import main
 from echo_hf.data import EchoDataCollator
-from echo_hf.training import TRAINING_DEFAULTS
-from echo_hf.training import EchoTrainer
-from echo_hf.training import ModelArguments
-from echo_hf.training import build_model_and_processor
+from echo_hf.training import TRAINING_DEFAULTS, EchoTrainer, ModelArguments, build_model_and_processor
 
-SOURCE = Path(__file__).parents[1] / "src"
+SOURCE = Path(__file__).parents[2] / "src"
 FEATURES = '{"spectrogram": 20, "pitch": 1}'
 TINY = "encoder_hidden_size=16,encoder_num_hidden_layers=1,decoder_hidden_size=16,encoder_num_attention_heads=2," + (
     "decoder_num_attention_heads=2,encoder_intermediate_size=16,decoder_intermediate_size=16,max_target_positions=12"

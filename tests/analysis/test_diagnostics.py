@@ -11,17 +11,12 @@ import torch
 from torch import nn
 
 from conftest import voice
-from echo_hf import EchoConfig
-from echo_hf import EchoFeatureExtractor
-from echo_hf import EchoForConditionalGeneration
-from echo_hf import EchoForCTC
-from echo_hf import plotting
+from echo_hf import EchoConfig, EchoFeatureExtractor, EchoForConditionalGeneration, EchoForCTC
+from echo_hf.analysis import figures
+from echo_hf.analysis.diagnostics import KINDS, EchoDiagnostics, RunningStatistics
+from echo_hf.analysis.tensorboard import DiagnosticsCallback
 from echo_hf.checkpoint import load_model_and_processor
 from echo_hf.cli import main
-from echo_hf.diagnostics import KINDS
-from echo_hf.diagnostics import DiagnosticsCallback
-from echo_hf.diagnostics import EchoDiagnostics
-from echo_hf.diagnostics import RunningStatistics
 from echo_hf.modeling_echo import EchoEncoder
 
 THETA = 1000.0
@@ -290,7 +285,7 @@ def test_what_is_too_long_for_a_picture_is_not_drawn(checkpoint, monkeypatch):
     ]
     dataset = datasets.Dataset.from_list(rows).with_format("numpy", ["input_features"], output_all_columns=True)
     for seconds, expected in ((1, 60), (0.5, 40), (0.1, None)):
-        monkeypatch.setattr(plotting, "LONGEST_PICTURE", seconds)
+        monkeypatch.setattr(figures, "LONGEST_PICTURE", seconds)
         drawn = DiagnosticsCallback(dataset, processor).drawn
         assert (drawn and len(drawn["input_features"])) == expected
 

@@ -13,18 +13,11 @@ import soundfile
 
 import echo_hf
 from conftest import voice
-from echo_hf import EchoFeatureExtractor
-from echo_hf import EchoProcessor
-from echo_hf import EchoTokenizer
+from echo_hf import EchoFeatureExtractor, EchoProcessor, EchoTokenizer
 from echo_hf.data import EchoDataCollator
-from echo_hf.training import DataArguments
-from echo_hf.training import EchoTrainer
-from echo_hf.training import build_model_and_processor
-from echo_hf.training import find_last_checkpoint
-from echo_hf.training import train
-from echo_hf.transcription import load_checkpoint
-from test_training import model_arguments
-from test_training import trainer_arguments
+from echo_hf.inference import load_checkpoint
+from echo_hf.training import DataArguments, EchoTrainer, build_model_and_processor, find_last_checkpoint, train
+from tiny_training import model_arguments, trainer_arguments
 
 # One interpreter, since imports take longer than the runs; each run is a child of it, with a fault of its own.
 RUNS = """
@@ -36,7 +29,7 @@ import torch
 import transformers
 from transformers import TrainerCallback, trainer, trainer_callback, trainer_utils
 from echo_hf.training import DataArguments, find_last_checkpoint, train
-from test_training import model_arguments, trainer_arguments
+from tiny_training import model_arguments, trainer_arguments
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
@@ -171,7 +164,7 @@ def tones(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(tones):
-    paths = json.dumps([str(Path(__file__).parent), str(Path(echo_hf.__file__).parents[1])])
+    paths = json.dumps([str(Path(__file__).parents[1]), str(Path(echo_hf.__file__).parents[1])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
         [sys.executable, "-c", RUNS, str(tones), paths], env=environment, capture_output=True, text=True

@@ -11,22 +11,19 @@ import os
 import re
 import shlex
 from collections import Counter
-from dataclasses import dataclass
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult
-from huggingface_hub import ModelCard
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .checkpoint import read_json
-from .cli import COMMAND_FILE
-from .configuration_echo import EchoConfig
-from .metrics import RATES
+from ..checkpoint import read_json
+from ..configuration_echo import EchoConfig
+from ..metrics import RATES
 
 TRAINING_ARGUMENTS_FILE = "training_args.json"  # in output_dir: all settings of the Trainer but tokens
 SUMMARY_FILE = "run_summary.json"
+COMMAND_FILE = "train_command.json"  # in output_dir: the options of the run, for --resume
 CARD_FILE = "README.md"
 
 TASK = "automatic-speech-recognition"
@@ -104,7 +101,7 @@ def build_model_card(
     Example:
 
     ```python
-    >>> from echo_hf.model_card import CardArguments, build_model_card
+    >>> from echo_hf.training.model_card import CardArguments, build_model_card
 
     >>> about = CardArguments(card_license="cc-by-4.0", card_language=["ga"])
     >>> card = build_model_card("my-model", about)  # doctest: +SKIP

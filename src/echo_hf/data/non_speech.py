@@ -65,7 +65,7 @@ def non_speech_signal(
 
     ```python
     >>> import numpy as np
-    >>> from echo_hf.non_speech import non_speech_signal
+    >>> from echo_hf.data.non_speech import non_speech_signal
 
     >>> hum = non_speech_signal("hum", 2.0, np.random.default_rng(0), level=-40.0)
     >>> hum.shape, round(float(np.sqrt(np.mean(hum**2))), 4)
@@ -294,7 +294,7 @@ def non_speech_table(
     Example:
 
     ```python
-    >>> from echo_hf.non_speech import non_speech_table
+    >>> from echo_hf.data.non_speech import non_speech_table
 
     >>> table = non_speech_table(3, seed=0, kinds=("zeros", "hum"))
     >>> table.column_names, table["text"][:]

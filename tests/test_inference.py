@@ -15,13 +15,13 @@ from speed import peak_memory
 
 from conftest import SAMPLING_RATE
 from conftest import voice
-from echo_hf import transcription
+from echo_hf import inference
 from echo_hf.pipeline_echo import EchoAutomaticSpeechRecognitionPipeline
-from echo_hf.transcription import Transcript
-from echo_hf.transcription import expand_paths
-from echo_hf.transcription import find_audio_files
-from echo_hf.transcription import load_checkpoint
-from echo_hf.transcription import transcribe_files
+from echo_hf.inference import Transcript
+from echo_hf.inference import expand_paths
+from echo_hf.inference import find_audio_files
+from echo_hf.inference import load_checkpoint
+from echo_hf.inference import transcribe_files
 
 FORMATS = [
     ("WAV", "PCM_16"),
@@ -223,9 +223,9 @@ def test_timestamps_are_checked_early(recognizer):
 
 def test_the_progress_bar_survives_what_headers_claim(tmp_path):
     (tmp_path / "text.wav").write_text("no audio")
-    assert transcription._claimed_seconds(tmp_path / "text.wav") == 0.0
+    assert inference._claimed_seconds(tmp_path / "text.wav") == 0.0
     soundfile.write(tmp_path / "a.wav", voice(0.5), SAMPLING_RATE)
-    assert transcription._claimed_seconds(tmp_path / "a.wav") == 0.5
+    assert inference._claimed_seconds(tmp_path / "a.wav") == 0.5
 
 
 def test_a_folder_gives_each_file_once_and_no_hidden_one(tmp_path):
