@@ -12,6 +12,7 @@ from echo_hf.metrics import f0_metrics
 from echo_hf.metrics import f0_test_signals
 from echo_hf.pitch_echo import accumulated_phase
 from echo_hf.pitch_echo import aperiodicity_code
+from echo_hf.pitch_echo import check_sampling_rate
 from echo_hf.pitch_echo import estimate_f0
 from echo_hf.pitch_echo import estimate_f0_batch
 from echo_hf.pitch_echo import normalise_pitch
@@ -164,13 +165,41 @@ def test_another_tracker_is_one_function(monkeypatch):
     [
         ({"method": "crepe"}, "'crepe'.*dio"),
         ({"f0_min": 500.0, "f0_max": 71.0}, "f0_min"),
-        ({"f0_min": 0.0}, "f0_min"),
-        ({"f0_max": 9000.0}, "8000 Hz"),
+        *(({"f0_min": value}, "f0_min") for value in (0.0, 1e-9, 1e-3, 0.1, -71.0, np.nan, "71", None, True)),
+        *(({"f0_max": value}, "f0_max") for value in (9000.0, 1e9, np.inf, np.nan, "500", None)),
+        ({"f0_max": 900.0, "sampling_rate": 1600}, "<= 800 Hz at a sampling rate of 1600 Hz"),
+        *(({"hop_length": value}, "hop_length") for value in (0, -160, 16001, 10**9, 160.5, True, "160", None)),
+        *(({"sampling_rate": value}, "sampling_rate") for value in (0, 1, 7, -16000, 10**9, np.inf, 16000.5, "16000")),
     ],
 )
-def test_settings_that_cannot_work_are_named(arguments, message):
+@every_tracker
+def test_settings_that_cannot_work_are_named(method, arguments, message):
+    """Before anything is allocated, and before native code that checks nothing is reached."""
+    settings = {"sampling_rate": 16000, "hop_length": 160, "method": method, **arguments}
     with pytest.raises(ValueError, match=message):
-        estimate_f0(np.zeros(1600), 16000, 160, **arguments)
+        estimate_f0(np.zeros(1600), **settings)
+
+
+@every_tracker
+@pytest.mark.parametrize("f0_range", [(20.0, 2000.0), (20.0, 21.0), (1999.0, 2000.0)])
+def test_the_widest_settings_work(method, f0_range):
+    noise = np.random.default_rng(0).normal(size=4000)
+    for sampling_rate, hop_length in ((16000, 16000), (16000, 40), (4000, 40)):
+        f0 = estimate_f0(noise, sampling_rate, hop_length, method, *f0_range)
+        assert len(f0) == 4000 // hop_length + 1 and np.isfinite(f0).all()
+
+
+@pytest.mark.parametrize("code", [spectral_envelope_code, aperiodicity_code])
+@pytest.mark.parametrize("f0", [[np.nan, 100.0], [-1.0], [1e9], [], [[100.0]]])
+def test_f0_that_world_cannot_take_is_refused(code, f0):
+    with pytest.raises(ValueError, match="f0 must be 1-D"):
+        code(np.zeros(1600), np.array(f0), 16000, 160)
+
+
+@pytest.mark.parametrize("rate", [16000, 16000.0, np.int32(16000), np.float64(16000), np.array(16000)])
+def test_a_sampling_rate_of_any_numeric_type_is_an_int(rate):
+    checked = check_sampling_rate(rate)
+    assert checked == 16000 and type(checked) is int
 
 
 @pytest.mark.parametrize("waveform", [np.zeros(0), np.zeros((2, 1600)), np.array([0.0, np.nan]), np.array([np.inf])])

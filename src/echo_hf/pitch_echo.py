@@ -8,12 +8,19 @@ processes that only make features can be forked without torch.
 """
 
 import math
+import operator
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from numbers import Integral
+from numbers import Real
 
 import numpy as np
+
+# Bounds of what settings may be. Beyond them trackers hang, take all memory, or read memory that is not theirs.
+LOWEST_RATE, HIGHEST_RATE = 1000, 1_000_000  # Hz, of audio
+LOWEST_F0, HIGHEST_F0 = 20.0, 2000.0  # Hz; voices lie within, from creak to whistle
 
 # Published constants of Echo's pitch per token.
 F0_FLOOR = 71.0  # Hz, WORLD's lowest F0; normalised to 0
@@ -317,14 +324,52 @@ BATCH_TRACKERS = {"autocorrelation": track_autocorrelation_batch}
 TRACKERS = {"dio": track_dio, "dio_fast": track_dio_fast, **BATCH_TRACKERS}
 
 
+def check_sampling_rate(sampling_rate, name: str = "sampling_rate") -> int:
+    """A sampling rate as an `int`, checked.
+
+    Args:
+        sampling_rate: Hz; a whole number of any numeric type, or a tensor or array of one.
+        name: what an error calls it.
+
+    Raises:
+        `ValueError`: it is no whole number from 1000 to 1000000 Hz.
+    """
+    value = sampling_rate
+    if isinstance(value, Real) and not isinstance(value, Integral) and math.isfinite(value) and value == int(value):
+        value = int(value)
+    try:
+        value = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        value = None
+    if value is None or not LOWEST_RATE <= value <= HIGHEST_RATE:
+        raise ValueError(
+            f"{name} must be a whole number from {LOWEST_RATE} to {HIGHEST_RATE} (Hz), got {sampling_rate!r}. Give the"
+            " rate at which the audio was recorded, such as 16000."
+        )
+    return value
+
+
+def check_hop_length(hop_length, sampling_rate: int):
+    """Raises a `ValueError` if `hop_length` is no whole number of samples from 1 to a second."""
+    if isinstance(hop_length, bool) or not isinstance(hop_length, Integral) or not 1 <= hop_length <= sampling_rate:
+        raise ValueError(
+            f"hop_length must be a whole number of samples from 1 to {sampling_rate} (a second), got {hop_length!r}."
+        )
+
+
 def check_tracker(method: str, f0_min: float, f0_max: float, sampling_rate: int):
     """Raises a `ValueError` that says which of the settings of a tracker cannot work, and what can."""
     if method not in TRACKERS:
         raise ValueError(f"F0 method {method!r} is not known; choose one of {', '.join(TRACKERS)}.")
-    if not 0 < f0_min < f0_max <= sampling_rate / 2:
+    for name, value in (("f0_min", f0_min), ("f0_max", f0_max)):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise ValueError(f"{name} must be a number (Hz), got {value!r}.")
+    highest = min(HIGHEST_F0, sampling_rate / 2)
+    if not LOWEST_F0 <= f0_min < f0_max <= highest:
         raise ValueError(
-            f"f0_min ({f0_min} Hz) and f0_max ({f0_max} Hz) must satisfy 0 < f0_min < f0_max <= {sampling_rate / 2:g}"
-            f" Hz, half the sampling rate; speech lies within {F0_FLOOR:g} to {F0_CEILING:g} Hz."
+            f"f0_min ({f0_min} Hz) and f0_max ({f0_max} Hz) must satisfy {LOWEST_F0:g} <= f0_min < f0_max <="
+            f" {highest:g} Hz at a sampling rate of {sampling_rate} Hz; speech lies within {F0_FLOOR:g} to"
+            f" {F0_CEILING:g} Hz."
         )
 
 
@@ -382,6 +427,8 @@ def estimate_f0_batch(
     Raises:
         `ValueError`, `ImportError`: as by [`estimate_f0`].
     """
+    sampling_rate = check_sampling_rate(sampling_rate)
+    check_hop_length(hop_length, sampling_rate)
     check_tracker(method, f0_min, f0_max, sampling_rate)
     waveforms = [_check_waveform(waveform) for waveform in waveforms]
     frame_period = 1000.0 * hop_length / sampling_rate  # ms
@@ -531,6 +578,9 @@ def spectral_envelope_code(
 
     Returns:
         float64, shape `(frames, num_bands)`.
+
+    Raises:
+        `ValueError`: the waveform or F0 is not 1-D, is empty or not finite, or a setting is not possible.
     """
     pyworld = _import_pyworld()
 
@@ -562,7 +612,7 @@ def aperiodicity_code(waveform: np.ndarray, f0: np.ndarray, sampling_rate: int, 
         float64, shape `(frames, num_aperiodicity_bands(sampling_rate))`: dB, from -60 (periodic) to 0 (noise).
 
     Raises:
-        `ValueError`: the sampling rate leaves no band.
+        `ValueError`: as by [`spectral_envelope_code`], or the sampling rate leaves no band.
     """
     if num_aperiodicity_bands(sampling_rate) < 1:
         raise ValueError(f"WORLD codes no aperiodicity under 12000 Hz, and the sampling rate is {sampling_rate} Hz.")
@@ -576,8 +626,10 @@ def aperiodicity_code(waveform: np.ndarray, f0: np.ndarray, sampling_rate: int, 
 
 def _by_frames(code, waveform, f0, sampling_rate, hop_length):
     # WORLD makes a full spectrum for every frame, and only the code of it is kept: so a part of the frames at a time.
+    sampling_rate = check_sampling_rate(sampling_rate)
+    check_hop_length(hop_length, sampling_rate)
     waveform = np.ascontiguousarray(_check_waveform(waveform), dtype=np.float64)
-    f0 = np.ascontiguousarray(f0, dtype=np.float64)
+    f0 = np.ascontiguousarray(_check_f0(f0, sampling_rate), dtype=np.float64)
     times = np.arange(len(f0)) * (hop_length / sampling_rate)  # seconds
     parts = [slice(start, start + ENVELOPE_FRAMES) for start in range(0, len(f0), ENVELOPE_FRAMES)]
     return np.concatenate([code(waveform, f0[part], times[part]) for part in parts])
@@ -589,3 +641,13 @@ def _check_waveform(waveform) -> np.ndarray:
     if waveform.ndim != 1 or len(waveform) == 0 or not np.isfinite(waveform).all():
         raise ValueError(f"The waveform must be 1-D, not empty and finite, got shape {waveform.shape}.")
     return waveform
+
+
+def _check_f0(f0, sampling_rate: int) -> np.ndarray:
+    f0 = np.asarray(f0)
+    if f0.ndim != 1 or len(f0) == 0 or not np.all((f0 >= 0) & (f0 <= sampling_rate / 2)):
+        raise ValueError(
+            f"f0 must be 1-D, not empty and within 0 to {sampling_rate / 2:g} Hz (half the sampling rate) in every"
+            f" frame, got shape {f0.shape}."
+        )
+    return f0
