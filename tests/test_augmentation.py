@@ -146,6 +146,12 @@ def test_f0_is_dropped_as_often_as_asked_and_nothing_else(extractor):
     assert abs(dropped / 2000 - 0.25) < 0.05  # five standard deviations
 
 
+def test_where_f0_is_dropped_there_is_no_voicing():
+    extractor = EchoFeatureExtractor(feature_groups={"spectrogram": 80, "aperiodicity": 1, "voicing": 1, "pitch": 1})
+    out = VoicePerturbation(extractor, f0_drop=1.0)(np.ones((20, 83), dtype=np.float32))
+    assert (out[:, :81] == 1).all() and (out[:, 81:] == 0).all()
+
+
 def test_a_pause_comes_before_or_behind_and_holds_silence_or_the_room(extractor):
     """What is said stays whole; what is added has no F0, and is silence or frames as quiet as the quietest."""
     features = np.random.default_rng(0).uniform(1, 2, (60, 81)).astype(np.float32)

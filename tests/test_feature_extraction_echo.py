@@ -22,9 +22,18 @@ from echo_hf.feature_extraction_echo import log_mel_spectrogram
 from echo_hf.feature_extraction_echo import resample_audio
 from echo_hf.feature_extraction_echo import to_mono
 from echo_hf.pitch_echo import accumulated_phase
+from echo_hf.pitch_echo import voicing
 
 RATE = 16000  # Hz
-ALL_GROUPS = {"spectrogram": 80, "waveform": 160, "phase": 1, "envelope": 24, "aperiodicity": 1, "pitch": 1}
+ALL_GROUPS = {
+    "spectrogram": 80,
+    "waveform": 160,
+    "phase": 1,
+    "envelope": 24,
+    "aperiodicity": 1,
+    "voicing": 1,
+    "pitch": 1,
+}
 
 
 def voice(seconds=0.5, frequency=200.0, rate=RATE, seed=0):
@@ -125,7 +134,7 @@ def test_silence_is_zero_in_every_channel(extractor, samples):
 @pytest.mark.parametrize("frames", [1, 2, 3, 4, 5])
 def test_very_short_audio(frames):
     features = EchoFeatureExtractor(ALL_GROUPS)(as_float(voice())[: 160 * frames], sampling_rate=RATE)
-    assert features["input_features"].shape == (1, frames, 267) and np.isfinite(features["input_features"]).all()
+    assert features["input_features"].shape == (1, frames, 268) and np.isfinite(features["input_features"]).all()
 
 
 def test_long_audio_is_transformed_in_pieces(monkeypatch):
@@ -141,8 +150,8 @@ def test_extra_groups_lie_in_their_order():
     extractor = EchoFeatureExtractor(shuffled)
     features = extractor(audio, sampling_rate=RATE)["input_features"][0]
     plain = EchoFeatureExtractor()(audio, sampling_rate=RATE)["input_features"][0]
-    assert list(extractor.feature_groups) == list(ALL_GROUPS) and extractor.feature_size == features.shape[1] == 267
-    spectrogram, waveform, phase, envelope, aperiodicity, pitch = np.split(
+    assert list(extractor.feature_groups) == list(ALL_GROUPS) and extractor.feature_size == features.shape[1] == 268
+    spectrogram, waveform, phase, envelope, aperiodicity, periodicity, pitch = np.split(
         features, np.cumsum(list(ALL_GROUPS.values()))[:-1], axis=1
     )
     np.testing.assert_array_equal(np.concatenate([spectrogram, pitch], axis=1), plain)
@@ -152,6 +161,8 @@ def test_extra_groups_lie_in_their_order():
     np.testing.assert_allclose(envelope.mean(axis=0), 0, atol=1e-5)
     np.testing.assert_allclose(envelope.std(axis=0), 1, atol=1e-4)
     assert aperiodicity.min() >= -3 and aperiodicity.max() <= 0
+    np.testing.assert_allclose(periodicity[:, 0], voicing(audio, pitch[:, 0], RATE, 160), atol=1e-5)
+    assert periodicity.min() > 0.9 and periodicity.max() <= 1
 
 
 def test_without_pitch_no_f0_is_estimated(monkeypatch, reference):
@@ -499,6 +510,7 @@ def test_a_missing_package_is_named(extractor, monkeypatch, module):
         ({"feature_groups": {"spectrogram": 80, "loudness": 1}}, "loudness"),
         ({"feature_groups": {"spectrogram": 80, "waveform": 80}}, "'waveform' must be 160"),
         ({"feature_groups": {"spectrogram": 80, "aperiodicity": 3}}, "'aperiodicity' must be 1"),
+        ({"feature_groups": {"spectrogram": 80, "voicing": 2}}, "'voicing' is a single channel"),
         ({"feature_groups": {"spectrogram": 1}}, "at least 2"),
         ({"sampling_rate": 0}, "sampling_rate"),
         ({"padding_side": "left"}, "padding_side must be 'right'"),

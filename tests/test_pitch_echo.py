@@ -15,10 +15,12 @@ from echo_hf.pitch_echo import aperiodicity_code
 from echo_hf.pitch_echo import check_sampling_rate
 from echo_hf.pitch_echo import estimate_f0
 from echo_hf.pitch_echo import estimate_f0_batch
+from echo_hf.pitch_echo import interpolate_f0
 from echo_hf.pitch_echo import normalise_pitch
 from echo_hf.pitch_echo import num_aperiodicity_bands
 from echo_hf.pitch_echo import pitch_per_token
 from echo_hf.pitch_echo import spectral_envelope_code
+from echo_hf.pitch_echo import voicing
 
 
 def voice(f0, sampling_rate=16000, harmonics=8):
@@ -462,6 +464,96 @@ def test_accumulated_phase_stands_still_without_voice():
 def test_accumulated_phase_keeps_its_precision_for_an_hour():
     phase = accumulated_phase(np.full(360_000, 125.0), 0.01)  # a quarter of a cycle more in each frame
     np.testing.assert_allclose(phase[3::4], 0.0, atol=1e-6)
+
+
+# Voicing -------------------------------------------------------------------------------------------------------------
+
+
+def test_f0_is_carried_across_unvoiced_frames():
+    carried = interpolate_f0([0.0, 0.0, 100.0, 0.0, 400.0, 300.0, 0.0])
+    np.testing.assert_allclose(carried, [100, 100, 100, 200, 400, 300, 300])  # straight in log-F0, held at the ends
+    np.testing.assert_array_equal(carried[[2, 4, 5]], [100.0, 400.0, 300.0])
+    np.testing.assert_array_equal(interpolate_f0(np.zeros(3)), np.zeros(3))
+
+
+@pytest.mark.parametrize("sampling_rate", [4000, 8000, 16000, 22050, 48000])
+@pytest.mark.parametrize("frequency", [75.0, 153.0, 301.0, 499.0])
+def test_voicing_of_a_tone_is_one(frequency, sampling_rate):
+    hop_length = sampling_rate // 100
+    tone = 0.3 + 0.1 * np.sin(2 * np.pi * frequency * np.arange(sampling_rate) / sampling_rate)
+    # Few frames are voiced: in the others F0 is carried.
+    f0 = np.where(np.arange(101) % 7 == 3, frequency, 0.0)
+    for audio in (tone, voice(np.full(sampling_rate, frequency), sampling_rate), 1e-3 * tone, 1e30 * tone):
+        result = voicing(audio, f0, sampling_rate, hop_length)
+        assert result.shape == (101,) and result.dtype == np.float32
+        assert np.all((result > 0.97) & (result <= 1.0))
+
+
+@pytest.mark.parametrize("frequency", [75.0, 153.0, 301.0, 499.0])
+def test_voicing_of_noise_is_low(frequency):
+    noise = 0.1 * np.random.default_rng(0).normal(size=48000)
+    result = voicing(noise, np.full(301, frequency), 16000, 160)
+    assert np.all((result >= 0) & (result < 0.75)) and result.mean() < 0.1
+
+
+def test_voicing_is_the_share_of_the_periodic_power():
+    generator = np.random.default_rng(0)
+    # Noise under 600 Hz, where the filter before the correlation changes neither much.
+    spectrum = np.fft.rfft(generator.normal(size=160000))
+    noise = np.fft.irfft(spectrum * (np.fft.rfftfreq(160000, 1 / 16000) < 600), 160000)
+    noise *= np.sqrt(0.5 / np.mean(noise**2))  # as strong as the tone
+    tone = np.sin(2 * np.pi * 200 * np.arange(160000) / 16000)
+    for share in (0.9, 0.5, 0.2):
+        mixed = 0.1 * (np.sqrt(share) * tone + np.sqrt(1 - share) * noise)
+        assert abs(voicing(mixed, np.full(1000, 200.0), 16000, 160).mean() - share) < 0.07
+
+
+def test_voicing_is_the_correlation_of_two_windows_a_period_apart():
+    """Against the formula in float64, without the filter, at a rate and at lags where nothing is interpolated."""
+    generator = np.random.default_rng(0)
+    audio = 0.1 * voice(np.full(8000, 125.0), 8000) + 0.01 * generator.normal(size=8000)
+    f0 = 8000 / generator.integers(17, 100, 101)
+    taps = np.hanning(13)[1:-1]  # 1.2 ms
+    filtered = np.convolve(audio, taps / taps.sum(), mode="same")
+    expected = []
+    for frame in range(101):
+        lag = round(8000 / f0[frame])
+        start = int(np.floor(frame * 80 - (200 + 8000 / f0[frame]) / 2 + 0.5))
+        start = max(0, min(start, 8000 - 200 - lag - 2))
+        expected.append(np.corrcoef(filtered[start : start + 200], filtered[start + lag : start + lag + 200])[0, 1])
+    result = voicing(audio, f0, 8000, 80)
+    np.testing.assert_allclose(result, np.clip(expected, 0, 1), atol=1e-4)
+
+
+def test_voicing_of_silence_and_without_f0_is_zero():
+    tone = voice(np.full(16000, 150.0))
+    assert np.all(voicing(np.zeros(16000), np.full(101, 150.0), 16000, 160) == 0)
+    assert np.all(voicing(tone, np.zeros(101), 16000, 160) == 0)
+    falls = voicing(np.concatenate([tone, np.zeros(16000)]), np.full(201, 150.0), 16000, 160)
+    assert falls[:97].min() > 0.97 and falls[103:].max() == 0
+
+
+@pytest.mark.parametrize("samples", [1, 2, 159, 160, 400, 801])
+def test_voicing_of_very_short_audio(samples):
+    audio = voice(np.full(samples, 200.0)) + 0.01
+    result = voicing(audio, np.full(samples // 160 + 1, 200.0), 16000, 160)
+    assert result.shape == (samples // 160 + 1,) and np.all((result >= 0) & (result <= 1))
+
+
+def test_voicing_does_not_depend_on_how_frames_are_grouped(monkeypatch):
+    audio, f0 = np.random.default_rng(0).normal(size=16000), contour(frames=101)
+    whole = voicing(audio, f0, 16000, 160)
+    monkeypatch.setattr(pitch_echo, "VOICING_FRAMES", 7)
+    np.testing.assert_allclose(voicing(audio, f0, 16000, 160), whole, atol=1e-6)
+
+
+def test_voicing_refuses_what_cannot_be():
+    with pytest.raises(ValueError, match="1-D, not empty and finite"):
+        voicing(np.full(160, np.nan), np.zeros(2), 16000, 160)
+    with pytest.raises(ValueError, match="f0 must be 1-D"):
+        voicing(np.zeros(160), np.array([np.nan, 1.0]), 16000, 160)
+    with pytest.raises(ValueError, match="hop_length"):
+        voicing(np.zeros(160), np.zeros(2), 16000, 0)
 
 
 # WORLD's codes -------------------------------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ class VoicePerturbation:
       frequency h takes the value from h / g (vocal tract length perturbation, Jaitly and Hinton, ICML workshop 2013),
       and F0 becomes g * F0, as when a recording is played faster. F0 is never interpolated: frames are selected.
     - **f0_shift**: F0 alone is moved as a whole, by `exp(u)`, u uniform in `[-f0_shift, f0_shift]`: the contour stays.
-    - **f0_drop**: with this probability all of F0 is set to 0, unvoiced, as where a tracker finds none; to F0 what
-      SpecAugment is to the spectrogram, so that the model does not hang on it alone.
+    - **f0_drop**: with this probability all of F0, and voicing with it, is set to 0, unvoiced, as where a tracker finds
+      none; to F0 what SpecAugment is to the spectrogram, so that the model does not hang on it alone.
     - **pause**: with this probability some time in which nobody speaks is put before or behind the utterance: digital
       silence, or its own quietest frames in random order, as the noise of its room. So words do not hang on where a
       recording was cut. All utterances of a batch have a pause, or none, as a single long one would have all the
@@ -87,6 +87,7 @@ class VoicePerturbation:
         self.is_active = any(strengths.values())
         self.num_mels = groups["spectrogram"]
         self.has_pitch = "pitch" in groups
+        self.has_voicing = "voicing" in groups
         self.top = feature_extractor.sampling_rate / 2
         edges = np.linspace(0.0, hertz_to_mel(self.top, mel_scale="slaney"), self.num_mels + 2)
         self.mels = edges[1:-1]  # centres of the mel channels
@@ -131,7 +132,7 @@ class VoicePerturbation:
         if self.f0_shift:
             features[:, -1] *= np.exp(chance.uniform(-self.f0_shift, self.f0_shift))
         if self.f0_drop and chance.random() < self.f0_drop:
-            features[:, -1] = 0.0
+            features[:, -1 - self.has_voicing :] = 0.0  # voicing lies before pitch
         if self.channel:
             tilt = chance.uniform(-self.channel, self.channel) * np.linspace(-1.0, 1.0, self.num_mels, dtype=np.float32)
             floor = chance.uniform(0.0, 1.5 * self.channel)

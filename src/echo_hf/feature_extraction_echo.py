@@ -36,6 +36,7 @@ from .pitch_echo import check_tracker
 from .pitch_echo import estimate_f0_batch
 from .pitch_echo import num_aperiodicity_bands
 from .pitch_echo import spectral_envelope_code
+from .pitch_echo import voicing
 
 logger = logging.get_logger(__name__)
 
@@ -54,7 +55,7 @@ MAX_WIDTH = 1024  # channels of a feature group
 BLOCK_FRAMES = 1 << 19  # samples a channel read from a file at a time, 11 s at 48 kHz
 SPECTROGRAM_FRAMES = 4096  # frames transformed at a time; the spectra of an hour of audio would take 1 GB
 AUDIO_KEYS = ("array", "raw", "bytes", "path")  # of a dict that holds audio, the first that is not None
-F0_GROUPS = ("phase", "envelope", "aperiodicity", "pitch")  # groups that are made from F0
+F0_GROUPS = ("phase", "envelope", "aperiodicity", "voicing", "pitch")  # groups that are made from F0
 
 
 def is_file(source) -> bool:
@@ -278,6 +279,7 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
     | `phase` | 1 | accumulated phase of F0, 0 to 2 pi radians |
     | `envelope` | any (24 does) | WORLD's spectral envelope, coded; each channel standardised over the utterance |
     | `aperiodicity` | 1 at 16 kHz | WORLD's band aperiodicity, -3 (periodic) to 0 (noise), decades of amplitude |
+    | `voicing` | 1 | correlation of the waveform at its F0, 0 (noise) to 1 (periodic); see [`voicing`] |
     | `pitch` | 1 | F0 in Hz |
 
     Args:
@@ -551,6 +553,8 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
             features["envelope"] = (envelope - envelope.mean(axis=0)) / deviation
         if "aperiodicity" in groups:
             features["aperiodicity"] = aperiodicity_code(waveform, f0, rate, hop_length) / DECIBELS_PER_DECADE
+        if "voicing" in groups:
+            features["voicing"] = voicing(waveform, f0, rate, hop_length)[:, None]
         return np.concatenate([features[name] for name in groups], axis=1, dtype=np.float32)
 
 

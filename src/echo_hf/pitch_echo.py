@@ -55,6 +55,13 @@ CORRELATION_FRAMES = 512  # held at a time on the CPU, to stay in its cache
 ACCELERATOR_FRAMES = 16384  # held at a time elsewhere: about 100 MB
 FILTER_OUTPUTS = 32  # samples filtered by one row of a matrix product
 
+# Voicing is heard below about 1 kHz, over 25 ms and as much a period later, as in Ghahremani et al.
+VOICING_FILTER_SECONDS = 0.0012  # length of the Hann window that filters: half the amplitude at 830 Hz, none at 1.7 kHz
+VOICING_RATE = 8000.0  # Hz, at least, to which the sampling rate is lowered: enough to look between the samples
+VOICING_WINDOW_SECONDS = 0.025
+VOICING_POWER_FLOOR = 1e-12  # mean square; what is under the noise of 16-bit audio has no period
+VOICING_FRAMES = 2048  # held at a time
+
 ENVELOPE_FRAMES = 1000  # frames of WORLD's full spectra held at a time (513 values each at 16 kHz)
 ENVELOPE_POWER_FLOOR = 1e-10  # under all speech, above the 1e-17 WORLD adds to an empty spectrum: silence is constant
 
@@ -560,6 +567,111 @@ def accumulated_phase(f0: np.ndarray, hop_seconds: float, initial_phase: float =
     """
     cycles = initial_phase / (2.0 * np.pi) + np.cumsum(np.asarray(f0, dtype=np.float64) * hop_seconds)
     return 2.0 * np.pi * (cycles % 1.0)
+
+
+def interpolate_f0(f0: np.ndarray) -> np.ndarray:
+    """F0 carried across unvoiced frames: log-F0 runs straight between voiced neighbours and is held at the ends.
+
+    Args:
+        f0: shape `(frames,)`, Hz, 0 = unvoiced.
+
+    Returns:
+        float64, shape `(frames,)`: Hz, above 0; all 0 if no frame is voiced.
+    """
+    f0 = np.asarray(f0, dtype=np.float64)
+    voiced = np.flatnonzero(f0)
+    if len(voiced) == 0:
+        return np.zeros(len(f0))
+    carried = np.exp(np.interp(np.arange(len(f0)), voiced, np.log(f0[voiced])))
+    carried[voiced] = f0[voiced]
+    return carried
+
+
+def voicing(waveform: np.ndarray, f0: np.ndarray, sampling_rate: int, hop_length: int) -> np.ndarray:
+    """How periodic the waveform is at its F0, in place of a hard decision.
+
+    The correlation coefficient of two windows of 25 ms, one period apart and centered at the frame, below about
+    1 kHz; 0 where it is negative. It is 1 for a periodic sound, and about `s / (s + n)` for one of power s in noise of
+    power n. The period is that of F0 carried across unvoiced frames, so that it has a value in every frame; without
+    any voiced frame it is 0. It is a probability of voicing in the manner of Ghahremani et al., "A pitch extraction
+    algorithm tuned for automatic speech recognition" (https://doi.org/10.1109/ICASSP.2014.6854049), who map the
+    correlation further.
+
+    Args:
+        waveform: shape `(samples,)`, in [-1, 1].
+        f0: shape `(frames,)`, Hz, 0 = unvoiced, on frames `hop_length` samples apart.
+        sampling_rate: Hz.
+        hop_length: samples from one frame to the next.
+
+    Returns:
+        float32, shape `(frames,)`, in [0, 1].
+
+    Raises:
+        `ValueError`: the waveform or F0 is not 1-D, is empty or not finite, or a setting is not possible.
+    """
+    sampling_rate = check_sampling_rate(sampling_rate)
+    check_hop_length(hop_length, sampling_rate)
+    waveform, f0 = _check_waveform(waveform), _check_f0(f0, sampling_rate)
+    carried = interpolate_f0(f0)
+    result = np.zeros(len(f0), dtype=np.float32)
+    if carried[0] == 0:
+        return result
+
+    factor = max(1, int(sampling_rate / VOICING_RATE))
+    rate = sampling_rate / factor  # Hz
+    lowered = _lower_rate(waveform, factor, VOICING_FILTER_SECONDS, sampling_rate)
+    lags = rate / carried  # samples of the lower rate
+    width = round(VOICING_WINDOW_SECONDS * rate)
+    # Four whole lags around each, `whole - 1` to `whole + 2`, through whose correlations a cubic is laid.
+    whole = np.maximum(np.floor(lags).astype(np.int64), 1)
+    starts = np.floor(np.arange(len(f0)) * (hop_length / factor) - (width + lags) / 2.0 + 0.5).astype(np.int64)
+    # At the ends of the utterance windows lie within it, where it is long enough.
+    starts = np.maximum(np.minimum(starts, len(lowered) - width - whole - 2), 0)
+    lowered = np.pad(lowered, (0, max(0, int((starts + whole).max()) + width + 2 - len(lowered))))
+    weights = _cubic_weights(np.clip(lags - whole, 0.0, 1.0))
+    windows = np.lib.stride_tricks.sliding_window_view(lowered, width)
+    longer = np.lib.stride_tricks.sliding_window_view(lowered, width + 3)
+    for first in range(0, len(f0), VOICING_FRAMES):
+        part = slice(first, first + VOICING_FRAMES)
+        here = windows[starts[part]]
+        here = here - here.mean(axis=1, keepdims=True)
+        there = np.lib.stride_tricks.sliding_window_view(longer[(starts + whole - 1)[part]], width, axis=1)
+        products = np.einsum("fw,flw->fl", here, there)
+        mean = there.mean(axis=2)
+        power = np.einsum("flw,flw->fl", there, there) - width * mean**2
+        floor = VOICING_POWER_FLOOR * width
+        scale = np.sqrt((np.einsum("fw,fw->f", here, here) + floor)[:, None] * (np.maximum(power, 0.0) + floor))
+        result[part] = np.clip(np.sum(products / scale * weights[part], axis=1), 0.0, 1.0)
+    return result
+
+
+def _cubic_weights(fraction: np.ndarray) -> np.ndarray:
+    """Lagrange's weights of four values at -1, 0, 1 and 2 for the cubic's value at `fraction`; `(frames, 4)`."""
+    before, after = fraction + 1.0, 1.0 - fraction
+    further = 2.0 - fraction
+    return np.stack(
+        [
+            -fraction * after * further / 6.0,
+            before * after * further / 2.0,
+            before * fraction * further / 2.0,
+            -before * fraction * after / 6.0,
+        ],
+        axis=1,
+    )
+
+
+def _lower_rate(waveform: np.ndarray, factor: int, seconds: float, sampling_rate: int) -> np.ndarray:
+    """Every `factor`-th sample of the waveform filtered by a Hann window of so many seconds; float32."""
+    half = max(1, round(seconds / 2 * sampling_rate))
+    taps = np.hanning(2 * half + 3)[1:-1].astype(np.float32)
+    taps /= taps.sum()
+    count = -(-len(waveform) // factor)
+    # What is louder than full scale is made as loud: its square would not fit.
+    padded = np.pad(waveform / max(1.0, float(np.abs(waveform).max())), (half, half + factor)).astype(np.float32)
+    lowered = np.zeros(count, dtype=np.float32)
+    for first, tap in enumerate(taps):
+        lowered += tap * padded[first : first + factor * count : factor]
+    return lowered
 
 
 def spectral_envelope_code(
