@@ -16,9 +16,7 @@ from echo_hf.pitch_echo import check_sampling_rate
 from echo_hf.pitch_echo import estimate_f0
 from echo_hf.pitch_echo import estimate_f0_batch
 from echo_hf.pitch_echo import interpolate_f0
-from echo_hf.pitch_echo import normalise_pitch
 from echo_hf.pitch_echo import num_aperiodicity_bands
-from echo_hf.pitch_echo import pitch_per_token
 from echo_hf.pitch_echo import spectral_envelope_code
 from echo_hf.pitch_echo import voicing
 
@@ -364,80 +362,6 @@ def test_fast_dio_agrees_with_dio(test_signals):
     dio, fast = (estimate_f0(waveform, 16000, 160, method) for method in ("dio", "dio_fast"))
     result = f0_metrics(dio, fast)
     assert result["gpe"] == 0 and result["vde"] < 0.06 and 0 < result["cents"] < 20
-
-
-# Pitch per token -----------------------------------------------------------------------------------------------------
-
-
-def transcribed_token_pitch(f0, hop_seconds, spans, method):
-    """The notes of the method, word for word: a token at a time, one frame at a time."""
-    times = [frame * hop_seconds for frame in range(len(f0))]
-    tokens = []
-    for start, end in spans:
-        inside = [f for time, f in zip(times, f0) if start - 1e-9 <= time <= end + 1e-9]
-        if not inside:
-            later = [f for time, f in zip(times, f0) if time >= start]
-            inside = [later[0] if later else f0[-1]]
-        value = {"mean": sum(inside) / len(inside), "median": sorted(inside), "last": inside[-1]}[method]
-        if method == "median":
-            middle = len(value) // 2
-            value = value[middle] if len(value) % 2 else (value[middle - 1] + value[middle]) / 2
-        tokens.append(0.0 if value < 100 else value)
-    tokens = [tokens[0]] + tokens
-    return [(f - 71) / (500 - 71) if f != 0 else 0.0 for f in tokens]
-
-
-@pytest.mark.parametrize("method", ["mean", "median", "last"])
-@pytest.mark.parametrize("num_tokens", [1, 2, 10, 31, 137, 400])
-def test_token_pitch_by_label_length(num_tokens, method):
-    f0 = contour(seed=num_tokens)
-    duration = len(f0) * 0.01
-    spans = [(i * duration / num_tokens, (i + 1) * duration / num_tokens) for i in range(num_tokens)]
-    pitch = pitch_per_token(f0, 0.01, num_tokens=num_tokens, method=method)
-    assert pitch.shape == (num_tokens + 1,)
-    np.testing.assert_allclose(pitch, transcribed_token_pitch(f0, 0.01, spans, method), atol=1e-12)
-
-
-@pytest.mark.parametrize("method", ["mean", "median", "last"])
-@pytest.mark.parametrize("rate", [3.0, 10.0, 25.0, 170.0])
-def test_token_pitch_by_fixed_rate(rate, method):
-    f0 = contour(seed=5)
-    pitch = pitch_per_token(f0, 0.01, tokens_per_second=rate, method=method)
-    assert len(pitch) - 1 == np.ceil(round(1.37 * rate, 6))
-    spans = [(i / rate, (i + 1) / rate) for i in range(len(pitch) - 1)]
-    np.testing.assert_allclose(pitch, transcribed_token_pitch(f0, 0.01, spans, method), atol=1e-12)
-
-
-def test_token_pitch_by_fixed_rate_does_not_tell_the_number_of_labels():
-    f0 = contour(seed=6)
-    longest = pitch_per_token(f0, 0.01, num_tokens=40, tokens_per_second=10.0)
-    for num_tokens in (1, 5, 13, 20):
-        pitch = pitch_per_token(f0, 0.01, num_tokens=num_tokens, tokens_per_second=10.0)
-        np.testing.assert_array_equal(pitch, longest[: num_tokens + 1])
-    assert np.all(longest[1 + 14 :] == 0)  # 1.37 s hold 14 tokens; behind them nobody speaks
-
-
-def test_token_pitch_of_a_constant_voice():
-    pitch = pitch_per_token(np.full(100, 285.5), 0.01, num_tokens=7)
-    np.testing.assert_allclose(pitch, np.full(8, 0.5))  # halfway between 71 and 500 Hz
-    assert np.all(pitch_per_token(np.full(100, 99.9), 0.01, num_tokens=7) == 0)
-
-
-def test_token_pitch_errors_name_what_is_missing():
-    with pytest.raises(ValueError, match="num_tokens.*tokens_per_second"):
-        pitch_per_token(np.ones(5), 0.01)
-    with pytest.raises(ValueError, match="'max'.*mean, median, last"):
-        pitch_per_token(np.ones(5), 0.01, num_tokens=2, method="max")
-    with pytest.raises(ValueError, match="at least one frame"):
-        pitch_per_token(np.ones(0), 0.01, num_tokens=2)
-    with pytest.raises(ValueError, match="tokens_per_second"):
-        pitch_per_token(np.ones(5), 0.01, tokens_per_second=0.0)
-    with pytest.raises(ValueError, match="num_tokens"):
-        pitch_per_token(np.ones(5), 0.01, num_tokens=0)
-
-
-def test_normalised_pitch():
-    np.testing.assert_allclose(normalise_pitch([0.0, 71.0, 285.5, 500.0]), [0.0, 0.0, 0.5, 1.0])
 
 
 # Accumulated phase ---------------------------------------------------------------------------------------------------

@@ -576,9 +576,7 @@ def test_clips_without_speech_are_trained_on_with_an_empty_text(manifest, tmp_pa
     np.testing.assert_array_equal(both.dataset[0]["input_features"], data.dataset[0]["input_features"])
     again = training.add_non_speech(data, 0.4, processor, seed=3, cache_dir=tmp_path / "other")
     np.testing.assert_array_equal(both.dataset[-1]["input_features"], again.dataset[-1]["input_features"])
-    settings = DataArguments(
-        train_data=[str(manifest)], non_speech_share=0.5, f0_drop=0.5, f0_shift=0.2, cache_dir=str(tmp_path)
-    )
+    settings = DataArguments(train_data=[str(manifest)], non_speech_share=0.5, f0_drop=0.5, cache_dir=str(tmp_path))
     spoken = data.dataset.add_column("language", ["en"] * 6)
     told = training.PreparedData(spoken.with_format("numpy", ["input_features"], output_all_columns=True), [], 1.0)
     languages = training.add_non_speech(told, 0.4, processor, seed=3, cache_dir=tmp_path).dataset["language"]

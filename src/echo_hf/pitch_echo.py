@@ -22,10 +22,9 @@ import numpy as np
 LOWEST_RATE, HIGHEST_RATE = 1000, 1_000_000  # Hz, of audio
 LOWEST_F0, HIGHEST_F0 = 20.0, 2000.0  # Hz; voices lie within, from creak to whistle
 
-# Published constants of Echo's pitch per token.
-F0_FLOOR = 71.0  # Hz, WORLD's lowest F0; normalised to 0
-F0_CEILING = 500.0  # Hz, normalised to 1
-TOKEN_F0_THRESHOLD = 100.0  # Hz; a token whose F0 is below counts as unvoiced
+# The range of F0 in speech, that of Echo's published pitch per token.
+F0_FLOOR = 71.0  # Hz, WORLD's lowest F0
+F0_CEILING = 500.0  # Hz
 
 # DIO discards voiced runs under 3 frames, whatever a frame lasts: on a coarser grid it loses short voiced sounds.
 LONGEST_FRAME_PERIOD = 10.0  # ms
@@ -66,8 +65,6 @@ ENVELOPE_FRAMES = 1000  # frames of WORLD's full spectra held at a time (513 val
 ENVELOPE_POWER_FLOOR = 1e-10  # under all speech, above the 1e-17 WORLD adds to an empty spectrum: silence is constant
 
 IMPORTING_PROCESS = os.getpid()  # another one has been forked from it
-
-TOKEN_PITCH_METHODS = {"mean": np.mean, "median": np.median, "last": lambda values: values[-1]}
 
 
 def _import_pyworld():
@@ -480,75 +477,6 @@ def _num_threads() -> int:
         return 1  # worker processes share the cores already
     affinity = getattr(os, "sched_getaffinity", None)  # what this process may use; not on every system
     return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def normalise_pitch(f0: np.ndarray) -> np.ndarray:
-    """Pitch of F0 in Hz: `(f0 - 71) / (500 - 71)` where `f0` is not zero; zero stays zero. Any shape."""
-    f0 = np.asarray(f0, dtype=np.float64)
-    return np.where(f0 == 0.0, 0.0, (f0 - F0_FLOOR) / (F0_CEILING - F0_FLOOR))
-
-
-def pitch_per_token(
-    f0: np.ndarray,
-    hop_seconds: float,
-    num_tokens: int | None = None,
-    tokens_per_second: float | None = None,
-    method: str = "mean",
-    duration: float | None = None,
-) -> np.ndarray:
-    """One normalised pitch for each token, from the F0 of the token's span of time.
-
-    By label length (`num_tokens` alone) the duration is split evenly over the tokens. That tells how many labels there
-    are, which a model must not know when it generates: this form is for analysis. By a fixed rate
-    (`tokens_per_second`), token i spans `[i, i + 1) / tokens_per_second` whatever the label length; tokens after the
-    end of the audio are unvoiced.
-
-    A token takes the mean, the median or the last value of the frames in its span, unvoiced ones included, at least
-    one frame; a result below 100 Hz becomes 0. The first token's value is repeated in front for the BOS position.
-
-    Args:
-        f0: shape `(frames,)`, Hz, 0 = unvoiced.
-        hop_seconds: time from one frame to the next, in seconds.
-        num_tokens: number of tokens without BOS. With `tokens_per_second` alone: as many as the duration holds.
-        tokens_per_second: fixed token rate in Hz.
-        method: `"mean"`, `"median"` or `"last"`.
-        duration: of the audio, in seconds; `frames * hop_seconds` when not given.
-
-    Returns:
-        float64, shape `(num_tokens + 1,)`: pitch as in [`normalise_pitch`].
-
-    Raises:
-        `ValueError`: no frames, no tokens, neither a number nor a rate of tokens, or an unknown method.
-    """
-    f0 = np.asarray(f0, dtype=np.float64)
-    if f0.ndim != 1 or len(f0) == 0:
-        raise ValueError(f"f0 must be 1-D with at least one frame, got shape {f0.shape}.")
-    if method not in TOKEN_PITCH_METHODS:
-        raise ValueError(f"Token pitch {method!r} is not known; choose one of {', '.join(TOKEN_PITCH_METHODS)}.")
-    if num_tokens is None and tokens_per_second is None:
-        raise ValueError("Give num_tokens, or tokens_per_second for spans that do not tell the number of labels.")
-    if tokens_per_second is not None and not tokens_per_second > 0:
-        raise ValueError(f"tokens_per_second must be above 0, got {tokens_per_second}.")
-    duration = len(f0) * hop_seconds if duration is None else duration
-    if num_tokens is None:
-        num_tokens = max(1, math.ceil(round(duration * tokens_per_second, 9)))
-    if num_tokens < 1:
-        raise ValueError(f"num_tokens must be at least 1, got {num_tokens}.")
-
-    span = duration / num_tokens if tokens_per_second is None else 1.0 / tokens_per_second  # seconds
-    # To the nanosecond, or rounding decides to which side a frame on the edge of a span belongs (it belongs to both).
-    edges = np.round(np.arange(num_tokens + 1) * span, 9)
-    times = np.round(np.arange(len(f0)) * hop_seconds, 9)
-    firsts = np.searchsorted(times, edges[:-1], side="left")
-    lasts = np.searchsorted(times, edges[1:], side="right")
-    values = np.zeros(num_tokens)
-    for token, (first, last) in enumerate(zip(firsts, lasts)):
-        if tokens_per_second is not None and edges[token] >= round(duration, 9):
-            break
-        first = min(first, len(f0) - 1)
-        values[token] = TOKEN_PITCH_METHODS[method](f0[first : max(last, first + 1)])
-    values[values < TOKEN_F0_THRESHOLD] = 0.0
-    return normalise_pitch(np.concatenate([values[:1], values]))
 
 
 def accumulated_phase(f0: np.ndarray, hop_seconds: float, initial_phase: float = 0.0) -> np.ndarray:

@@ -207,10 +207,6 @@ class DataArguments:
         default=0.0,
         metadata={"help": "Its spectrum is tilted and its noise floor raised at random; 0.25 is 10 dB at the edges."},
     )
-    f0_shift: float = field(
-        default=0.0,
-        metadata={"help": "Its F0 alone is moved by a random factor up to exp of this."},
-    )
     f0_drop: float = field(
         default=0.0,
         metadata={"help": "With this probability all of an utterance's F0 is hidden, as unvoiced."},
@@ -1002,7 +998,6 @@ def train(
         tempo=data_arguments.tempo_perturbation,
         voice=data_arguments.voice_perturbation,
         channel=data_arguments.channel_perturbation,
-        f0_shift=data_arguments.f0_shift,
         f0_drop=data_arguments.f0_drop,
         pause=data_arguments.pause,
     )
