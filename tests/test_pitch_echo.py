@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from echo_hf import autocorrelation_echo
 from echo_hf import pitch_echo
 from echo_hf.metrics import f0_metrics
 from echo_hf.metrics import f0_test_signals
@@ -308,7 +309,7 @@ def test_a_batch_does_not_change_an_f0(level, test_signals):
 def test_frames_are_correlated_a_part_at_a_time(test_signals, monkeypatch):
     waveform = test_signals["10 dB"][0]
     whole = estimate_f0(waveform, 16000, 160, "autocorrelation")
-    monkeypatch.setattr(pitch_echo, "CORRELATION_FRAMES", 37)
+    monkeypatch.setattr(autocorrelation_echo, "CORRELATION_FRAMES", 37)
     parts = estimate_f0(waveform, 16000, 160, "autocorrelation")
     np.testing.assert_array_equal(parts > 0, whole > 0)
     np.testing.assert_allclose(parts, whole, rtol=1e-5)

@@ -2,8 +2,8 @@
 
 F0 is in Hz and 0 where the voice is not voiced; "pitch" is the normalised value. A tracker is a plain function in
 `TRACKERS`, and `estimate_f0` is the one entry to all of them; `estimate_f0_batch` is the same for several utterances,
-which a tracker in `BATCH_TRACKERS` takes at once. Everything outside that tracker is numpy in float64. pyworld and
-torch are imported where they are first needed, so that a model that is given its features never asks for pyworld, and
+which a tracker in `BATCH_TRACKERS` takes at once (that of `autocorrelation_echo`). All else is numpy. pyworld and torch
+are imported where they are first needed, so that a model that is given its features never asks for pyworld, and
 processes that only make features can be forked without torch.
 """
 
@@ -12,7 +12,6 @@ import operator
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from numbers import Integral
 from numbers import Real
 
@@ -33,26 +32,6 @@ LONGEST_FRAME_PERIOD = 10.0  # ms
 # The context is what a piece hears on either side beyond the frames it gives: many times the longest period (14 ms).
 CHUNK_SECONDS = 60.0
 CONTEXT_SECONDS = 2.0
-
-# The autocorrelation tracker. Lengths that hang on F0 are for its default range, and grow with a wider one.
-WINDOW_PERIODS = 3.2  # of the lowest F0 under the window (45 ms at 71 Hz)
-WINDOW_EXPONENT = 0.6  # of the sine window: flatter than Hann, so that an onset is heard in time
-LONGEST_LAG_PERIODS = 1.57  # of the lowest F0: the period of mains hum at 50 Hz has to be seen, to be refused
-SHORTEST_LAG_PERIODS = 0.2  # of the highest F0: so has that of a tone above the range
-TRACKING_RATES = 8.0  # the sampling rate at which it works is at least this many times the highest F0 (4 kHz)
-BANDWIDTH = 3.2  # times the highest F0: the harmonics it hears (1600 Hz), whichever of them are there
-FILTER_SECONDS = 0.006  # length of the filter before the sampling rate is lowered
-LAG_STEPS = 2  # lags to a sample of the lower rate
-OCTAVE_COST = 0.05  # correlation that a lag twice as long must be better by; a period fits twice as well as once
-OUTSIDE_OCTAVES = 0.05  # by which lags under the range are favoured: a tone fits its own and their multiples alike
-NEIGHBOUR_WEIGHT = 0.25  # of the frame before and of that after, where a lag is chosen
-VOICED_CORRELATION = 0.45  # at least, of a voiced frame; white noise reaches 0.35
-PEAK_RANGE = 50.0  # dB; quieter than this under the largest sample of the utterance is unvoiced
-ONSET_RANGE = 10.0  # dB; so is what is quieter than this under the loudest frame up to two away: it is not yet there
-LEAST_OVERLAP = 0.01  # share of the frame's energy by which its correlation is divided at least
-CORRELATION_FRAMES = 512  # held at a time on the CPU, to stay in its cache
-ACCELERATOR_FRAMES = 16384  # held at a time elsewhere: about 100 MB
-FILTER_OUTPUTS = 32  # samples filtered by one row of a matrix product
 
 # Voicing is heard below about 1 kHz, over 25 ms and as much a period later, as in Ghahremani et al.
 VOICING_FILTER_SECONDS = 0.0012  # length of the Hann window that filters: half the amplitude at 830 Hz, none at 1.7 kHz
@@ -109,60 +88,6 @@ def track_dio_fast(
     )[0]
 
 
-@lru_cache(maxsize=8)
-def _autocorrelation_tables(sampling_rate: int, f0_min: float, f0_max: float) -> dict:
-    """What the autocorrelation tracker computes once: lengths in samples, filter, window, and what they imply."""
-    f0_min, f0_max = min(f0_min, F0_FLOOR), max(f0_max, F0_CEILING)
-    decimation = max(1, int(sampling_rate / (TRACKING_RATES * f0_max)))
-    rate = sampling_rate / decimation  # Hz
-    half_filter = round(FILTER_SECONDS / 2 * sampling_rate)
-    width = 2 * round(WINDOW_PERIODS / f0_min * rate / 2)
-    lags = min(math.ceil(LONGEST_LAG_PERIODS / f0_min * rate) + 1, width - 1)
-
-    taps = np.arange(-half_filter, half_filter + 1)
-    cutoff = min(BANDWIDTH * f0_max / sampling_rate, 0.5)  # cycles a sample
-    lowpass = np.sinc(2.0 * cutoff * taps) * np.blackman(len(taps) + 2)[1:-1]
-    # Column j of the matrix makes sample j * decimation of the filtered waveform.
-    filters = np.zeros((decimation * (FILTER_OUTPUTS - 1) + len(taps), FILTER_OUTPUTS), dtype=np.float32)
-    for output in range(FILTER_OUTPUTS):
-        filters[decimation * output : decimation * output + len(taps), output] = lowpass / lowpass.sum()
-
-    # A length of the transform that is fast, and long enough that no lag wraps around.
-    sizes = (factor * 2**power for factor in (1, 3, 5, 9, 15) for power in range(1, 24))
-    n_fft = min(size for size in sizes if size >= width + lags)
-    window = np.sin(np.pi * (np.arange(width) + 0.5) / width) ** WINDOW_EXPONENT
-    # The correlation of the window with itself, over the energies of its parts that overlap: 1 at lag 0, then falling.
-    overlap = np.array([window[: width - lag] @ window[lag:] for lag in range(lags + 1)])
-    energy = np.concatenate([[0.0], np.cumsum(window**2)])
-    bias = overlap / np.sqrt(energy[width - np.arange(lags + 1)] * (energy[-1] - energy[: lags + 1]))
-    bias = np.interp(np.arange(LAG_STEPS * lags + 1) / LAG_STEPS, np.arange(lags + 1), bias)
-
-    # Inverse transform of a real, even spectrum, at lags between the samples too: one row a bin.
-    bins, steps = np.arange(n_fft // 2 + 1), np.arange(LAG_STEPS * lags + 1)
-    cosines = np.cos(2.0 * np.pi / (n_fft * LAG_STEPS) * np.outer(bins, steps)) * (2.0 / n_fft)
-    cosines[[0, -1]] /= 2.0
-
-    shortest = max(2, int(SHORTEST_LAG_PERIODS / f0_max * rate * LAG_STEPS))
-    # Lags under the range gain little over the shortest in it, or a strong harmonic would win.
-    candidates = np.arange(shortest, lags * LAG_STEPS)
-    octaves = np.log2(np.maximum(candidates, rate * LAG_STEPS / f0_max))
-    octaves -= OUTSIDE_OCTAVES * (candidates < 0.95 * rate * LAG_STEPS / f0_max)
-    return {
-        "decimation": decimation,
-        "rate": rate,
-        "half_filter": half_filter,
-        "width": width,
-        "lags": lags,
-        "n_fft": n_fft,
-        "shortest": shortest,
-        "filters": filters,
-        "window": window.astype(np.float32),
-        "cosines": cosines.astype(np.float32),
-        "bias": bias.astype(np.float32),
-        "costs": (OCTAVE_COST * octaves).astype(np.float32),
-    }
-
-
 def track_autocorrelation_batch(
     waveforms: Sequence[np.ndarray],
     sampling_rate: int,
@@ -171,155 +96,22 @@ def track_autocorrelation_batch(
     f0_max: float,
     device: str = "cpu",
 ) -> list[np.ndarray]:
-    """F0 of several utterances at once, as the lag at which the waveform best resembles itself.
-
-    The correlation of a frame with itself, `r(lag) = sum x(n) x(n + lag)` by the power spectrum, is divided by the
-    geometric mean of the energies of the two parts that overlap, as in McLeod and Wyvill's method
-    (https://hdl.handle.net/2027/spo.bbp2372.2005.107), and by what is left of the window's own correlation, as in
-    Boersma's (https://www.fon.hum.uva.nl/paul/papers/Proceedings_1993.pdf): a periodic sound has 1 at its period,
-    wherever it begins. The mean over a frame and its neighbours is searched for the highest peak, less a cost that
-    grows with the octave; a parabola through the frame's own correlation refines it. Lags outside the range compete
-    too, and a frame they win is unvoiced: so are mains hum and tones. Only F0's harmonics up to 1600 Hz are heard, so
-    the fundamental itself need not be there.
-
-    All utterances lie behind one another in one waveform, with silence between them, and every frame hears its own
-    window and its neighbours': there is no padding to mask, and no utterance has to do with another.
-
-    Args:
-        waveforms: of shape `(samples,)` each, any scale and real type.
-        sampling_rate: Hz.
-        frame_period: time from one frame to the next, in ms.
-        f0_min, f0_max: range of F0 in Hz.
-        device: where torch computes.
-
-    Returns:
-        float64 arrays, of shape `(frames,)` each, `frames = floor(duration / frame_period) + 1`: F0 in Hz, 0 =
-        unvoiced.
+    """F0 of several utterances at once; see [`autocorrelation_echo.track_autocorrelation`].
 
     Raises:
         `ImportError`: torch is not installed.
     """
     try:
         import torch
+
+        from .autocorrelation_echo import track_autocorrelation
     except ImportError as error:
         raise ImportError(f"The F0 method 'autocorrelation' needs torch ({error}): `pip install torch`.") from error
 
     if os.getpid() != IMPORTING_PROCESS:
         # OpenMP waits forever for threads that were not forked. Worker processes share the cores already.
         torch.set_num_threads(1)
-    tables = _autocorrelation_tables(sampling_rate, f0_min, f0_max)
-    decimation, half_filter, width = tables["decimation"], tables["half_filter"], tables["width"]
-    hop = frame_period * sampling_rate / 1000.0 / decimation  # samples of the lower rate
-    gap = width // 2 + math.ceil(half_filter / decimation) + 2  # samples of the lower rate, silent
-
-    # Lay the utterances and their frames behind one another. Two empty frames (centre -1) stand on either side of
-    # each: as far as a frame looks for louder neighbours.
-    lengths = [-(-len(waveform) // decimation) for waveform in waveforms]
-    begins = np.cumsum([gap] + [length + gap for length in lengths])
-    row = decimation * FILTER_OUTPUTS
-    rows = -(-int(begins[-1]) // FILTER_OUTPUTS)
-    packed = np.zeros(rows * row + 2 * half_filter, dtype=np.float32)
-    centres, thresholds, counts = [[-1, -1]], [[1.0, 1.0]], []
-    for waveform, begin in zip(waveforms, begins):
-        waveform = np.asarray(waveform)
-        waveform = waveform if waveform.dtype in (np.float32, np.float64) else waveform.astype(np.float64)
-        # A power of two scales without rounding. Squares of what is very loud or very faint then fit float32.
-        mantissa, exponent = np.frexp(max(waveform.max(), -waveform.min()))
-        first = half_filter + int(begin) * decimation
-        packed[first : first + len(waveform)] = np.ldexp(waveform, -exponent)
-        counts.append(int(len(waveform) / decimation / hop + 1e-6) + 1)
-        centres += [begin + np.floor(np.arange(counts[-1]) * hop + 0.5), [-1, -1]]
-        quietest = max(float(mantissa) ** 2 * 10.0 ** (-PEAK_RANGE / 10.0), 1e-12)
-        thresholds += [np.full(counts[-1], quietest), [1.0, 1.0]]
-    centres = np.concatenate(centres).astype(np.int64)
-
-    with torch.inference_mode():
-
-        def tensor(array, dtype=torch.float32):
-            return torch.from_numpy(np.asarray(array)).to(device=device, dtype=dtype)
-
-        pieces = tensor(packed).unfold(0, row - decimation + 2 * half_filter + 1, row)
-        filtered = (pieces @ tensor(tables["filters"])).flatten()  # (samples of the lower rate,)
-        # A window of silence stands before the first utterance for the empty frames: its gap begins there.
-        filtered = torch.nn.functional.pad(filtered, (width // 2, width // 2))
-        exists = tensor(centres >= 0)
-        windows = filtered.unfold(0, width, 1)  # window i is centred at sample i
-        lag, strength, energy = _strongest_lags(
-            torch, windows, tensor(np.maximum(centres, 0), torch.int64), exists, tables
-        )
-        f0 = tables["rate"] * LAG_STEPS / lag
-        nearby = torch.nn.functional.max_pool1d(energy[None], 5, 1, 2)[0]
-        voiced = (strength > VOICED_CORRELATION) & (f0 >= f0_min) & (f0 <= f0_max)
-        voiced &= (energy > 10.0 ** (-ONSET_RANGE / 10.0) * nearby) & (energy > tensor(np.concatenate(thresholds)))
-        # A voiced frame alone is none: 10 ms are one or two periods.
-        beside = torch.nn.functional.pad(voiced, (1, 1))
-        f0 = torch.where(voiced & (beside[:-2] | beside[2:]), f0, 0.0).cpu().double().numpy()
-    ends = np.cumsum(np.array(counts) + 2)
-    return [f0[end - count : end] for end, count in zip(ends, counts)]
-
-
-def _strongest_lags(torch, windows, centres, exists, tables):
-    """Lag (in steps), correlation there, and energy (mean square of the middle 10 ms) of frames; each `(frames,)`."""
-    device = windows.device
-    width, lags, n_fft, shortest = (tables[name] for name in ("width", "lags", "n_fft", "shortest"))
-    taper, cosines, bias, costs = (
-        torch.from_numpy(tables[name]).to(device) for name in ("window", "cosines", "bias", "costs")
-    )
-    middle = slice(width // 2 - round(0.005 * tables["rate"]), width // 2 + round(0.005 * tables["rate"]))
-    around = torch.arange(-2, 3, device=device)
-    lag, strength, energy = [], [], []
-    block = CORRELATION_FRAMES if device.type == "cpu" else ACCELERATOR_FRAMES
-    for start in range(0, len(centres), block):
-        stop = min(start + block, len(centres))
-        before, after = min(start, 1), min(len(centres) - stop, 1)  # neighbours to be heard as well
-        part = slice(start - before, stop + after)
-        frames = windows[centres[part]] * exists[part, None]  # (frames, width)
-        frames -= frames.mean(dim=1, keepdim=True)
-        energy.append(frames[before : len(frames) - after, middle].square().mean(dim=1))
-        frames *= taper
-
-        spectrum = torch.fft.rfft(frames, n=n_fft)
-        power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
-        correlation = power @ cosines  # the inverse transform, at the lags that are wanted
-        # Energies of the parts that overlap at each lag: all but the last samples, and all but the first.
-        squares = frames.square_()
-        total = squares.sum(dim=1, keepdim=True)
-        heads = total - squares[:, width - lags :].flip(1).cumsum(dim=1)
-        tails = total - squares[:, :lags].cumsum(dim=1)
-        scale = torch.empty(len(frames), LAG_STEPS * lags + 1, device=device, dtype=torch.float32)
-        scale[:, :1] = total
-        scale[:, LAG_STEPS::LAG_STEPS] = heads.mul_(tails).clamp_(min=0.0).sqrt_()
-        for step in range(1, LAG_STEPS):
-            scale[:, step::LAG_STEPS] = torch.lerp(
-                scale[:, :-1:LAG_STEPS], scale[:, LAG_STEPS::LAG_STEPS], step / LAG_STEPS
-            )
-        # Where the two hardly overlap, or there is silence, rounding would be divided by nothing.
-        scale = torch.maximum(scale, total.mul_(LEAST_OVERLAP)).clamp_(min=1e-15).mul_(bias)
-        correlation = correlation / scale  # (frames, LAG_STEPS * lags + 1)
-        smooth = correlation * (1.0 - 2.0 * NEIGHBOUR_WEIGHT)
-        smooth[1:].add_(correlation[:-1], alpha=NEIGHBOUR_WEIGHT)
-        smooth[:-1].add_(correlation[1:], alpha=NEIGHBOUR_WEIGHT)
-        inner = slice(before, len(frames) - after)
-        correlation, smooth = correlation[inner], smooth[inner]
-
-        here, below, above = smooth[:, shortest:-1], smooth[:, shortest - 1 : -2], smooth[:, shortest + 1 :]
-        # Height of the cosine through the three, which is exact for a tone, however few lags its period has:
-        # a^2 = c^2 + (difference / 2)^2 / sin(step)^2, with the cosine of the step the others' mean over c.
-        sine = ((below + above) / here).clamp_(-1.0, 1.999).square_().mul_(-0.25).add_(1.0)  # squared
-        height = (above - below).square_().mul_(0.25).div_(sine).addcmul_(here, here).sqrt_()
-        is_peak = (here > below) & (here >= above) & (here > 0.0)
-        # A peak that its cost brings to 0 is too low to be voiced, so 0 stands for no peak.
-        best, index = (height - costs).mul_(is_peak).max(dim=1, keepdim=True)
-        strength.append(torch.where(best > 0.0, height.gather(1, index), 0.0)[:, 0])
-        # The frame's own peak is at most a step from that of the mean.
-        index = index + shortest
-        values = correlation.gather(1, (index + around).clamp(0, LAG_STEPS * lags))
-        shift = values[:, 1:4].argmax(dim=1, keepdim=True)
-        below, here, above = values.gather(1, shift + around[2:]).unbind(dim=1)
-        curvature = (2.0 * here - above - below).clamp(min=1e-6)
-        offset = ((above - below) / (2.0 * curvature)).clamp(-0.5, 0.5)
-        lag.append((index + shift)[:, 0] - 1 + offset)
-    return torch.cat(lag), torch.cat(strength), torch.cat(energy)
+    return track_autocorrelation(waveforms, sampling_rate, frame_period, f0_min, f0_max, device)
 
 
 # Those that take several utterances at once, and a device.
