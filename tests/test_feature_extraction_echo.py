@@ -12,16 +12,28 @@ import torch
 from datasets import Dataset
 from transformers.audio_utils import mel_filter_bank
 
+from echo_hf import EchoProcessor
+from echo_hf import EchoTokenizer
 from echo_hf import feature_extraction_echo
 from echo_hf import pitch_echo
 from echo_hf.feature_extraction_echo import EchoFeatureExtractor
 from echo_hf.feature_extraction_echo import load_audio
 from echo_hf.feature_extraction_echo import log_mel_spectrogram
+from echo_hf.feature_extraction_echo import resample_audio
 from echo_hf.feature_extraction_echo import to_mono
 from echo_hf.pitch_echo import accumulated_phase
+from echo_hf.pitch_echo import voicing
 
 RATE = 16000  # Hz
-ALL_GROUPS = {"spectrogram": 80, "waveform": 160, "phase": 1, "envelope": 24, "aperiodicity": 1, "pitch": 1}
+ALL_GROUPS = {
+    "spectrogram": 80,
+    "waveform": 160,
+    "phase": 1,
+    "envelope": 24,
+    "aperiodicity": 1,
+    "voicing": 1,
+    "pitch": 1,
+}
 
 
 def voice(seconds=0.5, frequency=200.0, rate=RATE, seed=0):
@@ -122,7 +134,7 @@ def test_silence_is_zero_in_every_channel(extractor, samples):
 @pytest.mark.parametrize("frames", [1, 2, 3, 4, 5])
 def test_very_short_audio(frames):
     features = EchoFeatureExtractor(ALL_GROUPS)(as_float(voice())[: 160 * frames], sampling_rate=RATE)
-    assert features["input_features"].shape == (1, frames, 267) and np.isfinite(features["input_features"]).all()
+    assert features["input_features"].shape == (1, frames, 268) and np.isfinite(features["input_features"]).all()
 
 
 def test_long_audio_is_transformed_in_pieces(monkeypatch):
@@ -138,8 +150,8 @@ def test_extra_groups_lie_in_their_order():
     extractor = EchoFeatureExtractor(shuffled)
     features = extractor(audio, sampling_rate=RATE)["input_features"][0]
     plain = EchoFeatureExtractor()(audio, sampling_rate=RATE)["input_features"][0]
-    assert list(extractor.feature_groups) == list(ALL_GROUPS) and extractor.feature_size == features.shape[1] == 267
-    spectrogram, waveform, phase, envelope, aperiodicity, pitch = np.split(
+    assert list(extractor.feature_groups) == list(ALL_GROUPS) and extractor.feature_size == features.shape[1] == 268
+    spectrogram, waveform, phase, envelope, aperiodicity, periodicity, pitch = np.split(
         features, np.cumsum(list(ALL_GROUPS.values()))[:-1], axis=1
     )
     np.testing.assert_array_equal(np.concatenate([spectrogram, pitch], axis=1), plain)
@@ -149,6 +161,8 @@ def test_extra_groups_lie_in_their_order():
     np.testing.assert_allclose(envelope.mean(axis=0), 0, atol=1e-5)
     np.testing.assert_allclose(envelope.std(axis=0), 1, atol=1e-4)
     assert aperiodicity.min() >= -3 and aperiodicity.max() <= 0
+    np.testing.assert_allclose(periodicity[:, 0], voicing(audio, pitch[:, 0], RATE, 160), atol=1e-5)
+    assert periodicity.min() > 0.9 and periodicity.max() <= 1
 
 
 def test_without_pitch_no_f0_is_estimated(monkeypatch, reference):
@@ -205,7 +219,6 @@ def test_the_device_is_where_a_batch_tracker_computes(monkeypatch):
 def test_the_same_audio_in_other_types(extractor, reference):
     pcm = voice()
     audio = as_float(pcm)
-    stereo = np.stack([audio, audio])
     for given in (
         pcm,
         pcm.astype(np.int32) * 65536,
@@ -215,12 +228,11 @@ def test_the_same_audio_in_other_types(extractor, reference):
         torch.from_numpy(audio),
         torch.from_numpy(pcm),
         torch.from_numpy(audio).requires_grad_(),
-        stereo,
-        stereo.T,
-        np.stack([pcm, pcm]),
         audio[None],
-        torch.from_numpy(stereo),
+        [audio[None]],
         {"array": audio, "sampling_rate": RATE},
+        {"array": audio, "sampling_rate": float(RATE)},
+        {"array": audio, "sampling_rate": torch.tensor(RATE)},
         {"raw": pcm, "sampling_rate": RATE},
         {"array": audio},
         np.repeat(audio, 2)[::2],
@@ -236,20 +248,42 @@ def test_coarse_types_are_near(extractor, reference):
     np.testing.assert_allclose(to_mono(as_float(pcm).astype(np.float16)), as_float(pcm), atol=1e-3)
 
 
-@pytest.mark.parametrize("rows", [3, 8])
-def test_a_small_stacked_batch_is_not_taken_for_channels(extractor, rows):
-    batch = np.stack([as_float(voice(seed=seed)) for seed in range(rows)])
-    with pytest.raises(ValueError, match=f"a batch of recordings, or one with {rows} channels. Pass a list"):
-        extractor(batch, sampling_rate=RATE)
-    listed = extractor(list(batch), sampling_rate=RATE)["input_features"]
-    assert len(listed) == rows
-    mixed = extractor(batch.T, sampling_rate=RATE)["input_features"]
-    np.testing.assert_allclose(mixed, extractor(batch.mean(0), sampling_rate=RATE)["input_features"], atol=1e-5)
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 9])
+@pytest.mark.parametrize("kind", ["array", "int16", "tensor", "raw_speech"])
+def test_a_2d_array_is_a_batch_of_recordings(extractor, rows, kind):
+    pcm = np.stack([voice(seed=seed) for seed in range(rows)])
+    batch = {"int16": pcm, "tensor": torch.from_numpy(as_float(pcm))}.get(kind, as_float(pcm))
+    given = {"raw_speech" if kind == "raw_speech" else "audio": batch}
+    features = extractor(**given, sampling_rate=RATE)["input_features"]
+    listed = extractor([as_float(row) for row in pcm], sampling_rate=RATE)["input_features"]
+    np.testing.assert_array_equal(features, listed)
+    assert len(features) == rows
 
 
-def test_stereo_is_the_mean_of_its_channels():
+@pytest.mark.parametrize("channels", [1, 2, 8])
+def test_channels_of_an_array_are_an_error_that_says_how_to_mix_them(extractor, channels):
+    audio = np.stack([as_float(voice(seed=seed)) for seed in range(channels)], axis=1)
+    with pytest.raises(ValueError, match=r"audio of shape .* looks like \(samples, channels\).*audio.mean\(axis=1\)"):
+        extractor(audio, sampling_rate=RATE)
+    for given, name in (([audio], r"audio\[0\]"), ({"array": audio, "sampling_rate": RATE}, "audio")):
+        with pytest.raises(ValueError, match=rf"{name} must be 1-D.*audio.mean\(axis=1\)"):
+            extractor(given, sampling_rate=RATE)
+    if channels > 1:
+        with pytest.raises(ValueError, match=r"audio\[0\] must be 1-D.*audio.mean\(axis=0\)"):
+            extractor([audio.T], sampling_rate=RATE)
+
+
+def test_channels_of_a_file_are_averaged(extractor, tmp_path):
     left, right = as_float(voice(seed=1)), as_float(voice(seed=2))
-    np.testing.assert_allclose(to_mono(np.stack([left, right])), (left + right) / 2, atol=1e-8)
+    stereo = np.stack([left, right])
+    np.testing.assert_allclose(to_mono(stereo, channel_axis=0), (left + right) / 2, atol=1e-8)
+    np.testing.assert_allclose(to_mono(stereo.T, channel_axis=1), (left + right) / 2, atol=1e-8)
+    np.testing.assert_array_equal(to_mono(np.array([[0.25, 0.75]]), channel_axis=1), [0.5])  # a single sample
+    soundfile.write(tmp_path / "stereo.wav", stereo.T, RATE, subtype="FLOAT")
+    expected = extractor((left + right) / 2, sampling_rate=RATE)["input_features"]
+    np.testing.assert_allclose(extractor(tmp_path / "stereo.wav")["input_features"], expected, atol=1e-5)
+    with pytest.raises(ValueError, match="9 channels; up to 8"):
+        to_mono(np.zeros((100, 9)), channel_axis=1)
 
 
 def test_files_are_as_arrays(extractor, reference, tmp_path):
@@ -372,8 +406,9 @@ GOOD = np.zeros(1600, dtype=np.float32)
         (np.full(1600, 1e300), "infinite"),
         (GOOD[:159], "audio has 159 samples.*one frame of 160.*pad"),
         ([GOOD, GOOD[:1]], r"audio\[1\] has 1 samples"),
-        (np.zeros((2, 3, 1600)), r"1-D, or 2-D.*\(2, 3, 1600\)"),
-        ([np.zeros((20, 1600))], r"audio\[0\].*more than 8 channels"),
+        (np.zeros((2, 3, 1600)), r"audio must be 1-D.*\(2, 3, 1600\)"),
+        ([np.zeros((20, 1600))], r"audio\[0\] must be 1-D.*\(20, 1600\)"),
+        (np.zeros((9, 0)), "audio is empty"),
         (np.zeros(1600, dtype=np.int64), "int64.*np.int16"),
         ([0, 1, 2] * 1000, "int64"),
         (np.zeros(1600, dtype=complex), "complex"),
@@ -412,6 +447,52 @@ def test_another_rate_is_an_error_that_names_both(extractor):
         extractor(GOOD, sampling_rate=44100)
 
 
+@pytest.mark.parametrize("rate", [np.nan, np.inf, 0, 1, 7, 999, -16000, 16000.5, 10**7, "16000", True, [16000], b""])
+@pytest.mark.parametrize("resample", [False, True])
+def test_a_sampling_rate_that_cannot_be_is_refused_wherever_it_is_given(rate, resample):
+    extractor = EchoFeatureExtractor({"spectrogram": 8}, resample=resample)
+    message = r"sampling_rate.* must be a whole number from 1000 to 1000000 \(Hz\), got"
+    for given in (
+        lambda: extractor(GOOD, sampling_rate=rate),
+        lambda: extractor([GOOD, {"array": GOOD, "sampling_rate": rate}], sampling_rate=RATE),
+        lambda: extractor({"raw": GOOD, "sampling_rate": rate}),
+        lambda: EchoProcessor(extractor, EchoTokenizer())(GOOD, sampling_rate=rate),
+        lambda: resample_audio(GOOD, rate, RATE),
+        lambda: EchoFeatureExtractor(sampling_rate=rate),
+    ):
+        with pytest.raises(ValueError, match=message):
+            given()
+    with pytest.raises(ValueError, match="target_rate must be"):
+        resample_audio(GOOD, RATE, rate)
+
+
+def test_a_sampling_rate_in_a_header_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="a sampling rate of 7 Hz. Its header"):
+        load_audio(wav_bytes(voice(), 7))
+
+
+def test_audio_and_raw_speech_are_one_and_the_same(extractor, reference):
+    np.testing.assert_array_equal(
+        extractor(raw_speech=as_float(voice()), sampling_rate=RATE)["input_features"], reference
+    )
+    with pytest.raises(ValueError, match="audio or raw_speech.*both"):
+        extractor(GOOD, raw_speech=GOOD, sampling_rate=RATE)
+
+
+def test_features_that_are_not_finite_are_not_padded(extractor):
+    good = np.zeros((5, 81), dtype=np.float32)
+    for value in (np.nan, np.inf):
+        bad = np.full((3, 81), value, dtype=np.float32)
+        for batch in ([{"input_features": good}, {"input_features": bad}], {"input_features": [good, bad]}):
+            for return_tensors in ("np", "pt"):
+                with pytest.raises(ValueError, match="recording 1 hold NaN or infinite"):
+                    extractor.pad(batch, return_tensors=return_tensors)
+    # Resampling overshoots: near the largest number that is infinity.
+    loudest = np.sign(voice(rate=8000).astype(np.float32)) * np.finfo(np.float32).max
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        extractor(loudest, sampling_rate=8000, resample=True)
+
+
 @pytest.mark.parametrize("module", ["soxr", "soundfile"])
 def test_a_missing_package_is_named(extractor, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
@@ -429,14 +510,26 @@ def test_a_missing_package_is_named(extractor, monkeypatch, module):
         ({"feature_groups": {"spectrogram": 80, "loudness": 1}}, "loudness"),
         ({"feature_groups": {"spectrogram": 80, "waveform": 80}}, "'waveform' must be 160"),
         ({"feature_groups": {"spectrogram": 80, "aperiodicity": 3}}, "'aperiodicity' must be 1"),
+        ({"feature_groups": {"spectrogram": 80, "voicing": 2}}, "'voicing' is a single channel"),
         ({"feature_groups": {"spectrogram": 1}}, "at least 2"),
         ({"sampling_rate": 0}, "sampling_rate"),
         ({"padding_side": "left"}, "padding_side must be 'right'"),
         ({"hop_length": 10.5}, "hop_length"),
         ({"n_fft": 401}, "n_fft.*even"),
         ({"n_fft": 128}, "n_fft.*hop_length"),
+        ({"n_fft": 10**9}, "n_fft.*at most sampling_rate"),
+        ({"n_fft": "400"}, "n_fft"),
+        ({"hop_length": 10**9, "n_fft": 2 * 10**9}, "hop_length"),
+        ({"sampling_rate": 10**9}, "sampling_rate"),
+        ({"feature_groups": {"spectrogram": 10**9}}, "'spectrogram' must be at most"),
+        ({"feature_groups": {"spectrogram": 80, "envelope": 10**9}}, "'envelope' must be at most"),
+        ({"padding_value": float("nan")}, "padding_value"),
+        ({"padding_value": float("inf")}, "padding_value"),
+        ({"padding_value": None}, "padding_value"),
         ({"f0_method": "crepe"}, "crepe"),
         ({"f0_min": 600.0}, "f0_min"),
+        ({"f0_min": 1e-9}, "f0_min"),
+        ({"f0_max": 1e9}, "f0_max"),
     ],
 )
 def test_settings_that_cannot_work_are_named(settings, message):
@@ -445,7 +538,7 @@ def test_settings_that_cannot_work_are_named(settings, message):
 
 
 def test_f0_settings_do_not_matter_without_f0():
-    EchoFeatureExtractor({"spectrogram": 40}, sampling_rate=800, hop_length=8, n_fft=200)
+    EchoFeatureExtractor({"spectrogram": 40}, sampling_rate=1000, hop_length=8, n_fft=200, f0_min=600.0)
 
 
 # Saving, pickling, datasets ------------------------------------------------------------------------------------------

@@ -7,17 +7,19 @@ import sys
 import numpy as np
 import pytest
 
+from echo_hf import autocorrelation_echo
 from echo_hf import pitch_echo
 from echo_hf.metrics import f0_metrics
 from echo_hf.metrics import f0_test_signals
 from echo_hf.pitch_echo import accumulated_phase
 from echo_hf.pitch_echo import aperiodicity_code
+from echo_hf.pitch_echo import check_sampling_rate
 from echo_hf.pitch_echo import estimate_f0
 from echo_hf.pitch_echo import estimate_f0_batch
-from echo_hf.pitch_echo import normalise_pitch
+from echo_hf.pitch_echo import interpolate_f0
 from echo_hf.pitch_echo import num_aperiodicity_bands
-from echo_hf.pitch_echo import pitch_per_token
 from echo_hf.pitch_echo import spectral_envelope_code
+from echo_hf.pitch_echo import voicing
 
 
 def voice(f0, sampling_rate=16000, harmonics=8):
@@ -164,13 +166,41 @@ def test_another_tracker_is_one_function(monkeypatch):
     [
         ({"method": "crepe"}, "'crepe'.*dio"),
         ({"f0_min": 500.0, "f0_max": 71.0}, "f0_min"),
-        ({"f0_min": 0.0}, "f0_min"),
-        ({"f0_max": 9000.0}, "8000 Hz"),
+        *(({"f0_min": value}, "f0_min") for value in (0.0, 1e-9, 1e-3, 0.1, -71.0, np.nan, "71", None, True)),
+        *(({"f0_max": value}, "f0_max") for value in (9000.0, 1e9, np.inf, np.nan, "500", None)),
+        ({"f0_max": 900.0, "sampling_rate": 1600}, "<= 800 Hz at a sampling rate of 1600 Hz"),
+        *(({"hop_length": value}, "hop_length") for value in (0, -160, 16001, 10**9, 160.5, True, "160", None)),
+        *(({"sampling_rate": value}, "sampling_rate") for value in (0, 1, 7, -16000, 10**9, np.inf, 16000.5, "16000")),
     ],
 )
-def test_settings_that_cannot_work_are_named(arguments, message):
+@every_tracker
+def test_settings_that_cannot_work_are_named(method, arguments, message):
+    """Before anything is allocated, and before native code that checks nothing is reached."""
+    settings = {"sampling_rate": 16000, "hop_length": 160, "method": method, **arguments}
     with pytest.raises(ValueError, match=message):
-        estimate_f0(np.zeros(1600), 16000, 160, **arguments)
+        estimate_f0(np.zeros(1600), **settings)
+
+
+@every_tracker
+@pytest.mark.parametrize("f0_range", [(20.0, 2000.0), (20.0, 21.0), (1999.0, 2000.0)])
+def test_the_widest_settings_work(method, f0_range):
+    noise = np.random.default_rng(0).normal(size=4000)
+    for sampling_rate, hop_length in ((16000, 16000), (16000, 40), (4000, 40)):
+        f0 = estimate_f0(noise, sampling_rate, hop_length, method, *f0_range)
+        assert len(f0) == 4000 // hop_length + 1 and np.isfinite(f0).all()
+
+
+@pytest.mark.parametrize("code", [spectral_envelope_code, aperiodicity_code])
+@pytest.mark.parametrize("f0", [[np.nan, 100.0], [-1.0], [1e9], [], [[100.0]]])
+def test_f0_that_world_cannot_take_is_refused(code, f0):
+    with pytest.raises(ValueError, match="f0 must be 1-D"):
+        code(np.zeros(1600), np.array(f0), 16000, 160)
+
+
+@pytest.mark.parametrize("rate", [16000, 16000.0, np.int32(16000), np.float64(16000), np.array(16000)])
+def test_a_sampling_rate_of_any_numeric_type_is_an_int(rate):
+    checked = check_sampling_rate(rate)
+    assert checked == 16000 and type(checked) is int
 
 
 @pytest.mark.parametrize("waveform", [np.zeros(0), np.zeros((2, 1600)), np.array([0.0, np.nan]), np.array([np.inf])])
@@ -279,7 +309,7 @@ def test_a_batch_does_not_change_an_f0(level, test_signals):
 def test_frames_are_correlated_a_part_at_a_time(test_signals, monkeypatch):
     waveform = test_signals["10 dB"][0]
     whole = estimate_f0(waveform, 16000, 160, "autocorrelation")
-    monkeypatch.setattr(pitch_echo, "CORRELATION_FRAMES", 37)
+    monkeypatch.setattr(autocorrelation_echo, "CORRELATION_FRAMES", 37)
     parts = estimate_f0(waveform, 16000, 160, "autocorrelation")
     np.testing.assert_array_equal(parts > 0, whole > 0)
     np.testing.assert_allclose(parts, whole, rtol=1e-5)
@@ -335,80 +365,6 @@ def test_fast_dio_agrees_with_dio(test_signals):
     assert result["gpe"] == 0 and result["vde"] < 0.06 and 0 < result["cents"] < 20
 
 
-# Pitch per token -----------------------------------------------------------------------------------------------------
-
-
-def transcribed_token_pitch(f0, hop_seconds, spans, method):
-    """The notes of the method, word for word: a token at a time, one frame at a time."""
-    times = [frame * hop_seconds for frame in range(len(f0))]
-    tokens = []
-    for start, end in spans:
-        inside = [f for time, f in zip(times, f0) if start - 1e-9 <= time <= end + 1e-9]
-        if not inside:
-            later = [f for time, f in zip(times, f0) if time >= start]
-            inside = [later[0] if later else f0[-1]]
-        value = {"mean": sum(inside) / len(inside), "median": sorted(inside), "last": inside[-1]}[method]
-        if method == "median":
-            middle = len(value) // 2
-            value = value[middle] if len(value) % 2 else (value[middle - 1] + value[middle]) / 2
-        tokens.append(0.0 if value < 100 else value)
-    tokens = [tokens[0]] + tokens
-    return [(f - 71) / (500 - 71) if f != 0 else 0.0 for f in tokens]
-
-
-@pytest.mark.parametrize("method", ["mean", "median", "last"])
-@pytest.mark.parametrize("num_tokens", [1, 2, 10, 31, 137, 400])
-def test_token_pitch_by_label_length(num_tokens, method):
-    f0 = contour(seed=num_tokens)
-    duration = len(f0) * 0.01
-    spans = [(i * duration / num_tokens, (i + 1) * duration / num_tokens) for i in range(num_tokens)]
-    pitch = pitch_per_token(f0, 0.01, num_tokens=num_tokens, method=method)
-    assert pitch.shape == (num_tokens + 1,)
-    np.testing.assert_allclose(pitch, transcribed_token_pitch(f0, 0.01, spans, method), atol=1e-12)
-
-
-@pytest.mark.parametrize("method", ["mean", "median", "last"])
-@pytest.mark.parametrize("rate", [3.0, 10.0, 25.0, 170.0])
-def test_token_pitch_by_fixed_rate(rate, method):
-    f0 = contour(seed=5)
-    pitch = pitch_per_token(f0, 0.01, tokens_per_second=rate, method=method)
-    assert len(pitch) - 1 == np.ceil(round(1.37 * rate, 6))
-    spans = [(i / rate, (i + 1) / rate) for i in range(len(pitch) - 1)]
-    np.testing.assert_allclose(pitch, transcribed_token_pitch(f0, 0.01, spans, method), atol=1e-12)
-
-
-def test_token_pitch_by_fixed_rate_does_not_tell_the_number_of_labels():
-    f0 = contour(seed=6)
-    longest = pitch_per_token(f0, 0.01, num_tokens=40, tokens_per_second=10.0)
-    for num_tokens in (1, 5, 13, 20):
-        pitch = pitch_per_token(f0, 0.01, num_tokens=num_tokens, tokens_per_second=10.0)
-        np.testing.assert_array_equal(pitch, longest[: num_tokens + 1])
-    assert np.all(longest[1 + 14 :] == 0)  # 1.37 s hold 14 tokens; behind them nobody speaks
-
-
-def test_token_pitch_of_a_constant_voice():
-    pitch = pitch_per_token(np.full(100, 285.5), 0.01, num_tokens=7)
-    np.testing.assert_allclose(pitch, np.full(8, 0.5))  # halfway between 71 and 500 Hz
-    assert np.all(pitch_per_token(np.full(100, 99.9), 0.01, num_tokens=7) == 0)
-
-
-def test_token_pitch_errors_name_what_is_missing():
-    with pytest.raises(ValueError, match="num_tokens.*tokens_per_second"):
-        pitch_per_token(np.ones(5), 0.01)
-    with pytest.raises(ValueError, match="'max'.*mean, median, last"):
-        pitch_per_token(np.ones(5), 0.01, num_tokens=2, method="max")
-    with pytest.raises(ValueError, match="at least one frame"):
-        pitch_per_token(np.ones(0), 0.01, num_tokens=2)
-    with pytest.raises(ValueError, match="tokens_per_second"):
-        pitch_per_token(np.ones(5), 0.01, tokens_per_second=0.0)
-    with pytest.raises(ValueError, match="num_tokens"):
-        pitch_per_token(np.ones(5), 0.01, num_tokens=0)
-
-
-def test_normalised_pitch():
-    np.testing.assert_allclose(normalise_pitch([0.0, 71.0, 285.5, 500.0]), [0.0, 0.0, 0.5, 1.0])
-
-
 # Accumulated phase ---------------------------------------------------------------------------------------------------
 
 
@@ -433,6 +389,96 @@ def test_accumulated_phase_stands_still_without_voice():
 def test_accumulated_phase_keeps_its_precision_for_an_hour():
     phase = accumulated_phase(np.full(360_000, 125.0), 0.01)  # a quarter of a cycle more in each frame
     np.testing.assert_allclose(phase[3::4], 0.0, atol=1e-6)
+
+
+# Voicing -------------------------------------------------------------------------------------------------------------
+
+
+def test_f0_is_carried_across_unvoiced_frames():
+    carried = interpolate_f0([0.0, 0.0, 100.0, 0.0, 400.0, 300.0, 0.0])
+    np.testing.assert_allclose(carried, [100, 100, 100, 200, 400, 300, 300])  # straight in log-F0, held at the ends
+    np.testing.assert_array_equal(carried[[2, 4, 5]], [100.0, 400.0, 300.0])
+    np.testing.assert_array_equal(interpolate_f0(np.zeros(3)), np.zeros(3))
+
+
+@pytest.mark.parametrize("sampling_rate", [4000, 8000, 16000, 22050, 48000])
+@pytest.mark.parametrize("frequency", [75.0, 153.0, 301.0, 499.0])
+def test_voicing_of_a_tone_is_one(frequency, sampling_rate):
+    hop_length = sampling_rate // 100
+    tone = 0.3 + 0.1 * np.sin(2 * np.pi * frequency * np.arange(sampling_rate) / sampling_rate)
+    # Few frames are voiced: in the others F0 is carried.
+    f0 = np.where(np.arange(101) % 7 == 3, frequency, 0.0)
+    for audio in (tone, voice(np.full(sampling_rate, frequency), sampling_rate), 1e-3 * tone, 1e30 * tone):
+        result = voicing(audio, f0, sampling_rate, hop_length)
+        assert result.shape == (101,) and result.dtype == np.float32
+        assert np.all((result > 0.97) & (result <= 1.0))
+
+
+@pytest.mark.parametrize("frequency", [75.0, 153.0, 301.0, 499.0])
+def test_voicing_of_noise_is_low(frequency):
+    noise = 0.1 * np.random.default_rng(0).normal(size=48000)
+    result = voicing(noise, np.full(301, frequency), 16000, 160)
+    assert np.all((result >= 0) & (result < 0.75)) and result.mean() < 0.1
+
+
+def test_voicing_is_the_share_of_the_periodic_power():
+    generator = np.random.default_rng(0)
+    # Noise under 600 Hz, where the filter before the correlation changes neither much.
+    spectrum = np.fft.rfft(generator.normal(size=160000))
+    noise = np.fft.irfft(spectrum * (np.fft.rfftfreq(160000, 1 / 16000) < 600), 160000)
+    noise *= np.sqrt(0.5 / np.mean(noise**2))  # as strong as the tone
+    tone = np.sin(2 * np.pi * 200 * np.arange(160000) / 16000)
+    for share in (0.9, 0.5, 0.2):
+        mixed = 0.1 * (np.sqrt(share) * tone + np.sqrt(1 - share) * noise)
+        assert abs(voicing(mixed, np.full(1000, 200.0), 16000, 160).mean() - share) < 0.07
+
+
+def test_voicing_is_the_correlation_of_two_windows_a_period_apart():
+    """Against the formula in float64, without the filter, at a rate and at lags where nothing is interpolated."""
+    generator = np.random.default_rng(0)
+    audio = 0.1 * voice(np.full(8000, 125.0), 8000) + 0.01 * generator.normal(size=8000)
+    f0 = 8000 / generator.integers(17, 100, 101)
+    taps = np.hanning(13)[1:-1]  # 1.2 ms
+    filtered = np.convolve(audio, taps / taps.sum(), mode="same")
+    expected = []
+    for frame in range(101):
+        lag = round(8000 / f0[frame])
+        start = int(np.floor(frame * 80 - (200 + 8000 / f0[frame]) / 2 + 0.5))
+        start = max(0, min(start, 8000 - 200 - lag - 2))
+        expected.append(np.corrcoef(filtered[start : start + 200], filtered[start + lag : start + lag + 200])[0, 1])
+    result = voicing(audio, f0, 8000, 80)
+    np.testing.assert_allclose(result, np.clip(expected, 0, 1), atol=1e-4)
+
+
+def test_voicing_of_silence_and_without_f0_is_zero():
+    tone = voice(np.full(16000, 150.0))
+    assert np.all(voicing(np.zeros(16000), np.full(101, 150.0), 16000, 160) == 0)
+    assert np.all(voicing(tone, np.zeros(101), 16000, 160) == 0)
+    falls = voicing(np.concatenate([tone, np.zeros(16000)]), np.full(201, 150.0), 16000, 160)
+    assert falls[:97].min() > 0.97 and falls[103:].max() == 0
+
+
+@pytest.mark.parametrize("samples", [1, 2, 159, 160, 400, 801])
+def test_voicing_of_very_short_audio(samples):
+    audio = voice(np.full(samples, 200.0)) + 0.01
+    result = voicing(audio, np.full(samples // 160 + 1, 200.0), 16000, 160)
+    assert result.shape == (samples // 160 + 1,) and np.all((result >= 0) & (result <= 1))
+
+
+def test_voicing_does_not_depend_on_how_frames_are_grouped(monkeypatch):
+    audio, f0 = np.random.default_rng(0).normal(size=16000), contour(frames=101)
+    whole = voicing(audio, f0, 16000, 160)
+    monkeypatch.setattr(pitch_echo, "VOICING_FRAMES", 7)
+    np.testing.assert_allclose(voicing(audio, f0, 16000, 160), whole, atol=1e-6)
+
+
+def test_voicing_refuses_what_cannot_be():
+    with pytest.raises(ValueError, match="1-D, not empty and finite"):
+        voicing(np.full(160, np.nan), np.zeros(2), 16000, 160)
+    with pytest.raises(ValueError, match="f0 must be 1-D"):
+        voicing(np.zeros(160), np.array([np.nan, 1.0]), 16000, 160)
+    with pytest.raises(ValueError, match="hop_length"):
+        voicing(np.zeros(160), np.zeros(2), 16000, 0)
 
 
 # WORLD's codes -------------------------------------------------------------------------------------------------------

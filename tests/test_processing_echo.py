@@ -9,6 +9,8 @@ import torch
 from transformers import AutoFeatureExtractor
 from transformers import AutoProcessor
 from transformers import AutoTokenizer
+from transformers import TokenizersBackend
+from transformers import WhisperFeatureExtractor
 
 from conftest import SAMPLING_RATE
 from conftest import voice
@@ -100,6 +102,38 @@ def test_decoding_is_the_tokenizers(processor):
     assert processor.decode_ctc([0, ids[1], ids[1], 0]) == "h"
     assert processor.batch_decode_ctc([[ids[1]], [0]]) == ["h", ""]
     assert processor.model_input_names == ["input_features", "attention_mask", "labels"]
+
+
+def test_a_2d_array_is_a_batch(processor):
+    audio = np.stack([voice(0.5), 0.5 * voice(0.5)[::-1]])
+    batch = processor(audio, ["hi", "hello"], SAMPLING_RATE, return_tensors="pt")
+    listed = processor(list(audio), ["hi", "hello"], SAMPLING_RATE, return_tensors="pt")
+    assert all(torch.equal(batch[key], listed[key]) for key in listed) and len(batch["labels"]) == 2
+
+
+def test_another_models_parts_are_named(processor, tmp_path):
+    whisper = WhisperFeatureExtractor()
+    with pytest.raises(ValueError, match="needs an EchoFeatureExtractor, got WhisperFeatureExtractor"):
+        EchoProcessor(whisper, processor.tokenizer)
+    with pytest.raises(ValueError, match="needs an EchoTokenizer, got TokenizersBackend"):
+        EchoProcessor(processor.feature_extractor, TokenizersBackend(tokenizer_object=processor.tokenizer._tokenizer))
+    with pytest.raises(ValueError, match="needs an EchoFeatureExtractor, got NoneType"):
+        EchoProcessor(None, processor.tokenizer)
+    # The same in a checkpoint.
+    processor.save_pretrained(tmp_path)
+    file = tmp_path / "processor_config.json"
+    settings = json.loads(file.read_text())
+    settings["feature_extractor"] = whisper.to_dict()
+    file.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="needs an EchoFeatureExtractor, got WhisperFeatureExtractor"):
+        EchoProcessor.from_pretrained(tmp_path)
+
+
+def test_a_subclass_is_a_part(processor):
+    class QuietExtractor(EchoFeatureExtractor):
+        pass
+
+    assert EchoProcessor(QuietExtractor(), processor.tokenizer)(voice(0.5))["input_features"].shape == (1, 50, 81)
 
 
 @pytest.mark.parametrize("auto_class", [EchoProcessor, AutoProcessor])

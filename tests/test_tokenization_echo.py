@@ -1,13 +1,16 @@
 """The tokenizer gives back any text exactly, however it was made, saved or sent."""
 
+import copy
 import pickle
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
 
+import echo_hf
 from echo_hf import EchoTokenizer
 
 TEXTS = [
@@ -28,7 +31,7 @@ TEXTS = [
     "\u200bzero\u200dwidth\ufeffbom\u202eright-to-left",
     "👩‍👩‍👧‍👦🏴󠁧󠁢󠁳󠁣󠁴󠁿🇯🇵",
     "\U0001f600\U0010ffff\ufffd\uffff\ue000",
-    "<s>markup</s> <pad> </s></s><s>",
+    "<p>markup</p> <pad <s </ s> < pad >",
     "Ġ is the byte alphabet's blank, Ċ its line feed",
 ]
 
@@ -106,12 +109,31 @@ def test_any_text_comes_back(tokenizer, texts):
     assert tokenizer.batch_decode(encoded, skip_special_tokens=True) == texts
 
 
-def test_text_that_looks_like_special_tokens_is_text(tokenizer):
-    ids = tokenizer.encode("a</s>b", add_special_tokens=False)
+def test_special_tokens_in_a_text_are_their_ids(tokenizer):
+    a, b = tokenizer.encode("a", add_special_tokens=False)[0], tokenizer.encode("b", add_special_tokens=False)[0]
+    assert tokenizer.encode("a</s>b<pad><s>", add_special_tokens=False) == [a, 2, b, 0, 1]
+    # Whoever has them as text says so.
+    ids = tokenizer.encode("a</s>b", add_special_tokens=False, split_special_tokens=True)
     assert not {0, 1, 2} & set(ids)
     assert tokenizer.decode([1, *ids, 2], skip_special_tokens=True) == "a</s>b"
-    # Whoever writes control tokens into the text says so.
-    assert tokenizer.encode("</s>", add_special_tokens=False, split_special_tokens=False) == [2]
+
+
+def test_added_special_tokens_in_a_text_are_their_ids(tokenizer, tmp_path):
+    """As scripts for several languages add and write them."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|de|>", "<|en|>"]})
+    size = len(tokenizer)
+    tokenizer.save_pretrained(tmp_path / "more")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "more")
+    for either in (tokenizer, loaded, pickle.loads(pickle.dumps(tokenizer))):
+        assert either.encode("<|de|>gut") == [1, size - 2, *tokenizer.encode("gut")[1:]]
+        assert either.encode("<|en|>")[1:] == [size - 1, 2]
+        assert either.decode(either.encode("<|de|>gut"), skip_special_tokens=True) == "gut"
+
+
+def test_the_bundled_tokenizer_splits_no_special_tokens():
+    bundled = AutoTokenizer.from_pretrained(Path(echo_hf.__file__).parent / "assets" / "checkpoint")
+    assert bundled.split_special_tokens is False and bundled.encode("</s>", add_special_tokens=False) == [2]
 
 
 def test_batches_are_padded(tokenizer):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # The channel groups that `input_features` may hold, in the order in which they lie: the log-mel spectrogram first, F0
 # in Hz last. The order is fixed here, so that a dictionary of widths is enough to know where each channel is.
-FEATURE_GROUPS = ("spectrogram", "waveform", "phase", "envelope", "aperiodicity", "pitch")
+FEATURE_GROUPS = ("spectrogram", "waveform", "phase", "envelope", "aperiodicity", "voicing", "pitch")
 
 AUTO_MAP = {
     "AutoConfig": "configuration_echo.EchoConfig",
@@ -112,7 +112,7 @@ def validate_feature_groups(feature_groups: dict[str, int]) -> dict[str, int]:
             raise ValueError(f"feature_groups: unknown group {name!r}; known are {', '.join(FEATURE_GROUPS)}.")
         if isinstance(width, bool) or not isinstance(width, int) or width < 1:
             raise ValueError(f"feature_groups: the width of {name!r} must be a whole number above 0, got {width!r}.")
-        if name in ("pitch", "phase") and width != 1:
+        if name in ("phase", "voicing", "pitch") and width != 1:
             raise ValueError(f"feature_groups: {name!r} is a single channel, got a width of {width}.")
     if "spectrogram" not in feature_groups:
         raise ValueError("feature_groups: the 'spectrogram' is always needed, e.g. {'spectrogram': 80, 'pitch': 1}.")

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from numbers import Number
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,17 @@ from transformers.utils import is_torch_tensor
 from transformers.utils import logging
 
 from .configuration_echo import validate_feature_groups
+from .pitch_echo import HIGHEST_RATE
+from .pitch_echo import LOWEST_RATE
 from .pitch_echo import accumulated_phase
 from .pitch_echo import aperiodicity_code
+from .pitch_echo import check_hop_length
+from .pitch_echo import check_sampling_rate
 from .pitch_echo import check_tracker
 from .pitch_echo import estimate_f0_batch
 from .pitch_echo import num_aperiodicity_bands
 from .pitch_echo import spectral_envelope_code
+from .pitch_echo import voicing
 
 logger = logging.get_logger(__name__)
 
@@ -44,12 +50,12 @@ DECIBELS_PER_DECADE = 20.0  # of amplitude: brings WORLD's aperiodicity to 0 (no
 LARGEST_PHASE = np.nextafter(np.float32(2.0 * np.pi), np.float32(0.0))  # float32 rounds the phases above up to 2 pi
 SMALLEST_DEVIATION = 1e-3  # of the envelope's code (natural logarithm of power)
 
-MAX_CHANNELS = 8  # the short axis of a 2-D array is its channels up to this many
+MAX_CHANNELS = 8  # of a recording, which are averaged
+MAX_WIDTH = 1024  # channels of a feature group
 BLOCK_FRAMES = 1 << 19  # samples a channel read from a file at a time, 11 s at 48 kHz
-LOWEST_RATE, HIGHEST_RATE = 1000, 1_000_000  # Hz; a file that claims a rate beyond is broken
 SPECTROGRAM_FRAMES = 4096  # frames transformed at a time; the spectra of an hour of audio would take 1 GB
 AUDIO_KEYS = ("array", "raw", "bytes", "path")  # of a dict that holds audio, the first that is not None
-F0_GROUPS = ("phase", "envelope", "aperiodicity", "pitch")  # groups that are made from F0
+F0_GROUPS = ("phase", "envelope", "aperiodicity", "voicing", "pitch")  # groups that are made from F0
 
 
 def is_file(source) -> bool:
@@ -124,19 +130,21 @@ def load_audio(source) -> tuple[np.ndarray, int]:
         return np.concatenate(blocks), file.samplerate
 
 
-def to_mono(samples, name: str = "audio") -> np.ndarray:
+def to_mono(samples, name: str = "audio", channel_axis: int | None = None) -> np.ndarray:
     """Samples of any kind as one float32 channel.
 
     Args:
-        samples: array, tensor or list of numbers. 1-D, or 2-D with up to 8 channels on the shorter axis, which are
-            averaged. Integers are PCM and are scaled by the range of their type (uint8 is centred at 128).
+        samples: array, tensor or list of numbers, shape `(samples,)` or `(1, samples)`. Integers are PCM and are
+            scaled by the range of their type (uint8 is centred at 128).
         name: what an error calls them.
+        channel_axis: where a 2-D array has its channels, up to 8, which are averaged. Only the source of the samples
+            can tell; when not given, several rows are an error.
 
     Returns:
         float32, shape `(samples,)`.
 
     Raises:
-        `ValueError`: not numeric, 64-bit integers, more than 2-D, more than 8 channels, empty, or NaN or infinite.
+        `ValueError`: not numeric, 64-bit integers, several rows, more than 8 channels, empty, or NaN or infinite.
     """
     if is_torch_tensor(samples):
         samples = samples.detach().cpu()
@@ -147,10 +155,15 @@ def to_mono(samples, name: str = "audio") -> np.ndarray:
         raise ValueError(f"{name} is not an array of numbers ({error}). A batch must be a flat list.") from error
     if samples.dtype.kind not in "fiu":
         raise ValueError(f"{name} must hold numbers, not {samples.dtype}. Give samples, a file's path or its bytes.")
-    if samples.ndim not in (1, 2):
-        raise ValueError(f"{name} must be 1-D, or 2-D with its channels, got shape {samples.shape}.")
     if samples.size == 0:
         raise ValueError(f"{name} is empty (shape {samples.shape}). Leave recordings without samples out.")
+    if samples.ndim == 2 and len(samples) == 1 and channel_axis is None:
+        samples = samples[0]
+    if samples.ndim != 1 and (samples.ndim != 2 or channel_axis is None):
+        remedy = ""
+        if samples.ndim == 2:
+            remedy = f" Average its channels before: `audio.mean(axis={int(np.argmin(samples.shape))})`."
+        raise ValueError(f"{name} must be 1-D, one channel of one recording, got shape {samples.shape}.{remedy}")
     if samples.dtype.kind in "iu":
         if samples.dtype.itemsize == 8:
             raise ValueError(
@@ -160,14 +173,17 @@ def to_mono(samples, name: str = "audio") -> np.ndarray:
         full_scale = 2.0 ** (8 * samples.dtype.itemsize - 1)
         samples = (samples - (full_scale if samples.dtype.kind == "u" else 0.0)) / full_scale
     if samples.ndim == 2:
-        channel_axis = int(np.argmin(samples.shape))
         if samples.shape[channel_axis] > MAX_CHANNELS:
             raise ValueError(
-                f"{name} has shape {samples.shape}: more than {MAX_CHANNELS} channels on either axis. Give one."
+                f"{name} has {samples.shape[channel_axis]} channels; up to {MAX_CHANNELS} are averaged. Give one."
             )
         samples = samples.mean(axis=channel_axis)
     with np.errstate(over="ignore"):  # what does not fit float32 becomes infinite, which the next line reports
         samples = samples.astype(np.float32)
+    return _check_finite(samples, name)
+
+
+def _check_finite(samples: np.ndarray, name: str) -> np.ndarray:
     if not np.isfinite(samples).all():
         raise ValueError(
             f"{name} has {np.count_nonzero(~np.isfinite(samples))} NaN or infinite samples. Repair it, e.g. with"
@@ -177,12 +193,27 @@ def to_mono(samples, name: str = "audio") -> np.ndarray:
 
 
 def resample_audio(waveform: np.ndarray, sampling_rate: int, target_rate: int) -> np.ndarray:
-    """One channel at another sampling rate (Hz), by soxr at high quality. float32, shape `(samples,)`."""
+    """One channel at another sampling rate, by soxr at high quality.
+
+    Args:
+        waveform: shape `(samples,)`, finite.
+        sampling_rate: of the waveform, in Hz.
+        target_rate: Hz.
+
+    Returns:
+        float32, shape `(other samples,)`.
+
+    Raises:
+        `ValueError`: a rate is no whole number from 1000 to 1000000 Hz; samples near the largest number overflow.
+        `ImportError`: soxr is not installed.
+    """
+    sampling_rate = check_sampling_rate(sampling_rate)
+    target_rate = check_sampling_rate(target_rate, "target_rate")
     try:
         import soxr
     except ImportError as error:
         raise ImportError(f"Resampling audio needs soxr ({error}): `pip install soxr`.") from error
-    return soxr.resample(waveform, sampling_rate, target_rate, quality="HQ")
+    return _check_finite(soxr.resample(waveform, sampling_rate, target_rate, quality="HQ"), "The resampled audio")
 
 
 @lru_cache(maxsize=8)
@@ -248,6 +279,7 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
     | `phase` | 1 | accumulated phase of F0, 0 to 2 pi radians |
     | `envelope` | any (24 does) | WORLD's spectral envelope, coded; each channel standardised over the utterance |
     | `aperiodicity` | 1 at 16 kHz | WORLD's band aperiodicity, -3 (periodic) to 0 (noise), decades of amplitude |
+    | `voicing` | 1 | correlation of the waveform at its F0, 0 (noise) to 1 (periodic); see [`voicing`] |
     | `pitch` | 1 | F0 in Hz |
 
     Args:
@@ -327,29 +359,35 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
     def _check(self):
         if self.padding_side != "right":
             raise ValueError(f"padding_side must be 'right', where the encoder expects it, got {self.padding_side!r}.")
-        for name in ("sampling_rate", "hop_length", "n_fft"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number above 0, got {value!r}.")
-        if self.n_fft < self.hop_length or self.n_fft % 2:
+        is_number = isinstance(self.padding_value, Real) and not isinstance(self.padding_value, bool)
+        if not is_number or not np.isfinite(self.padding_value):
+            raise ValueError(f"padding_value must be a finite number, got {self.padding_value!r}.")
+        check_sampling_rate(self.sampling_rate)
+        check_hop_length(self.hop_length, self.sampling_rate)
+        if isinstance(self.n_fft, bool) or not isinstance(self.n_fft, int) or self.n_fft % 2:
+            raise ValueError(f"n_fft must be an even whole number, got {self.n_fft!r}.")
+        if not self.hop_length <= self.n_fft <= self.sampling_rate:
             raise ValueError(
-                f"n_fft ({self.n_fft}) must be even, and at least hop_length ({self.hop_length}) to hear every sample."
+                f"n_fft ({self.n_fft}) must be at least hop_length ({self.hop_length}), to hear every sample, and at"
+                f" most sampling_rate ({self.sampling_rate}), a second."
             )
         if self.feature_size < 2:
             raise ValueError("feature_groups: a single channel cannot be padded as a sequence; give at least 2.")
         widths = {"waveform": self.hop_length, "aperiodicity": num_aperiodicity_bands(self.sampling_rate)}
-        for name, width in widths.items():
-            if self.feature_groups.get(name, width) != width:
+        for name, width in self.feature_groups.items():
+            if width != widths.get(name, width):
                 raise ValueError(
-                    f"feature_groups: the width of {name!r} must be {width} at a hop_length of {self.hop_length} and a"
-                    f" sampling_rate of {self.sampling_rate} Hz, got {self.feature_groups[name]}."
+                    f"feature_groups: the width of {name!r} must be {widths[name]} at a hop_length of"
+                    f" {self.hop_length} and a sampling_rate of {self.sampling_rate} Hz, got {width}."
                 )
+            if name not in widths and width > MAX_WIDTH:
+                raise ValueError(f"feature_groups: the width of {name!r} must be at most {MAX_WIDTH}, got {width}.")
         if any(name in self.feature_groups for name in F0_GROUPS):
             check_tracker(self.f0_method, self.f0_min, self.f0_max, self.sampling_rate)
 
     def __call__(
         self,
-        audio,
+        audio=None,
         sampling_rate: int | None = None,
         padding=True,
         max_length: int | None = None,
@@ -359,6 +397,7 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
         return_attention_mask: bool | None = None,
         resample: bool | None = None,
         device: str = "cpu",
+        raw_speech=None,
         **kwargs,
     ) -> BatchFeature:
         """
@@ -368,10 +407,11 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
             audio:
                 One recording, or a list of recordings of any kind:
 
-                - numpy array, torch tensor or list of numbers: floats in [-1, 1], or integer PCM, which is scaled by
-                  the range of its type. 2-D is one recording, `(samples, up to 8 channels)` or `(up to 2 channels,
-                  samples)`, whose channels are averaged; with more than 8 rows and columns it is a batch of rows.
-                - path, bytes or binary file object of an audio file, which carries its own sampling rate.
+                - numpy array, torch tensor or list of numbers, shape `(samples,)`: floats in [-1, 1], or integer PCM,
+                  which is scaled by the range of its type. A 2-D array is a batch, `(recordings, samples)`, each with
+                  one channel.
+                - path, bytes or binary file object of an audio file, which carries its own sampling rate. Its
+                  channels, up to 8, are averaged.
                 - dict with `"array"` or `"raw"`, and `"sampling_rate"`; or with `"bytes"` or `"path"`, as `datasets`
                   gives them.
             sampling_rate (`int`, *optional*):
@@ -394,6 +434,8 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
             device (`str`, defaults to `"cpu"`):
                 Where the F0 method "autocorrelation" computes; all else is computed on the CPU. Features are returned
                 on the CPU.
+            raw_speech (*optional*):
+                Another name of `audio`, which other extractors have. Give one of the two.
             kwargs:
                 Ignored: what callers of any extractor pass.
 
@@ -403,10 +445,14 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
             `t * hop_length / sampling_rate` seconds.
 
         Raises:
-            `ValueError`: a recording is empty, not finite, shorter than a hop, not numeric, cannot be read, or has
-            another sampling rate and is not to be resampled. The message names the recording and the remedy.
+            `ValueError`: a recording is empty, not finite, shorter than a hop, not numeric, has channels beside one
+            another in an array, cannot be read, or has another sampling rate and is not to be resampled. The message
+            names the recording and the remedy.
             `FileNotFoundError`: there is no file at a path.
         """
+        if audio is not None and raw_speech is not None:
+            raise ValueError("Give audio or raw_speech, which are the same; it got both.")
+        audio = raw_speech if audio is None else audio
         resample = self.resample if resample is None else resample
         recordings, is_batch = _as_batch(audio)
         waveforms = [
@@ -430,12 +476,25 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
             return BatchFeature({key: list(value) for key, value in padded.items()})
         return padded.convert_to_tensors(return_tensors)
 
+    def pad(self, processed_features, *args, **kwargs) -> BatchFeature:
+        """As `SequenceFeatureExtractor.pad`; a `ValueError` where features, or what they are padded with, are not
+        finite, as a model would make a transcript of them and say nothing."""
+        padded = super().pad(processed_features, *args, **kwargs)
+        for index, features in enumerate(padded["input_features"]):
+            is_finite = features.isfinite() if is_torch_tensor(features) else np.isfinite(features)
+            if not is_finite.all():
+                raise ValueError(
+                    f"input_features of recording {index} hold NaN or infinite values. Make them anew, from samples in"
+                    " [-1, 1]."
+                )
+        return padded
+
     def _read(self, recording, name: str, sampling_rate: int | None, resample: bool) -> np.ndarray:
         """One recording of any kind as float32 samples `(samples,)` at the extractor's rate; `name` is for errors."""
-        samples, rate = recording, None
+        samples, rate, channel_axis = recording, None, None
         if hasattr(recording, "get_all_samples"):  # the decoder of torchcodec, which `datasets.Audio` gives
             decoded = recording.get_all_samples()
-            samples, rate = decoded.data, decoded.sample_rate
+            samples, rate, channel_axis = decoded.data, decoded.sample_rate, 0
         elif isinstance(recording, Mapping):
             samples = next((recording[key] for key in AUDIO_KEYS if recording.get(key) is not None), None)
             rate = recording.get("sampling_rate")
@@ -444,16 +503,21 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
         if is_file(samples):
             try:
                 samples, rate = load_audio(samples)
+                channel_axis = 1
             except (ValueError, FileNotFoundError) as error:
                 kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
                 raise kind(f"{name}: {error}") from error
-        if rate is None and sampling_rate is None:
+        if rate is not None:  # what the audio says of itself comes first
+            rate = check_sampling_rate(rate, f"The sampling_rate of {name}")
+        elif sampling_rate is not None:
+            rate = check_sampling_rate(sampling_rate)
+        else:
+            rate = self.sampling_rate
             logger.warning_once(
                 f"The sampling rate of the audio is not given and taken to be {self.sampling_rate} Hz. Pass"
                 " `sampling_rate`, so that audio of another rate is noticed."
             )
-        rate = rate or sampling_rate or self.sampling_rate  # what the audio says of itself comes first
-        waveform = to_mono(samples, name)
+        waveform = to_mono(samples, name, channel_axis)
         if rate != self.sampling_rate:
             if not resample:
                 raise ValueError(
@@ -489,6 +553,8 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
             features["envelope"] = (envelope - envelope.mean(axis=0)) / deviation
         if "aperiodicity" in groups:
             features["aperiodicity"] = aperiodicity_code(waveform, f0, rate, hop_length) / DECIBELS_PER_DECADE
+        if "voicing" in groups:
+            features["voicing"] = voicing(waveform, f0, rate, hop_length)[:, None]
         return np.concatenate([features[name] for name in groups], axis=1, dtype=np.float32)
 
 
@@ -498,17 +564,15 @@ def _as_batch(audio) -> tuple[list, bool]:
         if len(audio) == 0:
             raise ValueError("audio is empty: give at least one recording, of at least one sample.")
         return (list(audio), True) if not isinstance(audio[0], Number) else ([audio], False)
-    shape = tuple(getattr(audio, "shape", ()))  # of an array or a tensor
-    if len(shape) == 2 and min(shape) > MAX_CHANNELS or getattr(getattr(audio, "dtype", None), "kind", "") == "O":
+    if getattr(getattr(audio, "dtype", None), "kind", "") == "O":
         return list(audio), True
-    if len(shape) == 2 and 2 < shape[0] < shape[1]:
+    shape = tuple(getattr(audio, "shape", ()))  # of an array or a tensor
+    if len(shape) != 2 or 0 in shape:
+        return [audio], False
+    # Recordings lie in rows, as for other extractors. Rows of a few samples are no recordings.
+    if shape[1] <= MAX_CHANNELS and shape[1] < shape[0]:
         raise ValueError(
-            f"Audio of shape {shape} is a batch of recordings, or one with {shape[0]} channels. Pass a list for a"
-            " batch; average channels, or pass them as (samples, channels)."
+            f"audio of shape {shape} looks like (samples, channels), and a 2-D array is a batch, (recordings, samples)."
+            " Average its channels before: `audio.mean(axis=1)`."
         )
-    if len(shape) == 2 and min(shape) > 1:
-        logger.warning_once(
-            f"Audio of shape {shape} is taken for one recording with {min(shape)} channels, which are averaged. Pass a"
-            " list for a batch of recordings."
-        )
-    return [audio], False
+    return list(audio), True

@@ -29,6 +29,9 @@ class EchoProcessor(ProcessorMixin):
         feature_extractor ([`EchoFeatureExtractor`]): makes `input_features` from audio.
         tokenizer ([`EchoTokenizer`]): makes token ids from text, and text from what the model predicts.
 
+    Raises:
+        `ValueError`: one of the two is another model's.
+
     Example:
 
     ```python
@@ -48,6 +51,13 @@ class EchoProcessor(ProcessorMixin):
     _auto_class = "AutoProcessor"
 
     def __init__(self, feature_extractor, tokenizer):
+        # By name: code that came with a checkpoint has classes of its own.
+        for part, expected in ((feature_extractor, "EchoFeatureExtractor"), (tokenizer, "EchoTokenizer")):
+            if expected not in [kind.__name__ for kind in type(part).__mro__]:
+                raise ValueError(
+                    f"EchoProcessor needs an {expected}, got {type(part).__name__}. Another model's features or tokens"
+                    " mean nothing to Echo: load both from a checkpoint of Echo."
+                )
         super().__init__(feature_extractor, tokenizer)
 
     def __call__(

@@ -2,7 +2,7 @@
 
 `EchoTokenizer()` is the plain vocabulary of 3 special tokens and 256 bytes. `from_characters` makes one with a token
 for each character of several bytes besides, `train_new_from_iterator` one with tokens of several characters. There is
-no unknown token. Text is text: "</s>" in a transcript is four characters, not its end.
+no unknown token.
 """
 
 from collections import Counter
@@ -30,8 +30,9 @@ class EchoTokenizer(TokenizersBackend):
     Byte-level byte pair encoding (https://huggingface.co/papers/1508.07909, bytes as in GPT-2) with `<pad>` 0, `<s>` 1
     and `</s>` 2, then the 256 bytes, then merged tokens if there are any.
 
-    `decode(encode(text), skip_special_tokens=True) == text` for every `str` that can be written as UTF-8. Tokens that
-    are no valid UTF-8, such as half a character at the end of a cut-off transcript, decode to U+FFFD.
+    `decode(encode(text), skip_special_tokens=True) == text` for every `str` that can be written as UTF-8 and spells no
+    special token. Tokens that are no valid UTF-8, such as half a character at the end of a cut-off transcript, decode
+    to U+FFFD.
 
     Args:
         vocab (`dict[str, int]`, *optional*):
@@ -44,9 +45,9 @@ class EchoTokenizer(TokenizersBackend):
             End of sequence; `encode` puts it last.
         pad_token (`str`, defaults to `"<pad>"`):
             Padding, and the blank of CTC.
-        split_special_tokens (`bool`, defaults to `True`):
-            Whether special tokens that are spelled out in a text are text. True here, False in most tokenizers: a
-            transcript has no control tokens, so what looks like one was said or written.
+        split_special_tokens (`bool`, defaults to `False`):
+            Whether special tokens that are spelled out in a text are split into bytes, as other text is. If not, each
+            is its one id: `"<pad>"` in a transcript is padding.
 
     Example:
 
@@ -73,7 +74,7 @@ class EchoTokenizer(TokenizersBackend):
         bos_token: str | AddedToken = "<s>",
         eos_token: str | AddedToken = "</s>",
         pad_token: str | AddedToken = "<pad>",
-        split_special_tokens: bool = True,
+        split_special_tokens: bool = False,
         **kwargs,
     ):
         if vocab is None:

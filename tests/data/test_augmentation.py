@@ -112,25 +112,8 @@ def test_wrong_strengths_and_phase_are_errors(extractor):
     with pytest.raises(ValueError, match="phase"):
         VoicePerturbation(with_phase, f0_drop=0.1)
     without_pitch = EchoFeatureExtractor(feature_groups={"spectrogram": 80})
-    for name in ("f0_shift", "f0_drop"):
-        with pytest.raises(ValueError, match="f0_shift and f0_drop need the feature group 'pitch'"):
-            VoicePerturbation(without_pitch, **{name: 0.1})
-
-
-def test_f0_is_shifted_as_a_whole_and_nothing_else(extractor):
-    features = np.random.default_rng(0).uniform(0, 2, (50, 81)).astype(np.float32)
-    features[:, -1] = np.where(np.arange(50) % 3, 100.0 + np.arange(50), 0.0)
-    ratios = []
-    for seed in range(50):
-        random.seed(seed)
-        out = VoicePerturbation(extractor, f0_shift=0.4)(features)
-        np.testing.assert_array_equal(out[:, :80], features[:, :80])
-        voiced = features[:, -1] > 0
-        assert (out[~voiced, -1] == 0).all()
-        ratio = out[voiced, -1] / features[voiced, -1]
-        assert np.ptp(ratio) < 1e-5
-        ratios.append(ratio[0])
-    assert np.exp(-0.4) <= min(ratios) < 0.8 and 1.25 < max(ratios) <= np.exp(0.4)
+    with pytest.raises(ValueError, match="f0_drop needs the feature group 'pitch'"):
+        VoicePerturbation(without_pitch, f0_drop=0.1)
 
 
 def test_f0_is_dropped_as_often_as_asked_and_nothing_else(extractor):
@@ -144,6 +127,12 @@ def test_f0_is_dropped_as_often_as_asked_and_nothing_else(extractor):
         assert (out[:, -1] == 0).all() or (out[:, -1] == 1.5).all()
         dropped += bool((out[:, -1] == 0).all())
     assert abs(dropped / 2000 - 0.25) < 0.05  # five standard deviations
+
+
+def test_where_f0_is_dropped_there_is_no_voicing():
+    extractor = EchoFeatureExtractor(feature_groups={"spectrogram": 80, "aperiodicity": 1, "voicing": 1, "pitch": 1})
+    out = VoicePerturbation(extractor, f0_drop=1.0)(np.ones((20, 83), dtype=np.float32))
+    assert (out[:, :81] == 1).all() and (out[:, 81:] == 0).all()
 
 
 def test_a_pause_comes_before_or_behind_and_holds_silence_or_the_room(extractor):

@@ -21,9 +21,8 @@ class VoicePerturbation:
     - **voice**: the vocal tract is made longer or shorter, `g = exp(u)`, u uniform in `[-voice, voice]`: mel channel at
       frequency h takes the value from h / g (vocal tract length perturbation, Jaitly and Hinton, ICML workshop 2013),
       and F0 becomes g * F0, as when a recording is played faster. F0 is never interpolated: frames are selected.
-    - **f0_shift**: F0 alone is moved as a whole, by `exp(u)`, u uniform in `[-f0_shift, f0_shift]`: the contour stays.
-    - **f0_drop**: with this probability all of F0 is set to 0, unvoiced, as where a tracker finds none; to F0 what
-      SpecAugment is to the spectrogram, so that the model does not hang on it alone.
+    - **f0_drop**: with this probability all of F0, and voicing with it, is set to 0, unvoiced, as where a tracker finds
+      none; to F0 what SpecAugment is to the spectrogram, so that the model does not hang on it alone.
     - **pause**: with this probability some time in which nobody speaks is put before or behind the utterance: digital
       silence, or its own quietest frames in random order, as the noise of its room. So words do not hang on where a
       recording was cut. All utterances of a batch have a pause, or none, as a single long one would have all the
@@ -37,12 +36,12 @@ class VoicePerturbation:
 
     Args:
         feature_extractor ([`EchoFeatureExtractor`]): says what the channels are.
-        tempo, voice, channel, f0_shift, f0_drop, pause (`float`, defaults to 0.0): strengths, or probabilities; 0
-            leaves that aspect alone.
+        tempo, voice, channel, f0_drop, pause (`float`, defaults to 0.0): strengths, or probabilities; 0 leaves that
+            aspect alone.
 
     Raises:
         `ValueError`: a strength is negative or above 1; the features hold the accumulated phase, which would not
-            follow; or they hold no F0 to shift or drop.
+            follow; or they hold no F0 to drop.
 
     Example:
 
@@ -63,7 +62,6 @@ class VoicePerturbation:
         tempo: float = 0.0,
         voice: float = 0.0,
         channel: float = 0.0,
-        f0_shift: float = 0.0,
         f0_drop: float = 0.0,
         pause: float = 0.0,
     ):
@@ -71,7 +69,6 @@ class VoicePerturbation:
             "tempo": tempo,
             "voice": voice,
             "channel": channel,
-            "f0_shift": f0_shift,
             "f0_drop": f0_drop,
             "pause": pause,
         }
@@ -81,12 +78,13 @@ class VoicePerturbation:
         groups = feature_extractor.feature_groups
         if "phase" in groups and any(strengths[name] for name in strengths if name != "channel"):
             raise ValueError("The feature group 'phase' follows no perturbation but channel; leave one of them out.")
-        if "pitch" not in groups and (f0_shift or f0_drop):
-            raise ValueError("f0_shift and f0_drop need the feature group 'pitch'; leave them out, or add 'pitch': 1.")
-        self.tempo, self.voice, self.channel, self.f0_shift, self.f0_drop, self.pause = strengths.values()
+        if "pitch" not in groups and f0_drop:
+            raise ValueError("f0_drop needs the feature group 'pitch'; leave it out, or add 'pitch': 1.")
+        self.tempo, self.voice, self.channel, self.f0_drop, self.pause = strengths.values()
         self.is_active = any(strengths.values())
         self.num_mels = groups["spectrogram"]
         self.has_pitch = "pitch" in groups
+        self.has_voicing = "voicing" in groups
         self.top = feature_extractor.sampling_rate / 2
         edges = np.linspace(0.0, hertz_to_mel(self.top, mel_scale="slaney"), self.num_mels + 2)
         self.mels = edges[1:-1]  # centres of the mel channels
@@ -128,10 +126,8 @@ class VoicePerturbation:
             spectrogram[:] = self._warp(spectrogram, factor)
             if self.has_pitch:
                 features[:, -1] *= factor
-        if self.f0_shift:
-            features[:, -1] *= np.exp(chance.uniform(-self.f0_shift, self.f0_shift))
         if self.f0_drop and chance.random() < self.f0_drop:
-            features[:, -1] = 0.0
+            features[:, -1 - self.has_voicing :] = 0.0  # voicing lies before pitch
         if self.channel:
             tilt = chance.uniform(-self.channel, self.channel) * np.linspace(-1.0, 1.0, self.num_mels, dtype=np.float32)
             floor = chance.uniform(0.0, 1.5 * self.channel)

@@ -264,7 +264,8 @@ def features_fingerprint(extractor, identities: Iterable[str]) -> str:
         kind for kind in type(extractor).__mro__ if kind.__module__.split(".")[0] not in ("transformers", "builtins")
     ]
     modules = [Path(inspect.getfile(kind)) for kind in ours]
-    for path in (*modules, *(path.with_name("pitch_echo.py") for path in modules)):
+    beside = ("pitch_echo.py", "autocorrelation_echo.py")
+    for path in (*modules, *(path.with_name(name) for path in modules for name in beside)):
         digest.update(path.read_bytes() if path.is_file() else b"")
     for identity in identities:
         digest.update(identity.encode() + b"\n")

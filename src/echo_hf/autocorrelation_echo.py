@@ -1,0 +1,305 @@
+"""F0 of a whole batch by normalized autocorrelation, in PyTorch and on any device.
+
+F0 is the lag at which the waveform best resembles itself. Each frame of the waveform, at a lower sampling rate, goes
+through `normalized_correlation`, `pick_peak` and `refine_lag`. The names of dimensions: N frames, W samples of a
+window, K lags.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import nn
+
+# Lengths that hang on F0 are for this range, and grow with a wider one.
+LOWEST_F0, HIGHEST_F0 = 71.0, 500.0  # Hz
+WINDOW_PERIODS = 3.2  # of the lowest F0 under the window (45 ms at 71 Hz)
+WINDOW_EXPONENT = 0.6  # of the sine window: flatter than Hann, so that an onset is heard in time
+LONGEST_LAG_PERIODS = 1.57  # of the lowest F0: the period of mains hum at 50 Hz has to be seen, to be refused
+SHORTEST_LAG_PERIODS = 0.2  # of the highest F0: so has that of a tone above the range
+TRACKING_RATES = 8.0  # the sampling rate at which it works is at least this many times the highest F0 (4 kHz)
+BANDWIDTH = 3.2  # times the highest F0: the harmonics it hears (1600 Hz), whichever of them are there
+FILTER_SECONDS = 0.006  # length of the filter before the sampling rate is lowered
+LAG_STEPS = 2  # lags to a sample of the lower rate
+OCTAVE_COST = 0.05  # correlation that a lag twice as long must be better by; a period fits twice as well as once
+OUTSIDE_OCTAVES = 0.05  # by which lags under the range are favored: a tone fits its own and their multiples alike
+NEIGHBOUR_WEIGHT = 0.25  # of the frame before and of that after, where a lag is chosen
+VOICED_CORRELATION = 0.45  # at least, of a voiced frame; white noise reaches 0.35
+PEAK_RANGE = 50.0  # dB; quieter than this under the largest sample of the utterance is unvoiced
+ONSET_RANGE = 10.0  # dB; so is what is quieter than this under the loudest frame up to two away: it is not yet there
+ENERGY_SECONDS = 0.01  # in the middle of a frame, whose energy it is judged by
+LEAST_OVERLAP = 0.01  # share of the frame's energy by which its correlation is divided at least
+CORRELATION_FRAMES = 512  # held at a time on the CPU, to stay in its cache
+ACCELERATOR_FRAMES = 16384  # held at a time elsewhere: about 100 MB
+FILTER_OUTPUTS = 32  # samples filtered by one row of a matrix product
+
+
+@dataclass(frozen=True, eq=False)
+class CorrelationTables:
+    """What is computed once for a sampling rate and a range of F0.
+
+    Attributes:
+        decimation: samples of the waveform to one of the lower rate.
+        rate: the lower sampling rate, in Hz.
+        half_filter: samples of the waveform on either side that the filter before it hears.
+        width: W, samples of a window.
+        lags: samples of the longest lag; `K = LAG_STEPS * lags + 1` lags are looked at.
+        n_fft: length of the transform.
+        shortest: index of the shortest lag that may win.
+        filters: `(filter's inputs, FILTER_OUTPUTS)`; column j makes sample j of the lower rate.
+        window: `(W,)`.
+        cosines: `(n_fft // 2 + 1, K)`; the inverse transform of a power spectrum at the lags, also between samples.
+        bias: `(K,)`, what is left at each lag of the window's own correlation.
+        costs: `(K - 1 - shortest,)`, of each lag that may win.
+    """
+
+    decimation: int
+    rate: float
+    half_filter: int
+    width: int
+    lags: int
+    n_fft: int
+    shortest: int
+    filters: torch.Tensor
+    window: torch.Tensor
+    cosines: torch.Tensor
+    bias: torch.Tensor
+    costs: torch.Tensor
+
+
+@lru_cache(maxsize=8)
+def correlation_tables(sampling_rate: int, f0_min: float, f0_max: float, device: torch.device) -> CorrelationTables:
+    """[`CorrelationTables`] for a sampling rate (Hz) and a range of F0 (Hz), with tensors in float32 on a device."""
+    f0_min, f0_max = min(f0_min, LOWEST_F0), max(f0_max, HIGHEST_F0)
+    decimation = max(1, int(sampling_rate / (TRACKING_RATES * f0_max)))
+    rate = sampling_rate / decimation  # Hz
+    half_filter = round(FILTER_SECONDS / 2 * sampling_rate)
+    width = 2 * round(WINDOW_PERIODS / f0_min * rate / 2)
+    lags = min(math.ceil(LONGEST_LAG_PERIODS / f0_min * rate) + 1, width - 1)
+
+    taps = np.arange(-half_filter, half_filter + 1)
+    cutoff = min(BANDWIDTH * f0_max / sampling_rate, 0.5)  # cycles a sample
+    lowpass = np.sinc(2.0 * cutoff * taps) * np.blackman(len(taps) + 2)[1:-1]
+    filters = np.zeros((decimation * (FILTER_OUTPUTS - 1) + len(taps), FILTER_OUTPUTS), dtype=np.float32)
+    for output in range(FILTER_OUTPUTS):
+        filters[decimation * output : decimation * output + len(taps), output] = lowpass / lowpass.sum()
+
+    # A length of the transform that is fast, and long enough that no lag wraps around.
+    sizes = (factor * 2**power for factor in (1, 3, 5, 9, 15) for power in range(1, 24))
+    n_fft = min(size for size in sizes if size >= width + lags)
+    window = np.sin(np.pi * (np.arange(width) + 0.5) / width) ** WINDOW_EXPONENT
+    # The correlation of the window with itself, over the energies of its parts that overlap: 1 at lag 0, then falling.
+    overlap = np.array([window[: width - lag] @ window[lag:] for lag in range(lags + 1)])
+    energy = np.concatenate([[0.0], np.cumsum(window**2)])
+    bias = overlap / np.sqrt(energy[width - np.arange(lags + 1)] * (energy[-1] - energy[: lags + 1]))
+    bias = np.interp(np.arange(LAG_STEPS * lags + 1) / LAG_STEPS, np.arange(lags + 1), bias)
+
+    bins, steps = np.arange(n_fft // 2 + 1), np.arange(LAG_STEPS * lags + 1)
+    cosines = np.cos(2.0 * np.pi / (n_fft * LAG_STEPS) * np.outer(bins, steps)) * (2.0 / n_fft)
+    cosines[[0, -1]] /= 2.0
+
+    shortest = max(2, int(SHORTEST_LAG_PERIODS / f0_max * rate * LAG_STEPS))
+    # Lags under the range gain little over the shortest in it, or a strong harmonic would win.
+    candidates = np.arange(shortest, lags * LAG_STEPS)
+    octaves = np.log2(np.maximum(candidates, rate * LAG_STEPS / f0_max))
+    octaves -= OUTSIDE_OCTAVES * (candidates < 0.95 * rate * LAG_STEPS / f0_max)
+    arrays = (filters, window, cosines, bias, OCTAVE_COST * octaves)
+    tensors = [torch.from_numpy(array.astype(np.float32)).to(device) for array in arrays]
+    return CorrelationTables(decimation, rate, half_filter, width, lags, n_fft, shortest, *tensors)
+
+
+def track_autocorrelation(
+    waveforms: Sequence[np.ndarray],
+    sampling_rate: int,
+    frame_period: float,
+    f0_min: float,
+    f0_max: float,
+    device: str = "cpu",
+) -> list[np.ndarray]:
+    """F0 of several utterances at once, as the lag at which the waveform best resembles itself.
+
+    The mean over the normalized correlations of a frame and its neighbors is searched for the highest peak, less a
+    cost that grows with the octave; a parabola through the frame's own correlation refines it. Lags outside the range
+    compete too, and a frame they win is unvoiced: so are mains hum and tones. Only F0's harmonics up to 1600 Hz are
+    heard, so the fundamental itself need not be there.
+
+    All utterances lie behind one another in one waveform, with silence between them, and every frame hears its own
+    window and its neighbors': there is no padding to mask, and no utterance has to do with another.
+
+    Args:
+        waveforms: of shape `(samples,)` each, any scale and real type.
+        sampling_rate: Hz.
+        frame_period: time from one frame to the next, in ms.
+        f0_min, f0_max: range of F0 in Hz.
+        device: where torch computes.
+
+    Returns:
+        float64 arrays, of shape `(frames,)` each, `frames = floor(duration / frame_period) + 1`: F0 in Hz, 0 =
+        unvoiced.
+    """
+    device = torch.device(device)
+    tables = correlation_tables(sampling_rate, f0_min, f0_max, device)
+    hop = frame_period * sampling_rate / 1000.0 / tables.decimation  # samples of the lower rate
+    packed, centres, thresholds, counts = _lay_out(waveforms, hop, tables)
+    with torch.inference_mode():
+        row = tables.decimation * FILTER_OUTPUTS
+        rows = torch.from_numpy(packed).to(device).unfold(0, len(tables.filters), row)
+        filtered = (rows @ tables.filters).flatten()  # (samples of the lower rate,)
+        # A window of silence stands before the first utterance for the empty frames: its gap begins there.
+        filtered = nn.functional.pad(filtered, (tables.width // 2, tables.width // 2))
+        windows = filtered.unfold(0, tables.width, 1)  # window i is centered at sample i
+        lag, strength, energy = _strongest_lags(windows, torch.from_numpy(centres).to(device), tables)
+
+        f0 = tables.rate * LAG_STEPS / lag
+        nearby = nn.functional.max_pool1d(energy[None], 5, 1, 2)[0]
+        voiced = (strength > VOICED_CORRELATION) & (f0 >= f0_min) & (f0 <= f0_max)
+        voiced &= energy > 10.0 ** (-ONSET_RANGE / 10.0) * nearby
+        voiced &= energy > torch.from_numpy(thresholds).to(device)
+        # A voiced frame alone is none: 10 ms are one or two periods.
+        beside = nn.functional.pad(voiced, (1, 1))
+        f0 = torch.where(voiced & (beside[:-2] | beside[2:]), f0, 0.0).cpu().double().numpy()
+    ends = np.cumsum(np.array(counts) + 2)
+    return [f0[end - count : end] for end, count in zip(ends, counts)]
+
+
+def _lay_out(
+    waveforms: Sequence[np.ndarray], hop: float, tables: CorrelationTables
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
+    """Lays utterances behind one another, and their frames.
+
+    Two empty frames stand before and between the utterances and behind them: as far as a frame looks for louder
+    neighbors.
+
+    Returns:
+        The samples of all, float32; the sample of the lower rate at which each frame is centered, -1 for empty frames;
+        the energy above which a frame may be voiced; and the number of frames of each utterance.
+    """
+    decimation, half_filter = tables.decimation, tables.half_filter
+    gap = tables.width // 2 + math.ceil(half_filter / decimation) + 2  # samples of the lower rate, silent
+    lengths = [-(-len(waveform) // decimation) for waveform in waveforms]
+    begins = np.cumsum([gap] + [length + gap for length in lengths])
+    rows = -(-int(begins[-1]) // FILTER_OUTPUTS)
+    packed = np.zeros(rows * decimation * FILTER_OUTPUTS + 2 * half_filter, dtype=np.float32)
+    centres, thresholds, counts = [[-1, -1]], [[1.0, 1.0]], []
+    for waveform, begin in zip(waveforms, begins):
+        waveform = np.asarray(waveform)
+        waveform = waveform if waveform.dtype in (np.float32, np.float64) else waveform.astype(np.float64)
+        # A power of two scales without rounding. Squares of what is very loud or very faint then fit float32.
+        mantissa, exponent = np.frexp(max(waveform.max(), -waveform.min()))
+        first = half_filter + int(begin) * decimation
+        packed[first : first + len(waveform)] = np.ldexp(waveform, -exponent)
+        counts.append(int(len(waveform) / decimation / hop + 1e-6) + 1)
+        centres += [begin + np.floor(np.arange(counts[-1]) * hop + 0.5), [-1, -1]]
+        quietest = max(float(mantissa) ** 2 * 10.0 ** (-PEAK_RANGE / 10.0), 1e-12)
+        thresholds += [np.full(counts[-1], quietest), [1.0, 1.0]]
+    return packed, np.concatenate(centres).astype(np.int64), np.concatenate(thresholds).astype(np.float32), counts
+
+
+def _strongest_lags(
+    windows: torch.Tensor, centres: torch.Tensor, tables: CorrelationTables
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Lag (in steps of 1 / LAG_STEPS samples), correlation there, and energy of frames; each `(N,)`."""
+    half = round(ENERGY_SECONDS / 2 * tables.rate)
+    middle = slice(tables.width // 2 - half, tables.width // 2 + half)
+    lag, strength, energy = [], [], []
+    block = CORRELATION_FRAMES if windows.device.type == "cpu" else ACCELERATOR_FRAMES
+    for start in range(0, len(centres), block):
+        stop = min(start + block, len(centres))
+        before, after = min(start, 1), min(len(centres) - stop, 1)  # neighbors to be heard as well
+        part = centres[start - before : stop + after]
+        inner = slice(before, len(part) - after)
+        frames = windows[part.clamp(min=0)] * (part >= 0)[:, None]  # (N, W)
+        frames -= frames.mean(dim=1, keepdim=True)
+        energy.append(frames[inner, middle].square().mean(dim=1))
+
+        correlation = normalized_correlation(frames, tables)
+        smooth = correlation * (1.0 - 2.0 * NEIGHBOUR_WEIGHT)
+        smooth[1:].add_(correlation[:-1], alpha=NEIGHBOUR_WEIGHT)
+        smooth[:-1].add_(correlation[1:], alpha=NEIGHBOUR_WEIGHT)
+        index, height = pick_peak(smooth[inner], tables)
+        strength.append(height)
+        lag.append(refine_lag(correlation[inner], index))
+    return torch.cat(lag), torch.cat(strength), torch.cat(energy)
+
+
+def normalized_correlation(frames: torch.Tensor, tables: CorrelationTables) -> torch.Tensor:
+    """Correlation of each frame with itself: 1 at the period of a periodic sound, wherever in the frame it begins.
+
+    `r(lag) = sum x(n) x(n + lag)`, by the power spectrum, is divided by the geometric mean of the energies of the two
+    parts that overlap, as in McLeod and Wyvill's method (https://hdl.handle.net/2027/spo.bbp2372.2005.107), and by
+    what is left of the window's own correlation, as in Boersma's
+    (https://www.fon.hum.uva.nl/paul/papers/Proceedings_1993.pdf).
+
+    Args:
+        frames: shape `(N, W)`, without their mean; overwritten.
+        tables: of the sampling rate and the range of F0.
+
+    Returns:
+        Shape `(N, K)`: at lags of 0, 1, 2, ... steps of `1 / LAG_STEPS` samples.
+    """
+    width, lags = tables.width, tables.lags
+    frames *= tables.window
+    spectrum = torch.fft.rfft(frames, n=tables.n_fft)
+    power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
+    correlation = power @ tables.cosines  # the inverse transform, at the lags that are wanted
+    # Energies of the parts that overlap at each lag: all but the last samples, and all but the first.
+    squares = frames.square_()
+    total = squares.sum(dim=1, keepdim=True)
+    heads = total - squares[:, width - lags :].flip(1).cumsum(dim=1)
+    tails = total - squares[:, :lags].cumsum(dim=1)
+    scale = torch.empty_like(correlation)
+    scale[:, :1] = total
+    scale[:, LAG_STEPS::LAG_STEPS] = heads.mul_(tails).clamp_(min=0.0).sqrt_()
+    for step in range(1, LAG_STEPS):
+        scale[:, step::LAG_STEPS] = torch.lerp(
+            scale[:, :-1:LAG_STEPS], scale[:, LAG_STEPS::LAG_STEPS], step / LAG_STEPS
+        )
+    # Where the two hardly overlap, or there is silence, rounding would be divided by nothing.
+    scale = torch.maximum(scale, total.mul_(LEAST_OVERLAP)).clamp_(min=1e-15).mul_(tables.bias)
+    return correlation / scale
+
+
+def pick_peak(smooth: torch.Tensor, tables: CorrelationTables) -> tuple[torch.Tensor, torch.Tensor]:
+    """The highest peak of each frame's correlation, less a cost that grows with the octave.
+
+    Args:
+        smooth: shape `(N, K)`, correlations averaged over neighboring frames.
+        tables: of the sampling rate and the range of F0.
+
+    Returns:
+        Index of its lag, shape `(N,)`, and its height, shape `(N,)`: 0 where no peak is worth its cost.
+    """
+    shortest = tables.shortest
+    here, below, above = smooth[:, shortest:-1], smooth[:, shortest - 1 : -2], smooth[:, shortest + 1 :]
+    # Height of the cosine through the three, which is exact for a tone, however few lags its period has:
+    # a^2 = c^2 + (difference / 2)^2 / sin(step)^2, with the cosine of the step the others' mean over c.
+    sine = ((below + above) / here).clamp_(-1.0, 1.999).square_().mul_(-0.25).add_(1.0)  # squared
+    height = (above - below).square_().mul_(0.25).div_(sine).addcmul_(here, here).sqrt_()
+    is_peak = (here > below) & (here >= above) & (here > 0.0)
+    # A peak that its cost brings to 0 is too low to be voiced, so 0 stands for no peak.
+    best, index = (height - tables.costs).mul_(is_peak).max(dim=1, keepdim=True)
+    height = torch.where(best > 0.0, height.gather(1, index), 0.0)
+    return (index + shortest)[:, 0], height[:, 0]
+
+
+def refine_lag(correlation: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Where a parabola through each frame's own peak, at most a step from the neighbors' peak, is highest.
+
+    Args:
+        correlation: shape `(N, K)`, of each frame alone.
+        index: shape `(N,)`, of the lag that was picked.
+
+    Returns:
+        Shape `(N,)`: lags in steps, with fractions.
+    """
+    index = index[:, None]
+    around = torch.arange(-2, 3, device=index.device)
+    values = correlation.gather(1, (index + around).clamp(0, correlation.shape[1] - 1))
+    shift = values[:, 1:4].argmax(dim=1, keepdim=True)
+    below, here, above = values.gather(1, shift + around[2:]).unbind(dim=1)
+    curvature = (2.0 * here - above - below).clamp(min=1e-6)
+    offset = ((above - below) / (2.0 * curvature)).clamp(-0.5, 0.5)
+    return (index + shift)[:, 0] - 1 + offset
