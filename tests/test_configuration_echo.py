@@ -89,6 +89,7 @@ def test_feature_groups_take_their_fixed_order():
         ("mask_time_min_masks", -1),
         ("mask_feature_length", 0),
         ("rms_norm_eps", -1.0),
+        ("rms_norm_eps", 1e-8),
         ("pad_token_id", None),
         ("pad_token_id", 2),
         ("decoder_start_token_id", None),

@@ -282,7 +282,7 @@ def reference_attention(attention, hidden_states, mask, f0, silence, kind):
         low, high = config.silence_scale_range
         factor = nn.functional.softplus(weights["silence_logit"]).clamp(low, high)
         scores = scores * torch.where(silence[0, :frames], factor, 1.0)[None, None]
-    f = (f0 - f0.mean()) / (f0.std(correction=0) + 1e-8)
+    f = (f0 - f0.mean()) / f0.std(correction=0).clamp(min=1e-3)
     distance = f[:, None] - f[None]
     if config.pitch_bias == "gaussian":
         scores = scores - weights["bias_strength"][:, None, None] * distance**2
@@ -415,6 +415,13 @@ def test_gaussian_bias_starts_neutral():
     longer_query, longer_key = attention.append_pitch(query, key, f)
     assert longer_query.shape[-1] == attention.head_dim == longer_key.shape[-1]
     assert longer_query[..., -2:].abs().max() == 0
+
+
+def test_standardized_f0_of_a_constant_is_constant_and_near_zero():
+    for value in (0.0, 150.3, 399.99):
+        for frames in (1, 2, 100):
+            f = standardize_f0(torch.full((1, frames), value), torch.ones(1, frames))
+            assert f.abs().max() < 0.1 and f.max() == f.min()
 
 
 def test_constant_and_missing_f0_are_harmless():

@@ -180,7 +180,7 @@ class EchoConfig(PreTrainedConfig):
             Standard deviation of the normal distribution that embeddings and output heads start from. Other weights
             start by their number of inputs.
         rms_norm_eps (`float`, defaults to 1e-6):
-            Added to the mean square in each RMSNorm.
+            Added to the mean square in each RMSNorm, from 1e-7 to 1.
         dropout (`float`, defaults to 0.0):
             Probability of dropping a value of the embeddings and of each sub-layer's output, in training.
         attention_dropout (`float`, defaults to 0.0):
@@ -403,8 +403,10 @@ class EchoConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not self.rms_norm_eps > 0:
-            raise ValueError(f"rms_norm_eps must be above 0, got {self.rms_norm_eps}.")
+        if not 1e-7 <= self.rms_norm_eps <= 1:
+            raise ValueError(
+                f"rms_norm_eps must be from 1e-7, below which exported graphs drop it, to 1; got {self.rms_norm_eps}."
+            )
         if self.encoder_attention_window is not None and self.encoder_attention_window < 1:
             raise ValueError(
                 f"encoder_attention_window must be at least 1, or None for all, got {self.encoder_attention_window}."

@@ -64,7 +64,7 @@ PITCH_CHANNELS = 3  # voiced, contour, register: what the network sees of F0
 REGISTER_CENTRE = 150.0  # Hz, between low and high voices
 REGISTER_WIDTH = 0.5  # natural log units; e ** 0.5 is about nine semitones
 CONTOUR_FLOOR = 0.1  # natural log units; keeps a monotone's tiny wobble from being blown up to a contour
-BIAS_EPSILON = 1e-8  # as published
+SPREAD_FLOOR = 1e-3  # Hz; F0 that varies less is constant but for rounding
 INTERMEDIATE_WEIGHT = 0.3  # share of the CTC loss that is of predictions within the encoder, where it makes any
 DEFAULT_CTC_WEIGHT = 0.5  # in generate()
 LONG_AUDIO = 30.0  # seconds; generate() warns of more, of which 448 tokens may hold a part only
@@ -173,12 +173,23 @@ def normalize_f0(f0: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def standardize_f0(f0: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """F0 as the pitch bias compares it, as published: `(f0 - mean) / (std + 1e-8)` over the real frames, unvoiced ones
-    (0 Hz) included. Shapes `(B, S)` to `(B, S)`, float32; 0 in padding."""
+    """F0 as the pitch bias compares it: `(f0 - mean) / max(std, 0.001)` over the real frames, unvoiced ones (0 Hz)
+    included.
+
+    The floor does for a constant F0 what the published `std + 1e-8` is meant to do. An epsilon that small is dropped by
+    ONNX optimizers, and 0 / 0 is left.
+
+    Args:
+        f0 (`torch.Tensor` of shape `(B, S)`): Hz.
+        mask (`torch.Tensor` of shape `(B, S)`): 1 for real frames.
+
+    Returns:
+        `torch.Tensor` of shape `(B, S)`, float32; 0 in padding.
+    """
     mask = mask.float()
     deviation = f0.float() - masked_mean(f0.float(), mask)
-    spread = masked_mean(deviation.square(), mask).sqrt()
-    return deviation / (spread + BIAS_EPSILON) * mask
+    spread = masked_mean(deviation.square(), mask).sqrt().clamp(min=SPREAD_FLOOR)
+    return deviation / spread * mask
 
 
 def pitch_per_token(
