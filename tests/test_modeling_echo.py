@@ -139,7 +139,8 @@ def test_rotary_angles_equal_the_formulas_at_frame_1500(mode, kind, corner, top)
         learn_theta=True,
     )
     rotary = EchoRotaryEmbedding(config, head_dim, mode)
-    cos, sin = rotary(torch.arange(frames)[None], torch.float32, f0, normalize_f0(f0, mask), mask)
+    mean_f0 = f0[:, :length].double().mean(-1, keepdim=True)
+    cos, sin = rotary(torch.arange(frames)[None], torch.float32, f0, normalize_f0(f0, mask), mean_f0)
     expected = reference_angles(mode, kind, f0[0].double().numpy(), length, head_dim, 10000.0, corner, top)
     np.testing.assert_allclose(cos[0, 0, :length].detach().numpy(), np.cos(expected), atol=1e-6)
     np.testing.assert_allclose(sin[0, 0, :length].detach().numpy(), np.sin(expected), atol=1e-6)
@@ -150,7 +151,7 @@ def similarity(mode, contour, start, kind="mel"):
     rotary = EchoRotaryEmbedding(tiny_config("theta", theta_mode=mode, rotary_frequencies=kind), 32, mode)
     f0 = torch.cat((torch.full((start,), 120.0), contour))[None]
     mask = torch.ones_like(f0).long()
-    cos, sin = rotary(torch.arange(f0.shape[1])[None], torch.float32, f0, normalize_f0(f0, mask), mask)
+    cos, sin = rotary(torch.arange(f0.shape[1])[None], torch.float32, f0, normalize_f0(f0, mask))
     points = torch.complex(cos[0, 0, start:], sin[0, 0, start:])
     return (points[:, None] * points[None].conj()).real.mean(-1)
 
@@ -165,14 +166,21 @@ def test_phase_is_relative_and_frame_is_not():
     assert shift["frame"] > 0.1
 
 
-def test_mean_theta_ignores_padding():
-    rotary = EchoRotaryEmbedding(tiny_config("published_mean_sigmoid"), 8, "mean", "sigmoid")
-    f0 = torch.tensor([[150.0, 0.0, 170.0]])
-    padded, mask = nn.functional.pad(f0, (0, 5)), torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0]])
-    short = rotary(torch.arange(3)[None], torch.float32, f0, None, mask[:, :3])
-    long = rotary(torch.arange(8)[None], torch.float32, padded, None, mask)
-    for a, b in zip(short, long):
-        assert torch.equal(a, b[:, :, :3])
+def test_mean_theta_is_of_all_real_input_frames_before_alignment():
+    model, seen = tiny_model("published_mean_sigmoid", cls=EchoModel), []
+    model.encoder.rotary_emb.register_forward_hook(lambda module, args, output: seen.append(output))
+    inputs = make_inputs((61, 37))
+    with torch.no_grad():
+        encoded = model.encoder(**inputs)
+    cos, _ = seen[0]
+    for row, length in enumerate((61, 37)):
+        mean = inputs["input_features"][row, :length, -1].double().mean()
+        aligned = encoded.f0[row, : math.ceil(length / 4)].double().mean()
+        assert abs(mean - aligned) > 0.5  # as many encoder frames see every fourth value only
+        theta = model.encoder.rotary_emb.log_theta.double().exp() * 10000.0 + mean
+        angles = torch.arange(16)[:, None] * model.encoder.rotary_emb.frequencies(theta)
+        radius = encoded.f0[row].sigmoid()[:, None]
+        torch.testing.assert_close(cos[row, 0], angles.cos().float() * radius, atol=1e-5, rtol=1e-5)
 
 
 def test_theta_is_learned_as_a_factor():
@@ -234,7 +242,7 @@ def test_pitch_per_token_equals_the_formula(method, rate):
             assert result[row, i].item() == pytest.approx(expected, abs=1e-5), (row, i)
 
 
-def reference_attention(attention, hidden_states, mask, f0, silence, kind):
+def reference_attention(attention, hidden_states, mask, f0, mean_f0, silence, kind):
     """One encoder attention from the formulas, in float64, with matrices of frames by frames and complex numbers."""
     config, weights = attention.config, {k: v.double() for k, v in attention.state_dict().items()}
     rotary = kind["rotary"]
@@ -251,7 +259,7 @@ def reference_attention(attention, hidden_states, mask, f0, silence, kind):
         reference_angles(
             config.theta_mode,
             config.rotary_frequencies,
-            f0.numpy(),
+            f0.numpy() if config.theta_mode != "mean" else np.full(frames, mean_f0),
             frames,
             attention.head_dim,
             config.rotary_theta * math.exp(rotary.log_theta.item() if config.learn_theta else 0.0),
@@ -282,7 +290,7 @@ def reference_attention(attention, hidden_states, mask, f0, silence, kind):
         low, high = config.silence_scale_range
         factor = nn.functional.softplus(weights["silence_logit"]).clamp(low, high)
         scores = scores * torch.where(silence[0, :frames], factor, 1.0)[None, None]
-    f = (f0 - f0.mean()) / f0.std(correction=0).clamp(min=1e-3)
+    f = (f0 - f0.mean()) / f0.std(correction=config.pitch_bias == "laplacian").clamp(min=1e-3)
     distance = f[:, None] - f[None]
     if config.pitch_bias == "gaussian":
         scores = scores - weights["bias_strength"][:, None, None] * distance**2
@@ -315,6 +323,7 @@ def test_attention_equals_the_float64_reference(name, implementation):
             seen["args"][0][row : row + 1],
             outputs.attention_mask[row],
             outputs.f0[row : row + 1],
+            inputs["input_features"][row, : (301, 203)[row], -1].double().mean().item(),
             outputs.silence[row : row + 1] if outputs.silence is not None else None,
             {"rotary": model.encoder.rotary_emb},
         )
@@ -422,6 +431,15 @@ def test_standardized_f0_of_a_constant_is_constant_and_near_zero():
         for frames in (1, 2, 100):
             f = standardize_f0(torch.full((1, frames), value), torch.ones(1, frames))
             assert f.abs().max() < 0.1 and f.max() == f.min()
+
+
+def test_published_bias_standardizes_by_one_frame_less():
+    f0 = torch.tensor([[0.0, 120.0, 240.0, 180.0, 0.0]])
+    mask = torch.tensor([[1, 1, 1, 1, 0]])
+    for correction in (0, 1):
+        f = standardize_f0(f0, mask, correction)
+        assert f[0, :4].std(correction=correction).item() == pytest.approx(1.0) and f[0, 4] == 0
+    assert standardize_f0(f0, mask * 0 + torch.tensor([[1, 0, 0, 0, 0]]), 1).abs().max() == 0  # a single frame
 
 
 def test_constant_and_missing_f0_are_harmless():

@@ -172,7 +172,7 @@ def normalize_f0(f0: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.stack((voiced, voiced * deviation / spread, voiced * register), dim=-1)
 
 
-def standardize_f0(f0: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def standardize_f0(f0: torch.Tensor, mask: torch.Tensor, correction: int = 0) -> torch.Tensor:
     """F0 as the pitch bias compares it: `(f0 - mean) / max(std, 0.001)` over the real frames, unvoiced ones (0 Hz)
     included.
 
@@ -182,14 +182,16 @@ def standardize_f0(f0: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     Args:
         f0 (`torch.Tensor` of shape `(B, S)`): Hz.
         mask (`torch.Tensor` of shape `(B, S)`): 1 for real frames.
+        correction (`int`): what is taken from the number of frames when the variance is divided by it: 0, or 1 as
+            published.
 
     Returns:
         `torch.Tensor` of shape `(B, S)`, float32; 0 in padding.
     """
     mask = mask.float()
-    deviation = f0.float() - masked_mean(f0.float(), mask)
-    spread = masked_mean(deviation.square(), mask).sqrt().clamp(min=SPREAD_FLOOR)
-    return deviation / spread * mask
+    deviation = (f0.float() - masked_mean(f0.float(), mask)) * mask
+    variance = deviation.square().sum(-1, keepdim=True) / (mask.sum(-1, keepdim=True) - correction).clamp(min=1)
+    return deviation / variance.sqrt().clamp(min=SPREAD_FLOOR)
 
 
 def pitch_per_token(
@@ -304,7 +306,7 @@ class EchoRotaryEmbedding(nn.Module):
     How F0 moves theta, and the angle of frame t:
 
         none       theta_t = theta                    angle = t * omega_c
-        mean       theta_t = theta + mean real f0     angle = t * omega_c
+        mean       theta_t = theta + mean f0          angle = t * omega_c                      (mean of input frames)
         frame      theta_t = theta + f0_t             angle = t * omega_c(theta_t)             (not relative)
         phase      theta_t = theta + f0_t             angle = sum of omega_c(theta_s), s <= t  (relative)
 
@@ -341,21 +343,21 @@ class EchoRotaryEmbedding(nn.Module):
         mel = pairs * (math.log10(1.0 + top / corner) / max(self.head_dim // 2 - 1, 1))  # x_c / 2595
         return theta[..., None] / MEL_THETA * (corner * (10.0**mel - 1.0) / MEL_UNIT)
 
-    def theta(self, device: torch.device, f0: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
+    def theta(self, device: torch.device, f0: torch.Tensor | None, mean_f0: torch.Tensor | None) -> torch.Tensor:
         """Theta of each frame, `(B or 1, S or 1)`."""
         dtype = precise_dtype(device)
         theta = torch.tensor([[self.config.rotary_theta]], device=device, dtype=dtype)  # (1, 1)
         if self.config.learn_theta:
             theta = theta * self.log_theta.to(dtype).exp()
         if self.theta_mode == "mean":
-            theta = theta + masked_mean(f0.to(dtype), mask)
+            theta = theta + mean_f0.to(dtype)
         elif self.theta_mode in ("frame", "phase"):
             theta = theta + f0.to(dtype)
         return theta
 
-    def angles(self, position_ids: torch.Tensor, f0: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
+    def angles(self, position_ids: torch.Tensor, f0: torch.Tensor | None, mean_f0: torch.Tensor | None) -> torch.Tensor:
         """Rotary angles in [0, 2 pi), `(B or 1, S, C)`."""
-        omega = self.frequencies(self.theta(position_ids.device, f0, mask)) % (2 * math.pi)
+        omega = self.frequencies(self.theta(position_ids.device, f0, mean_f0)) % (2 * math.pi)
         if self.theta_mode == "phase":
             return omega.cumsum(dim=1) % (2 * math.pi)
         return position_ids[..., None].to(omega.dtype) * omega % (2 * math.pi)
@@ -376,7 +378,7 @@ class EchoRotaryEmbedding(nn.Module):
         dtype: torch.dtype,
         f0: torch.Tensor | None = None,
         pitch: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        mean_f0: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -384,12 +386,13 @@ class EchoRotaryEmbedding(nn.Module):
             dtype (`torch.dtype`): of the result.
             f0 (`torch.Tensor` of shape `(B, S)`, *optional*): Hz.
             pitch (`torch.Tensor` of shape `(B, S, 3)`, *optional*): normalised.
-            attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 1 for real frames.
+            mean_f0 (`torch.Tensor` of shape `(B, 1)`, *optional*): Hz, of all real input frames, unvoiced ones (0 Hz)
+                included; read with `theta_mode="mean"`.
 
         Returns:
             Two `torch.Tensor` of shape `(B or 1, 1, S, C)`: radius times cosine, radius times sine.
         """
-        angles = self.angles(position_ids, f0, attention_mask).float()
+        angles = self.angles(position_ids, f0, mean_f0).float()
         cos, sin = angles.cos(), angles.sin()
         if (radius := self.radius(f0, pitch)) is not None:
             cos, sin = cos * radius, sin * radius
@@ -475,7 +478,8 @@ class EchoAttention(nn.Module):
 
     The pitch bias (encoder only), with f the standardised F0:
 
-        laplacian   bias_ij = exp(-|f_i - f_j|)                as published; a matrix (B, 1, S, S), handed in
+        laplacian   bias_ij = exp(-|f_i - f_j|)                as published, the variance of f divided by n - 1;
+                                                               a matrix (B, 1, S, S), handed in
         gaussian    bias_ij = s_h * (2 f_i f_j - f_j ** 2)     which softmax cannot tell from -s_h * (f_i - f_j) ** 2
 
     The gaussian is the dot product of `s_h * (2 f_i, -1)` and `(f_j, f_j ** 2)`: two channels of queries and keys. They
@@ -970,13 +974,15 @@ class EchoEncoder(EchoPreTrainedModel):
             hidden_states = layer(hidden_states, encoder_mask)
         hidden_states = self.dropout(hidden_states)
 
-        cos, sin = self.rotary_emb(frames, hidden_states.dtype, f0, pitch, encoder_mask)
+        # As published, the mean is of the input frames. In float64, which is the dtype that it is added to theta in.
+        mean_f0 = masked_mean(frame_f0.to(precise_dtype(frame_f0.device)), attention_mask)
+        cos, sin = self.rotary_emb(frames, hidden_states.dtype, f0, pitch, mean_f0)
         window = effective_window(config.encoder_attention_window, encoder_frames)
         standardized_f0 = position_bias = None
         if config.pitch_bias == "gaussian":
             standardized_f0 = standardize_f0(f0, encoder_mask)
         elif config.pitch_bias == "laplacian":
-            ours = theirs = standardize_f0(f0, encoder_mask)[:, None, :, None]  # (B, 1, S, 1)
+            ours = theirs = standardize_f0(f0, encoder_mask, correction=1)[:, None, :, None]  # (B, 1, S, 1)
             if window:
                 ours, theirs = to_blocks(ours, window), to_surroundings(theirs, window)
             position_bias = torch.exp(-(ours - theirs.transpose(2, 3)).abs())  # (B, 1, S, S) or (B * N, 1, w, 3 * w)
