@@ -2,6 +2,7 @@
 
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from echo_hf.modeling_echo import EchoForCTC
 from echo_hf.modeling_echo import EchoModel
 from echo_hf.modeling_echo import EchoRotaryEmbedding
 from echo_hf.modeling_echo import align_f0
+from echo_hf.modeling_echo import mean_cross_attention
 from echo_hf.modeling_echo import normalize_f0
 from echo_hf.modeling_echo import pitch_per_token
 from echo_hf.modeling_echo import standardize_f0
@@ -936,6 +938,37 @@ def test_attentions_and_hidden_states():
     assert len(generated.cross_attentions) == 12
 
 
+def test_cross_attention_is_seen_without_a_change_of_the_model():
+    """With four threads at once, and others' calls between: the weights that eager attention gives."""
+    model, tokens = tiny_model(), torch.tensor([[1, 5, 6, 7]] * 3)
+    inputs = [make_inputs(seed=seed) for seed in range(4)]
+    eager = tiny_model()
+    eager.set_attn_implementation("eager")
+    seen = []
+    model.model.decoder.register_forward_hook(lambda *_: seen.append(model.config._attn_implementation))
+    with torch.no_grad():
+        expected = []
+        for heard in inputs:
+            outputs = eager(**heard, decoder_input_ids=tokens, output_attentions=True)
+            expected.append(torch.stack(outputs.cross_attentions).mean(dim=(0, 2)))
+
+    def look(number):
+        with torch.no_grad():
+            return [mean_cross_attention(model, tokens, **inputs[number]) for _ in range(5)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for number, results in enumerate(pool.map(look, range(4))):
+            for weights in results:
+                assert weights.shape == (3, 4, 16)
+                torch.testing.assert_close(weights, expected[number], atol=1e-5, rtol=1e-4)
+    assert len(seen) == 20 and set(seen) == {"sdpa"}
+    with torch.no_grad():
+        encoded = model.get_encoder()(**inputs[0])
+        torch.testing.assert_close(
+            mean_cross_attention(model, tokens, encoder_outputs=encoded), expected[0], atol=1e-5, rtol=1e-4
+        )
+
+
 def test_gradients_can_be_retained_and_reach_everything():
     model, inputs = tiny_model(), make_inputs()
     model.set_attn_implementation("eager")
@@ -1008,6 +1041,33 @@ def test_wrong_shapes_raise_and_name_the_input(change, message):
     arguments = {"input_features": torch.rand(2, 30, 17), "labels": LABELS[:2], **change}
     with pytest.raises(ValueError, match=message):
         tiny_model()(**arguments)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("channel", [3, -1])  # of the spectrogram, and F0
+def test_numbers_that_are_not_finite_are_no_empty_transcript(number, channel):
+    inputs = make_inputs()
+    inputs["input_features"][1, 10, channel] = number
+    for cls in (EchoForConditionalGeneration, EchoForCTC):
+        model = tiny_model(cls=cls)
+        with pytest.raises(ValueError, match="input_features hold NaN or infinity"):
+            model(**inputs, labels=LABELS)
+    with pytest.raises(ValueError, match="input_features hold NaN or infinity"):
+        tiny_model().generate(**inputs)
+
+
+@pytest.mark.parametrize("kind", [torch.long, torch.bool, torch.float32])
+def test_padding_before_an_utterance_is_refused(kind):
+    model, inputs = tiny_model(), make_inputs()
+    mask = inputs["attention_mask"]
+    holes = mask.clone()
+    holes[0, 30] = 0
+    hidden = BaseModelOutput(last_hidden_state=torch.rand(3, 16, 32))
+    for wrong in (mask.flip(1), holes):
+        arguments = {"attention_mask": wrong.to(kind), "labels": LABELS}
+        for heard in ({"input_features": inputs["input_features"]}, {"encoder_outputs": hidden}):
+            with pytest.raises(ValueError, match="attention_mask must be .* Pad on the right"):
+                model(**heard, **arguments)
 
 
 # Weights

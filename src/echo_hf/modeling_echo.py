@@ -46,6 +46,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils import can_return_tuple
+from transformers.utils import is_tracing
 from transformers.utils import logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder
@@ -127,6 +128,26 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def mask_frames(lengths: torch.Tensor, num_frames: int) -> torch.Tensor:
     """Which of `num_frames` frames are real where `lengths` of them are, `(B,)` to `(B, num_frames)`, boolean."""
     return torch.arange(num_frames, device=lengths.device)[None] < lengths[:, None]
+
+
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether a check may look at the tensor's values: not in a graph that is being traced or captured, and not on the
+    meta device."""
+    return tensor.device.type != "meta" and not is_tracing(tensor)
+
+
+def check_right_padding(attention_mask: torch.Tensor):
+    """
+    Checks that each utterance's frames come first and its padding behind them, where the values can be looked at.
+
+    Raises:
+        `ValueError`: a frame of `attention_mask`, `(B, T)`, is real behind one that is padding.
+    """
+    if has_values(attention_mask) and (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
+        raise ValueError(
+            "attention_mask must be 1 for an utterance's frames and 0 for the padding behind them; here a 1 follows a"
+            " 0. Pad on the right: EchoFeatureExtractor does, with padding_side='right'."
+        )
 
 
 def align_f0(
@@ -457,6 +478,8 @@ def eager_attention_forward(
     if position_bias is not None:
         scores = scores + position_bias
     if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:  # made for another attention: True where a query may look
+            attention_mask = torch.where(attention_mask, 0.0, torch.finfo(scores.dtype).min)
         scores = scores + attention_mask
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
@@ -548,6 +571,7 @@ class EchoAttention(nn.Module):
         position_bias: torch.Tensor | None = None,
         key_value_states: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        eager: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -562,6 +586,7 @@ class EchoAttention(nn.Module):
                 `(B * N, 1, w, 3 * w)`.
             key_value_states (`torch.Tensor` of shape `(B, S, E)`, *optional*): the encoder's, in cross-attention.
             past_key_values (`EncoderDecoderCache`, *optional*): keys and values of past tokens.
+            eager (`bool`): whether to attend eagerly, whatever implementation was chosen, to get the weights.
 
         Returns:
             `(B, L, E)` and the weights `(B, H, L, S)` where the chosen attention gives them; within windows, of frames
@@ -601,7 +626,7 @@ class EchoAttention(nn.Module):
             query = to_blocks(query, window)
             key, value = to_surroundings(key, window), to_surroundings(value, window)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            "eager" if eager else self.config._attn_implementation, eager_attention_forward
         )
         if position_bias is not None:
             kwargs["position_bias"] = position_bias.to(query.dtype)
@@ -728,8 +753,10 @@ class EchoDecoderLayer(GradientCheckpointingLayer):
         sin: torch.Tensor | None = None,
         encoder_silence: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        cross_attention_weights: list[torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        """With a list of `cross_attention_weights`, the layer's own, `(B, H, L, S)`, are appended to it."""
         attended, _ = self.self_attn(
             self.self_attn_norm(hidden_states),
             attention_mask,
@@ -740,14 +767,17 @@ class EchoDecoderLayer(GradientCheckpointingLayer):
         )
         hidden_states = hidden_states + self.dropout(attended)
         if encoder_hidden_states is not None:
-            attended, _ = self.encoder_attn(
+            attended, weights = self.encoder_attn(
                 self.encoder_attn_norm(hidden_states),
                 encoder_attention_mask,
                 silence=encoder_silence,
                 key_value_states=encoder_hidden_states,
                 past_key_values=past_key_values,
+                eager=cross_attention_weights is not None,
                 **kwargs,
             )
+            if cross_attention_weights is not None:
+                cross_attention_weights.append(weights)
             hidden_states = hidden_states + self.dropout(attended)
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
 
@@ -881,6 +911,13 @@ class EchoEncoder(EchoPreTrainedModel):
                 "attention_mask must have the shape (batch, frames) of input_features,"
                 f" {tuple(input_features.shape[:2])}, got {tuple(attention_mask.shape)}."
             )
+        if has_values(input_features) and not input_features.isfinite().all():
+            raise ValueError(
+                "input_features hold NaN or infinity, and no transcript of them can be right. Look for the recording"
+                " with numpy.isfinite."
+            )
+        if attention_mask is not None:
+            check_right_padding(attention_mask)
 
     def _spec_augment(self, spectrogram: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Sets random spans of time and of mel channels to 0, the floor (https://huggingface.co/papers/1904.08779)."""
@@ -932,7 +969,8 @@ class EchoEncoder(EchoPreTrainedModel):
             [`EchoEncoderOutput`] with `last_hidden_state` of shape `(B, S, E)`.
 
         Raises:
-            `ValueError`: the shapes do not fit the config.
+            `ValueError`: the shapes do not fit the config, the features hold NaN or infinity, or the mask has padding
+                before real frames. The values are not looked at while a graph is traced.
         """
         self._check_inputs(input_features, attention_mask)
         if attention_mask is None:
@@ -1147,6 +1185,7 @@ class EchoModel(EchoPreTrainedModel):
         encoder_mask = getattr(encoder_outputs, "attention_mask", None)
         if encoder_mask is not None or attention_mask is None:
             return encoder_mask
+        check_right_padding(attention_mask)
         lengths = self._get_feat_extract_output_lengths(attention_mask.sum(-1))
         return mask_frames(lengths, encoder_outputs[0].shape[1]).to(attention_mask.dtype)
 
@@ -1513,26 +1552,35 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
 
 
 def mean_cross_attention(
-    model: EchoForConditionalGeneration, decoder_input_ids: torch.LongTensor, **heard
+    model: EchoForConditionalGeneration,
+    decoder_input_ids: torch.LongTensor,
+    input_features: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    encoder_outputs: EchoEncoderOutput | None = None,
 ) -> torch.Tensor:
     """Where the decoder looked as it predicted each next token: the mean of all heads and layers.
 
+    Only the cross-attention of this call is computed eagerly. The model is not changed, so other threads may use it.
+
     Args:
-        model ([`EchoForConditionalGeneration`]): attends eagerly meanwhile, as other attentions do not tell their
-            weights.
+        model ([`EchoForConditionalGeneration`]): any attention implementation.
         decoder_input_ids (`torch.LongTensor` of shape `(B, L)`): tokens, the first `decoder_start_token_id`.
-        heard: `input_features` or `encoder_outputs`, and `attention_mask`, as the model takes them.
+        input_features, attention_mask, encoder_outputs: as the model takes them.
 
     Returns:
         `torch.Tensor` of shape `(B, L, S)`, float32.
     """
-    implementation = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        outputs = model(decoder_input_ids=decoder_input_ids, use_cache=False, output_attentions=True, **heard)
-    finally:
-        model.set_attn_implementation(implementation)
-    return torch.stack(outputs.cross_attentions).float().mean(dim=(0, 2))
+    if encoder_outputs is None:
+        encoder_outputs = model.get_encoder()(input_features, attention_mask=attention_mask)
+    weights: list[torch.Tensor] = []
+    model.model(
+        encoder_outputs=encoder_outputs,
+        attention_mask=attention_mask,
+        decoder_input_ids=decoder_input_ids,
+        use_cache=False,
+        cross_attention_weights=weights,
+    )
+    return torch.stack(weights).float().mean(dim=(0, 2))
 
 
 class EchoForCTC(EchoPreTrainedModel):
