@@ -81,8 +81,9 @@ def test_feature_groups_take_their_fixed_order():
         ("silence_threshold", -0.1),
         ("silence_scale_range", [0.5, 0.1]),
         ("dropout", 1.0),
-        ("encoder_layerdrop", 1.0),
+        ("encoder_layerdrop", 0.1),
         ("decoder_layerdrop", -0.1),
+        ("encoder_attention_window", 4),
         ("label_smoothing", -0.1),
         ("ctc_loss_weight", 1.5),
         ("mask_time_prob", 2.0),
@@ -101,6 +102,21 @@ def test_impossible_values_raise_and_name_the_field(field, value, tmp_path):
     EchoConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=field):  # also as a change to a saved one
         EchoConfig.from_pretrained(tmp_path, **{field: value})
+
+
+def test_a_config_with_fields_that_are_gone_loads_if_they_did_nothing(tmp_path, caplog):
+    EchoConfig().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    gone = {"encoder_attention_window": None, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0}
+    assert not gone.keys() & saved.keys()
+    (tmp_path / "config.json").write_text(json.dumps(saved | gone))
+    with caplog.at_level(logging.WARNING):
+        config = EchoConfig.from_pretrained(tmp_path)
+    assert not caplog.records and not gone.keys() & config.to_dict().keys()
+    (tmp_path / "config.json").write_text(json.dumps(saved | {"encoder_attention_window": 250}))
+    with pytest.raises(ValueError, match=r"encoder_attention_window is 250.*from_pretrained\(..., enc.*=None\)"):
+        EchoConfig.from_pretrained(tmp_path)
+    assert not hasattr(EchoConfig.from_pretrained(tmp_path, encoder_attention_window=None), "encoder_attention_window")
 
 
 def test_changes_to_a_saved_config_are_what_they_are_in_a_new_one(tmp_path):

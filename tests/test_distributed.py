@@ -158,15 +158,6 @@ def test_two_processes_train_resume_and_evaluate_as_one(command, alone, tmp_path
     assert names == {path.name for path in alone.iterdir()}
 
 
-@pytest.mark.slow
-def test_processes_that_pass_over_other_layers_do_not_wait_for_them(command, tmp_path):
-    """Dropout makes what they draw differ; checkpointed activations have the Trainer tell DDP to wait for all."""
-    chance = "encoder_num_hidden_layers=3,encoder_layerdrop=0.5,decoder_layerdrop=0.3,dropout=0.1"
-    options = ["--config_overrides", f"{TINY},{chance}", "--output_dir", tmp_path / "run", "--gradient_checkpointing"]
-    launch("torchrun", *command, *options, "--ddp_backend", "gloo", "--per_device_train_batch_size", 2)
-    assert len(losses(tmp_path / "run")) == 5
-
-
 # accelerate shards models on accelerators only; told that there are some, it does so here.
 SHARDED_PROGRAM = """
 import sys

@@ -96,11 +96,6 @@ def test_exported_programs_equal_the_model(preset, overrides):
             torch.testing.assert_close(logits, whole[:, t], atol=1e-4, rtol=1e-4)
 
 
-def test_windowed_attention_is_refused():
-    with pytest.raises(ValueError, match="encoder_attention_window cannot be exported"):
-        export_programs(make_model(encoder_attention_window=8))
-
-
 def test_a_folder_without_graphs_is_named(tmp_path):
     pytest.importorskip("onnxruntime")
     with pytest.raises(FileNotFoundError, match="has no encoder.onnx; export_onnx"):

@@ -46,8 +46,6 @@ TINY = {
 SETTINGS = {
     **{name: {"preset": name} for name in PRESETS},
     "laplacian": {"preset": "all", "pitch_bias": "laplacian"},
-    "window": {"preset": "all", "encoder_attention_window": 4},
-    "laplacian_window": {"preset": "all", "pitch_bias": "laplacian", "encoder_attention_window": 4},
     "convolution": {"preset": "all", "encoder_kernel_size": 5},
     "self_conditioning": {"preset": "all", "self_conditioning_layers": [1, 2]},
 }
@@ -298,10 +296,6 @@ def reference_attention(attention, hidden_states, mask, f0, mean_f0, silence, ki
         scores = scores - weights["bias_strength"][:, None, None] * distance**2
     elif config.pitch_bias == "laplacian":
         scores = scores + torch.exp(-distance.abs())
-    if config.encoder_attention_window is not None:
-        frame = torch.arange(frames)
-        far = (frame[:, None] - frame[None]).abs() > config.encoder_attention_window
-        scores = scores.masked_fill(far[None], -torch.inf)
     output = (scores.softmax(-1) @ value).transpose(0, 1).reshape(frames, -1)
     return output @ weights["o_proj.weight"].T
 
@@ -533,24 +527,14 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("window", "padded"), [(None, False), (8, False), (8, True)])
-def test_default_mechanisms_make_no_matrix_of_frames_by_frames(window, padded):
-    model, sizes = tiny_model("all", encoder_attention_window=window), []
+def test_default_mechanisms_make_no_matrix_of_frames_by_frames():
+    model, sizes = tiny_model("all"), []
     for length in (4000, 8000):
         inputs = make_inputs((length,))
-        if padded:
-            inputs["attention_mask"][:, -100:] = 0
         with LargestTensor() as seen, torch.no_grad():
             model.model.encoder(**inputs)
         sizes.append(seen.size)
     assert sizes[1] < 2.1 * sizes[0]
-
-
-def test_window_as_long_as_the_audio_is_full_attention():
-    inputs = make_inputs()
-    full = tiny_model("all")(**inputs, labels=LABELS)
-    windowed = tiny_model("all", encoder_attention_window=15)(**inputs, labels=LABELS)  # 61 frames are 16
-    torch.testing.assert_close(windowed.logits, full.logits, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -680,42 +664,6 @@ def test_spec_augment_masks_the_spectrogram_in_training_only():
     assert not torch.equal(first[0], second[0])
     assert torch.equal(first.silence, second.silence) and torch.equal(first.f0, second.f0)
     model.encoder(torch.rand(1, 1, 17))  # shorter than any mask
-
-
-@pytest.mark.parametrize("part", ["encoder", "decoder"])
-def test_layerdrop_passes_over_layers_in_training_only(part):
-    model, inputs = tiny_model(ctc_loss_weight=0.3, **{f"{part}_layerdrop": 0.4}), make_inputs()
-    plain, ran = tiny_model(ctc_loss_weight=0.3), []
-    layers = getattr(model.model, part).layers
-    for number, layer in enumerate(layers):
-        layer.register_forward_hook(lambda *_, number=number: ran.append(number))
-    with torch.no_grad():
-        assert torch.equal(model(**inputs, labels=LABELS).logits, plain(**inputs, labels=LABELS).logits)
-        assert ran == list(range(len(layers)))
-        ran.clear()
-        model.train()
-        torch.manual_seed(0)
-        for _ in range(200):
-            model(**inputs, labels=LABELS)
-    assert len(ran) / 200 / len(layers) == pytest.approx(0.6, abs=0.06)
-    counts = [ran.count(number) for number in range(len(layers))]
-    assert min(counts) > 80, "every layer runs, and is passed over, by its own chance"
-
-    # What a batch passed over does not learn from it, and what ran does as if there were no other layers.
-    while len(set(ran)) != 1:
-        ran.clear()
-        model.zero_grad()
-        model(**inputs, labels=LABELS).loss.backward()
-    kept = getattr(plain.train().model, part)
-    kept.layers = kept.layers[ran[0] : ran[0] + 1]
-    plain(**inputs, labels=LABELS).loss.backward()
-    for number, layer in enumerate(layers):
-        gradients = [parameter.grad for parameter in layer.parameters()]
-        if number != ran[0]:
-            assert all(gradient is None for gradient in gradients)
-        else:
-            for gradient, parameter in zip(gradients, kept.layers[0].parameters()):
-                torch.testing.assert_close(gradient, parameter.grad)
 
 
 @pytest.mark.slow

@@ -356,7 +356,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(manifest, tmp_path, 
         consistency_weight=0.2,
         muon=muon,
     )
-    chance = "dropout=0.2,encoder_layerdrop=0.3,decoder_layerdrop=0.3,apply_spec_augment=true"
+    chance = "dropout=0.2,apply_spec_augment=true"
     arguments = model_arguments(config_overrides=f"{TINY},{chance}")
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": save_steps}  # an epoch has 3 steps
     train(arguments, data, trainer_arguments(tmp_path / "straight", **settings))
@@ -452,18 +452,6 @@ def test_a_mean_with_the_start_that_cannot_be_is_an_error(manifest, tmp_path):
     data.start_share = 1.0
     with pytest.raises(ValueError, match="below 1, got 1.0"):
         train(ModelArguments(model_name_or_path=str(tmp_path / "start")), data, trainer_arguments(tmp_path / "run"))
-
-
-@pytest.mark.parametrize("setting", ["fsdp", "ddp_find_unused_parameters"])
-def test_layerdrop_is_refused_where_processes_would_wait_for_each_other(manifest, tmp_path, setting):
-    data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"))
-    arguments = model_arguments(config_overrides=f"{TINY},encoder_layerdrop=0.1")
-    settings = trainer_arguments(tmp_path / "run", **{setting: setting == "fsdp"})
-    with pytest.raises(ValueError, match=f"(?i)encoder_layerdrop and decoder_layerdrop must be 0 with {setting}"):
-        train(arguments, data, settings)
-    model, _ = build_model_and_processor(arguments, ["low"])
-    with pytest.raises(ValueError, match=f"(?i)encoder_layerdrop and decoder_layerdrop must be 0 with {setting}"):
-        EchoTrainer(model=model, args=settings)
 
 
 def test_averaging_waits_for_the_process_that_writes_checkpoints(tmp_path):

@@ -41,7 +41,6 @@ SECTIONS = ("features", "f0", "pitch", "generation", "training", "scaling")
 SAMPLING_RATE = 16000  # Hz
 FRAMES_PER_SECOND = 100
 VOCAB_SIZE = 4096  # of Echo beside its peers, which have 10,000 and more
-WINDOW = 250  # encoder frames to either side, 10 s, where windowed attention is measured
 
 
 def measure(cases: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:
@@ -337,13 +336,12 @@ def benchmark_scaling(
     batch_sizes: tuple[int, ...] = (1, 4, 16),
 ) -> list[dict[str, Any]]:
     """Seconds and peak memory of the encoder and of a training step (with gradient checkpointing) as the audio grows at
-    batch 1, and as the batch grows at the shortest audio; with full attention, and with a window of `WINDOW` frames.
+    batch 1, and as the batch grows at the shortest audio.
 
     `growth` is the exponent of time over size since the row before: 1 is linear, 2 quadratic.
     """
     models = {
         "full": echo_model("all", size, device, dtype),
-        f"window {WINDOW}": echo_model("all", size, device, dtype, encoder_attention_window=WINDOW),
     }
     rows = []
     for name, model in models.items():

@@ -94,6 +94,26 @@ SIZES = {
 }
 
 
+# Fields of earlier versions, and the values at which they did nothing.
+REMOVED_FIELDS = {"encoder_attention_window": (None,), "encoder_layerdrop": (None, 0), "decoder_layerdrop": (None, 0)}
+
+
+def drop_removed_fields(fields: dict[str, Any]):
+    """
+    Takes the fields of earlier versions out of a dictionary, in place.
+
+    Raises:
+        `ValueError`: one of them has a value that changed what the model does.
+    """
+    for name, neutral in REMOVED_FIELDS.items():
+        value = fields.pop(name, None)
+        if value not in neutral:
+            raise ValueError(
+                f"{name} is {value!r}, and Echo no longer has it. The weights are the same without it: set it to"
+                f" {neutral[-1]}, e.g. from_pretrained(..., {name}={neutral[-1]})."
+            )
+
+
 def validate_feature_groups(feature_groups: dict[str, int]) -> dict[str, int]:
     """Channel groups in their fixed order, checked.
 
@@ -155,9 +175,6 @@ class EchoConfig(PreTrainedConfig):
             many as attention heads when not given.
         decoder_num_key_value_heads (`int`, *optional*):
             Key and value heads in the decoder; as many as attention heads when not given.
-        encoder_attention_window (`int`, *optional*):
-            How many encoder frames (of 40 ms by default) to either side a frame of the encoder attends to; all when not
-            given. With a window, time and memory of the encoder grow with the length of the audio, not with its square.
         encoder_kernel_size (`int`, *optional*):
             Encoder frames that a convolution in each encoder layer sees, an odd number, as in a Conformer
             (https://huggingface.co/papers/2005.08100); without convolution when not given. An encoder that is given
@@ -185,11 +202,6 @@ class EchoConfig(PreTrainedConfig):
             Probability of dropping a value of the embeddings and of each sub-layer's output, in training.
         attention_dropout (`float`, defaults to 0.0):
             Probability of dropping an attention weight, in training.
-        encoder_layerdrop (`float`, defaults to 0.0):
-            Probability of passing over an encoder layer, in training: each is drawn anew for every batch
-            (https://huggingface.co/papers/1909.11556). Self-conditioning stays where it is.
-        decoder_layerdrop (`float`, defaults to 0.0):
-            The same of a decoder layer.
         rotary_frequencies (`str`, defaults to `"standard"`):
             How the rotary frequencies (rad a frame) lie: `"standard"`, `theta ** (-2c / d)`, or `"mel"`, evenly spaced
             on a mel scale and proportional to theta.
@@ -302,7 +314,6 @@ class EchoConfig(PreTrainedConfig):
     decoder_num_attention_heads: int = 4
     encoder_num_key_value_heads: int | None = None
     decoder_num_key_value_heads: int | None = None
-    encoder_attention_window: int | None = None
     encoder_kernel_size: int | None = None
     self_conditioning_layers: list[int] | tuple[int, ...] | None = None
     encoder_intermediate_size: int = 688
@@ -313,8 +324,6 @@ class EchoConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
-    encoder_layerdrop: float | int = 0.0
-    decoder_layerdrop: float | int = 0.0
     rotary_frequencies: Literal["standard", "mel"] = "standard"
     rotary_theta: float | int = 10000.0
     learn_theta: bool = False
@@ -350,12 +359,12 @@ class EchoConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
         # The library would set these on the finished config, unchecked.
-        own = {
-            name: kwargs.pop(name) for name in list(kwargs) if name in cls.__annotations__ or name in cls.attribute_map
-        }
+        known = {*cls.__annotations__, *cls.attribute_map, *REMOVED_FIELDS}
+        own = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
         return super().from_dict({**config_dict, **own}, **kwargs)
 
     def __post_init__(self, **kwargs):
+        drop_removed_fields(kwargs)
         for alias, name in self.attribute_map.items():
             if alias in kwargs:  # before what follows from it
                 setattr(self, name, kwargs.pop(alias))
@@ -407,10 +416,6 @@ class EchoConfig(PreTrainedConfig):
             raise ValueError(
                 f"rms_norm_eps must be from 1e-7, below which exported graphs drop it, to 1; got {self.rms_norm_eps}."
             )
-        if self.encoder_attention_window is not None and self.encoder_attention_window < 1:
-            raise ValueError(
-                f"encoder_attention_window must be at least 1, or None for all, got {self.encoder_attention_window}."
-            )
         if self.encoder_kernel_size is not None and (self.encoder_kernel_size < 1 or self.encoder_kernel_size % 2 == 0):
             raise ValueError(
                 f"encoder_kernel_size must be an odd number, to see as far to either side, or None for no convolution;"
@@ -454,7 +459,7 @@ class EchoConfig(PreTrainedConfig):
             )
         if self.decoder_start_token_id is None:
             raise ValueError("decoder_start_token_id is None, and the decoder begins with it; give bos_token_id.")
-        for name in ("dropout", "attention_dropout", "encoder_layerdrop", "decoder_layerdrop", "label_smoothing"):
+        for name in ("dropout", "attention_dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
         for name in ("ctc_loss_weight", "mask_time_prob", "mask_feature_prob"):

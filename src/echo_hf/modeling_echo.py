@@ -426,42 +426,6 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1).flatten(-2)
 
 
-def to_blocks(states: torch.Tensor, size: int) -> torch.Tensor:
-    """Cuts frames into blocks that become batch rows, the last filled up with zeros: `(B, H, S, D)` to
-    `(B * N, H, size, D)`, `N = ceil(S / size)`."""
-    batch, heads, frames, channels = states.shape
-    states = nn.functional.pad(states, (0, 0, 0, -frames % size))
-    return states.view(batch, heads, -1, size, channels).transpose(1, 2).flatten(0, 1)
-
-
-def to_surroundings(states: torch.Tensor, size: int) -> torch.Tensor:
-    """For each block of [`to_blocks`], itself and the blocks before and after it, zeros where there are none:
-    `(B, H, S, D)` to `(B * N, H, 3 * size, D)`."""
-    states = nn.functional.pad(states, (0, 0, size, size + -states.shape[2] % size))
-    return states.unfold(2, 3 * size, size).permute(0, 2, 1, 4, 3).flatten(0, 1)
-
-
-def effective_window(window: int | None, frames: int) -> int | None:
-    """The window that so many frames attend within, or None for full attention, which it is where they all fit in."""
-    return window if window is not None and window < frames else None
-
-
-def window_mask(encoder_mask: torch.Tensor, size: int) -> torch.Tensor:
-    """Which keys of its surroundings each frame of a block attends to: real ones up to `size` frames away, and itself.
-
-    Args:
-        encoder_mask (`torch.Tensor` of shape `(B, S)`): 1 for real frames.
-        size (`int`): the window to either side, and the length of a block.
-
-    Returns:
-        `torch.Tensor` of shape `(B * N, 1, size, 3 * size)`, bool.
-    """
-    real = to_surroundings(encoder_mask[:, None, :, None], size)[..., 0] > 0  # (B * N, 1, 3 * size)
-    offset = torch.arange(3 * size, device=real.device)[None] - torch.arange(size, device=real.device)[:, None] - size
-    # A frame of padding has itself to attend to, or its softmax would have nothing to share out.
-    return (offset.abs() <= size) & real[:, :, None] | (offset == 0)
-
-
 def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -509,10 +473,6 @@ class EchoAttention(nn.Module):
     take the place of the head's last rotary pair, so that every width stays and any attention kernel serves. `s_h` is
     learned, one a head, and starts at 0. Scaling a key's channels is scaling its score, so no kind of mechanism but the
     laplacian needs a matrix of frames by frames.
-
-    With `encoder_attention_window` w, a frame of the encoder attends to the w frames on either side of it. Queries are
-    cut into blocks of w frames, each with the keys of the three blocks around it (as in Longformer,
-    https://huggingface.co/papers/2004.05150), which any attention kernel takes as a batch of short sequences.
     """
 
     def __init__(self, config: EchoConfig, layer_idx: int, side: str, is_cross_attention: bool = False):
@@ -527,7 +487,6 @@ class EchoAttention(nn.Module):
         self.head_dim = hidden_size // self.num_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
-        self.window = config.encoder_attention_window if side == "encoder" else None
 
         key_value_size = config.encoder_hidden_size if is_cross_attention else hidden_size
         gaussian = side == "encoder" and config.pitch_bias == "gaussian"
@@ -577,20 +536,18 @@ class EchoAttention(nn.Module):
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(B, L, E)`): queries, and keys and values in self-attention.
-            attention_mask: as the chosen attention wants it; made by the library's mask functions, or [`window_mask`].
+            attention_mask: as the chosen attention wants it; made by the library's mask functions.
             cos, sin (`torch.Tensor` of shape `(B or 1, 1, L, C)`, *optional*): of [`EchoRotaryEmbedding`]; not in
                 cross-attention. Apart, since checkpointing follows gradients (the radius may learn) only into tensors.
             silence (`torch.Tensor` of shape `(B, S)`, *optional*): which keys are silent.
             standardized_f0 (`torch.Tensor` of shape `(B, S)`, *optional*): for the gaussian bias.
-            position_bias (`torch.Tensor` of shape `(B, 1, S, S)`, *optional*): the laplacian bias; within windows
-                `(B * N, 1, w, 3 * w)`.
+            position_bias (`torch.Tensor` of shape `(B, 1, S, S)`, *optional*): the laplacian bias.
             key_value_states (`torch.Tensor` of shape `(B, S, E)`, *optional*): the encoder's, in cross-attention.
             past_key_values (`EncoderDecoderCache`, *optional*): keys and values of past tokens.
             eager (`bool`): whether to attend eagerly, whatever implementation was chosen, to get the weights.
 
         Returns:
-            `(B, L, E)` and the weights `(B, H, L, S)` where the chosen attention gives them; within windows, of frames
-            more than a window long, `(B * N, H, w, 3 * w)`.
+            `(B, L, E)` and the weights `(B, H, L, S)` where the chosen attention gives them.
         """
         query = self.project(self.q_proj, hidden_states, self.content_dim)
         is_cross_attention = key_value_states is not None
@@ -622,9 +579,6 @@ class EchoAttention(nn.Module):
         if past_key_values is not None and not cached:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        if window := effective_window(self.window, query.shape[2]):
-            query = to_blocks(query, window)
-            key, value = to_surroundings(key, window), to_surroundings(value, window)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             "eager" if eager else self.config._attn_implementation, eager_attention_forward
         )
@@ -641,8 +595,6 @@ class EchoAttention(nn.Module):
             is_causal=self.is_causal,
             **kwargs,
         )
-        if window:
-            output = output.reshape(hidden_states.shape[0], -1, *output.shape[2:])[:, : hidden_states.shape[1]]
         return self.o_proj(output.reshape(*hidden_states.shape[:2], -1)), weights
 
 
@@ -853,10 +805,6 @@ class EchoPreTrainedModel(PreTrainedModel):
                     setattr(module, name, head)
         return embeddings
 
-    def _drops_layer(self, probability: float) -> bool:
-        """Whether this batch passes over the next layer: LayerDrop (https://huggingface.co/papers/1909.11556)."""
-        return self.training and probability > 0 and torch.rand(()).item() < probability
-
     def _get_feat_extract_output_lengths(self, input_lengths: torch.Tensor) -> torch.Tensor:
         """Encoder frames of that many input frames: `ceil(T / stride)`, stride after stride."""
         for stride in self.config.stem_strides:
@@ -1015,28 +963,18 @@ class EchoEncoder(EchoPreTrainedModel):
         # As published, the mean is of the input frames. In float64, which is the dtype that it is added to theta in.
         mean_f0 = masked_mean(frame_f0.to(precise_dtype(frame_f0.device)), attention_mask)
         cos, sin = self.rotary_emb(frames, hidden_states.dtype, f0, pitch, mean_f0)
-        window = effective_window(config.encoder_attention_window, encoder_frames)
         standardized_f0 = position_bias = None
         if config.pitch_bias == "gaussian":
             standardized_f0 = standardize_f0(f0, encoder_mask)
         elif config.pitch_bias == "laplacian":
-            ours = theirs = standardize_f0(f0, encoder_mask, correction=1)[:, None, :, None]  # (B, 1, S, 1)
-            if window:
-                ours, theirs = to_blocks(ours, window), to_surroundings(theirs, window)
-            position_bias = torch.exp(-(ours - theirs.transpose(2, 3)).abs())  # (B, 1, S, S) or (B * N, 1, w, 3 * w)
-        if window:
-            mask = window_mask(encoder_mask, window)
-            if config._attn_implementation == "eager":
-                lowest = torch.finfo(hidden_states.dtype).min
-                mask = torch.zeros_like(mask, dtype=hidden_states.dtype).masked_fill(~mask, lowest)
-        else:
-            mask = create_bidirectional_mask(config=config, inputs_embeds=hidden_states, attention_mask=encoder_mask)
+            position = standardize_f0(f0, encoder_mask, correction=1)
+            position_bias = torch.exp(-(position[:, None, :, None] - position[:, None, None, :]).abs())  # (B, 1, S, S)
+        mask = create_bidirectional_mask(config=config, inputs_embeds=hidden_states, attention_mask=encoder_mask)
 
         intermediate_logits = []
         shared = (mask, cos, sin, silence, standardized_f0, position_bias, pitch, encoder_mask)
         for number, layer in enumerate(self.layers, 1):
-            if not self._drops_layer(config.encoder_layerdrop):
-                hidden_states = layer(hidden_states, *shared, **kwargs)
+            hidden_states = layer(hidden_states, *shared, **kwargs)
             if config.self_conditioning_layers and number in config.self_conditioning_layers:
                 logits = self.intermediate_head(self.norm(hidden_states))
                 hidden_states = hidden_states + self.self_conditioning(logits.softmax(-1))
@@ -1140,8 +1078,6 @@ class EchoDecoder(EchoPreTrainedModel):
         hidden_states = self.dropout(hidden_states)
         cos, sin = self.rotary_emb(position_ids, hidden_states.dtype)
         for layer in self.layers:
-            if self._drops_layer(self.config.decoder_layerdrop):
-                continue
             hidden_states = layer(
                 hidden_states,
                 causal_mask,

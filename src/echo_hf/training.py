@@ -312,8 +312,6 @@ class EchoTrainer(Seq2SeqTrainer):
         if settings is not None and settings.push_to_hub:
             check_hub_strategy(settings)
         processor, config = given.get("processing_class"), getattr(given.get("model"), "config", None)
-        if settings is not None and isinstance(config, EchoConfig):
-            allow_layerdrop(config, settings)
         if isinstance(processor, EchoProcessor) and isinstance(config, EchoConfig):
             check_fit(processor, config)  # a token too many is an "index out of range" in the middle of training
         super().__init__(*args, **kwargs)
@@ -651,24 +649,6 @@ def check_hub_strategy(arguments: Seq2SeqTrainingArguments) -> None:
         )
 
 
-def allow_layerdrop(config: EchoConfig, arguments: Seq2SeqTrainingArguments):
-    """
-    Has several processes not wait for what layers would have learned that one of them passes over, if any may be.
-
-    Raises:
-        `ValueError`: the arguments have them wait.
-    """
-    if not (config.encoder_layerdrop or config.decoder_layerdrop):
-        return
-    if arguments.fsdp or arguments.ddp_find_unused_parameters is False:
-        cause = "FSDP" if arguments.fsdp else "ddp_find_unused_parameters false"
-        raise ValueError(
-            f"encoder_layerdrop and decoder_layerdrop must be 0 with {cause}, as processes would wait for layers"
-            " that others pass over: --config_overrides encoder_layerdrop=0,decoder_layerdrop=0."
-        )
-    arguments.ddp_find_unused_parameters = True
-
-
 def is_write_error(error: Exception) -> bool:
     """Whether saving failed for the disk's sake. Safetensors and PyTorch raise errors of their own kind for it."""
     if isinstance(error, HfHubHTTPError):  # an OSError too
@@ -990,7 +970,6 @@ def train(
         averaging.check(model, training_arguments)
         callbacks = [*(callbacks or []), averaging]
     config = model.config
-    allow_layerdrop(config, training_arguments)
     masked = config.apply_spec_augment and (config.mask_time_prob or config.mask_feature_prob)
     if data_arguments.consistency_weight and not (masked or config.dropout or config.attention_dropout):
         raise ValueError(
