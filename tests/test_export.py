@@ -114,7 +114,9 @@ def test_an_onnx_graph_standardizes_a_constant_as_torch_does(tmp_path):
 
     varied = torch.tensor([[0.0, 120.0, 240.0, 0.0]])
     mask = torch.ones_like(varied)
-    torch.onnx.export(Standardize().eval(), (varied, mask), tmp_path / "f.onnx", input_names=["f0", "mask"], verbose=False)
+    torch.onnx.export(
+        Standardize().eval(), (varied, mask), tmp_path / "f.onnx", input_names=["f0", "mask"], verbose=False
+    )
     session = onnxruntime.InferenceSession(tmp_path / "f.onnx", providers=["CPUExecutionProvider"])
     for f0 in (varied, torch.zeros_like(varied), torch.full_like(varied, 150.3)):
         got = session.run(None, {"f0": f0.numpy(), "mask": mask.numpy()})[0]

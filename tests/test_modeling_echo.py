@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 from transformers import EncoderDecoderCache
+from transformers import GenerationConfig
 from transformers import StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -747,12 +748,72 @@ def test_what_whisper_takes_and_echo_does_not_is_named():
     with pytest.raises(ValueError, match="takes no language, task: it writes the language that it hears"):
         model.generate(**inputs, language="en", task="transcribe")
     model.generation_config.language = "en"  # as scripts for Whisper do
-    with pytest.raises(ValueError, match="takes no language: "):
-        model.generate(**inputs, language="fr")
+    for call in (lambda: model.generate(**inputs), model.train, lambda: model.generate(**inputs, language="fr")):
+        with pytest.raises(ValueError, match="takes no language: .* in model.generation_config too"):
+            call()
+    model.eval().generation_config.language = None
     with pytest.raises(ValueError, match="Times come from the pipeline"):
         model.generate(**inputs, return_timestamps=True)
     switched_off = {"return_timestamps": False, "condition_on_prev_tokens": False, "prompt_ids": None}
     assert torch.equal(model.generate(**inputs, **switched_off), model.generate(**inputs))
+
+
+def test_lines_of_scripts_for_whisper(tmp_path):
+    """They work all the way through training, saving, loading and generation."""
+    model, inputs = tiny_model(), make_inputs((61,))
+    expected = model.generate(**inputs)
+    model.config.forced_decoder_ids = None
+    model.config.suppress_tokens = []
+    model.config.use_cache = False
+    model.generation_config.forced_decoder_ids = None
+    model.generation_config.language = model.generation_config.task = None
+    model.generation_config.suppress_tokens = []
+    model.generation_config.begin_suppress_tokens = []
+    model.config.dropout = model.config.attention_dropout = 0.0
+    model.config.apply_spec_augment = True
+    model.train()(**inputs, labels=LABELS[:1]).loss.backward()
+    model.eval().save_pretrained(tmp_path)
+    loaded = EchoForConditionalGeneration.from_pretrained(tmp_path)
+    assert not loaded.config.use_cache
+    for each in (model, loaded):
+        assert torch.equal(each.generate(**inputs), expected)
+        assert each(**inputs, labels=LABELS[:1]).loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("num_beams", [0, -1, 10**6]),
+        ("num_return_sequences", [0, 10**6]),
+        ("ctc_weight", ["x", -0.1, 1.5, math.nan]),
+        ("eos_token_id", [67, -1, [2, 10**6]]),
+        ("pad_token_id", [67]),
+        ("decoder_start_token_id", [-1]),
+        ("suppress_tokens", [[5, 67], [-1]]),
+        ("forced_eos_token_id", [1000]),
+    ],
+)
+def test_settings_of_generate_that_cannot_work_are_named(name, values):
+    model, inputs = tiny_model(ctc_loss_weight=0.3), make_inputs((61,))
+    for value in values:
+        with pytest.raises(ValueError, match=name):
+            model.generate(**inputs, **{name: value})
+        model = tiny_model(ctc_loss_weight=0.3)
+        with pytest.raises(ValueError, match=name):
+            setattr(model.generation_config, name, value)
+            model.generate(**inputs)
+        model = tiny_model(ctc_loss_weight=0.3)
+
+
+def test_generate_leaves_the_models_settings_alone():
+    model, inputs = tiny_model(ctc_loss_weight=0.0), make_inputs((61,))
+    model.generation_config = GenerationConfig(max_length=10, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    model.generation_config.decoder_start_token_id = 1
+    before = model.generation_config.to_dict()
+    model.generate(**inputs)
+    assert model.generation_config.to_dict() == before
+    with pytest.raises(ValueError, match="ctc_weight is 0.5, and this model has no CTC head"):
+        model.generate(**inputs, ctc_weight=0.5)
 
 
 def test_an_activation_that_is_not_known_is_named():
@@ -1072,6 +1133,20 @@ def test_initialisation_is_the_same_by_way_of_the_meta_device(tmp_path):
     for (name, a), (_, b) in zip(direct.named_parameters(), loaded.named_parameters()):
         assert torch.equal(a, b), name
     assert not list(direct.buffers())  # nothing that a load could leave behind
+
+
+@pytest.mark.parametrize("field", ["encoder_num_hidden_layers", "decoder_num_hidden_layers", "stem_num_layers"])
+def test_weights_with_more_layers_than_the_config_are_refused(field, tmp_path):
+    tiny_model(stem_num_layers=2).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{field} is 1, and the weights have [23] layers"):
+        EchoForConditionalGeneration.from_pretrained(tmp_path, **{field: 1})
+
+
+@pytest.mark.parametrize("dtype", ["evil", "nn", "int8", torch.int8])
+def test_a_dtype_that_no_weights_can_have_is_refused(dtype, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="dtype must be one of float32, float16"):
+        EchoForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype)
 
 
 def test_embeddings_are_tied_and_can_be_resized():

@@ -20,8 +20,12 @@ dimension, C = D / 2 rotary pairs, E hidden size.
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +34,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.cache_utils import DynamicCache
 from transformers.cache_utils import EncoderDecoderCache
+from transformers.generation import GenerationConfig
 from transformers.generation import GenerationMixin
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.loss.loss_ctc import ForCTCLoss
@@ -52,7 +57,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder
 from transformers.utils.output_capturing import capture_outputs
 
+from .configuration_echo import WHISPER_SETTINGS
 from .configuration_echo import EchoConfig
+from .configuration_echo import check_dtype
 from .generation_echo import EchoCTCPrefixLogitsProcessor
 
 logger = logging.get_logger(__name__)
@@ -67,13 +74,18 @@ REGISTER_WIDTH = 0.5  # natural log units; e ** 0.5 is about nine semitones
 CONTOUR_FLOOR = 0.1  # natural log units; keeps a monotone's tiny wobble from being blown up to a contour
 SPREAD_FLOOR = 1e-3  # Hz; F0 that varies less is constant but for rounding
 INTERMEDIATE_WEIGHT = 0.3  # share of the CTC loss that is of predictions within the encoder, where it makes any
+# Lists of layers in the weights, and the fields of the config that give their lengths.
+LAYER_FIELDS = {
+    r"encoder\.layers": "encoder_num_hidden_layers",
+    r"decoder\.layers": "decoder_num_hidden_layers",
+    r"encoder\.stem_layers": "stem_num_layers",
+}
 DEFAULT_CTC_WEIGHT = 0.5  # in generate()
 LONG_AUDIO = 30.0  # seconds; generate() warns of more, of which 448 tokens may hold a part only
-# What generate() of Whisper takes and this one has no use for.
-WHISPER_OPTIONS = (
-    *("language", "task", "is_multilingual", "prompt_ids", "prompt_condition_type", "forced_decoder_ids"),
-    *("condition_on_prev_tokens", "return_timestamps", "return_token_timestamps", "return_segments"),
-    *("compression_ratio_threshold", "logprob_threshold", "no_speech_threshold", "num_segment_frames"),
+MAX_HYPOTHESES = 1000  # of an utterance in generate()
+TOKEN_SETTINGS = (  # settings of generate() that hold one or several tokens
+    *("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id"),
+    *("forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"),
 )
 
 TOKEN_PITCH_MIN, TOKEN_PITCH_LOW, TOKEN_PITCH_HIGH = 100.0, 71.0, 500.0  # Hz, as published
@@ -748,10 +760,30 @@ class EchoPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     @classmethod
-    def from_pretrained(cls, *args, use_safetensors: bool | None = True, **kwargs):
-        """As in the library, but only from safetensors: a pickle (`pytorch_model.bin`) could hold code, and is loaded
-        with `use_safetensors=False` alone."""
-        return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
+    def from_pretrained(cls, *args, use_safetensors: bool | None = True, output_loading_info: bool = False, **kwargs):
+        """As in the library, with these differences.
+
+        Weights are read from safetensors only: a pickle (`pytorch_model.bin`) could hold code, and is loaded with
+        `use_safetensors=False` alone.
+
+        Raises:
+            `ValueError`: the dtype is not a floating-point dtype, or the file has more layers than the config.
+        """
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        if dtype != "auto" and not isinstance(dtype, dict):
+            check_dtype(dtype)
+        model, loading_info = super().from_pretrained(
+            *args, use_safetensors=use_safetensors, output_loading_info=True, **kwargs
+        )
+        for layers, field in LAYER_FIELDS.items():
+            found = (re.search(rf"\b{layers}\.(\d+)\.", key) for key in loading_info["unexpected_keys"])
+            number = max((int(match[1]) + 1 for match in found if match), default=0)
+            if number > getattr(model.config, field):
+                raise ValueError(
+                    f"{field} is {getattr(model.config, field)}, and the weights have {number} layers. Set it to"
+                    f" {number}. To cut layers off, load all of them and shorten the list afterwards."
+                )
+        return (model, loading_info) if output_loading_info else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -1259,6 +1291,46 @@ def shift_tokens_right(labels: torch.Tensor, config: EchoConfig) -> torch.Tensor
     return shifted.masked_fill(shifted == -100, config.pad_token_id)
 
 
+def refuse_whisper_settings(settings: dict[str, Any]):
+    """
+    Raises:
+        `ValueError`: there is a setting of Whisper's generate() that is switched on and that Echo has no use for.
+    """
+    given = {name: settings[name] for name in WHISPER_SETTINGS if settings.get(name) is not None}
+    foreign = [name for name, value in given.items() if torch.is_tensor(value) or value not in (False, "", [])]
+    if foreign:
+        raise ValueError(
+            f"generate() of Echo takes no {', '.join(foreign)}: it writes the language that it hears, as it was"
+            " trained to. Leave them out, in model.generation_config too. Times come from the pipeline:"
+            " return_timestamps=True, or 'word'."
+        )
+
+
+def check_generation_config(generation_config: GenerationConfig, vocab_size: int):
+    """
+    Checks the settings of generate() that would fail deep inside it, or not at all.
+
+    Raises:
+        `ValueError`: one of them has a value that cannot work; the message names it.
+    """
+    for name in ("num_beams", "num_return_sequences"):
+        value = getattr(generation_config, name)
+        if value is not None and not (isinstance(value, Integral) and 1 <= value <= MAX_HYPOTHESES):
+            raise ValueError(f"{name} must be a whole number from 1 to {MAX_HYPOTHESES}, got {value!r}.")
+    weight = generation_config.ctc_weight
+    if weight is not None and not (isinstance(weight, Real) and 0 <= weight <= 1):
+        raise ValueError(f"ctc_weight must be a number from 0, the decoder alone, to 1, got {weight!r}.")
+    for name in TOKEN_SETTINGS:
+        value = getattr(generation_config, name)
+        tokens = value.tolist() if hasattr(value, "tolist") else value  # of an array or a tensor
+        tokens = [] if tokens is None else tokens if isinstance(tokens, list | tuple) else [tokens]
+        if not all(isinstance(token, Integral) and 0 <= token < vocab_size for token in tokens):
+            raise ValueError(
+                f"{name} of the generation config must be of the vocabulary, from 0 to {vocab_size - 1}, or None; got"
+                f" {value!r}."
+            )
+
+
 class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
     """Echo with a language-model head, tied to the token embeddings, and with `ctc_loss_weight` a CTC head."""
 
@@ -1299,23 +1371,26 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
         """Decoder inputs for labels `(B, L)`, for collators that ask the model for them."""
         return shift_tokens_right(labels, self.config)
 
+    def train(self, mode: bool = True) -> "EchoForConditionalGeneration":
+        if mode:  # said here, and not at the first evaluation, which may be hours later
+            refuse_whisper_settings(vars(self.generation_config))
+        return super().train(mode)
+
     def _prepare_generation_config(self, generation_config, **kwargs):
-        # Here, since a setting that stands in the model's own, as scripts for Whisper put it there, would be taken for
-        # known later, and do nothing.
-        given = {name: kwargs.pop(name) for name in WHISPER_OPTIONS if name in kwargs}
-        foreign = [name for name, value in given.items() if value is not None and value is not False]
-        if foreign:
-            raise ValueError(
-                f"generate() of Echo takes no {', '.join(foreign)}: it writes the language that it hears, as it was"
-                " trained to. Leave them out. Times come from the pipeline: return_timestamps=True, or 'word'."
-            )
-        # Only what the model's own settings hold may be given to generate(), and those of another making lack it. Those
-        # of a checkpoint that is loaded without its CTC head have a weight, which then is nobody's wish.
-        if self.ctc_head is None:
-            self.generation_config.ctc_weight = 0.0
-        elif getattr(self.generation_config, "ctc_weight", None) is None:
-            self.generation_config.ctc_weight = DEFAULT_CTC_WEIGHT
-        return super()._prepare_generation_config(generation_config, **kwargs)
+        # Before the library merges them: it takes a name that stands in the model's own settings for known.
+        refuse_whisper_settings({**vars(self.generation_config), **vars(generation_config or self.generation_config)})
+        refuse_whisper_settings(kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in WHISPER_SETTINGS}
+        weight = kwargs.pop("ctc_weight", getattr(generation_config, "ctc_weight", None))
+        if weight is None:
+            weight = getattr(self.generation_config, "ctc_weight", None)  # none in settings of another making
+            weight = DEFAULT_CTC_WEIGHT if weight is None else weight
+            if self.ctc_head is None:  # the checkpoint's settings are of the head that it was loaded without
+                weight = 0.0
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        generation_config.ctc_weight = weight
+        check_generation_config(generation_config, self.config.vocab_size)
+        return generation_config, model_kwargs
 
     def _prepare_generated_length(self, generation_config, *args, inputs_tensor=None, **kwargs):
         if inputs_tensor is not None and inputs_tensor.ndim == 3:  # features; without, the encoder has heard them
