@@ -49,6 +49,37 @@ def test_saved_config_names_code_that_lies_beside_it(tmp_path):
     assert not hasattr(EchoConfig.from_pretrained(tmp_path), "custom_pipelines")
 
 
+def test_the_older_name_of_dtype_is_checked_too():
+    with pytest.raises(ValueError, match="dtype must be one of .* got 'evil'"):
+        EchoConfig(torch_dtype="evil")
+
+
+def test_a_model_too_large_for_any_machine_is_refused():
+    with pytest.raises(ValueError, match="about 2e\\+12 parameters.*vocab_size.*num_hidden_layers"):
+        EchoConfig(encoder_hidden_size=16384, encoder_intermediate_size=16384, encoder_num_hidden_layers=1000)
+
+
+def test_settings_of_generate_are_refused_in_the_models_config(tmp_path):
+    """As scripts for Whisper set them: what does nothing may stand, and leaves no trace; the rest is refused."""
+    config = EchoConfig()
+    before = config.to_dict()
+    for name, value in {"suppress_tokens": [], "begin_suppress_tokens": None, "forced_decoder_ids": None}.items():
+        setattr(config, name, value)
+    config.save_pretrained(tmp_path)
+    assert (
+        config.to_dict()
+        == before
+        == EchoConfig.from_pretrained(tmp_path).to_dict() | {"transformers_version": before.get("transformers_version")}
+    )
+    for name, value in {"max_length": 225, "num_beams": 5, "language": "hi", "forced_decoder_ids": [[1, 5]]}.items():
+        with pytest.raises(ValueError, match=rf"{name} is a setting of generate\(\).*model.generation_config.{name}"):
+            setattr(config, name, value)
+    config.use_cache, config.dropout, config.apply_spec_augment = False, 0.1, True
+    config.save_pretrained(tmp_path)
+    loaded = EchoConfig.from_pretrained(tmp_path)
+    assert (loaded.use_cache, loaded.dropout, loaded.apply_spec_augment) == (False, 0.1, True)
+
+
 def test_feature_groups_take_their_fixed_order():
     config = EchoConfig(feature_groups={"pitch": 1, "waveform": 160, "spectrogram": 80})
     assert list(config.feature_groups) == ["spectrogram", "waveform", "pitch"]
@@ -81,14 +112,45 @@ def test_feature_groups_take_their_fixed_order():
         ("silence_threshold", -0.1),
         ("silence_scale_range", [0.5, 0.1]),
         ("dropout", 1.0),
-        ("encoder_layerdrop", 1.0),
+        ("encoder_layerdrop", 0.1),
         ("decoder_layerdrop", -0.1),
+        ("encoder_attention_window", 4),
         ("label_smoothing", -0.1),
         ("ctc_loss_weight", 1.5),
         ("mask_time_prob", 2.0),
         ("mask_time_min_masks", -1),
         ("mask_feature_length", 0),
         ("rms_norm_eps", -1.0),
+        ("rms_norm_eps", 1e-8),
+        ("vocab_size", 10**9),
+        ("encoder_num_hidden_layers", 10**5),
+        ("decoder_num_hidden_layers", 10**5),
+        ("stem_num_layers", 10**5),
+        ("encoder_hidden_size", 10**9),
+        ("decoder_hidden_size", 10**9),
+        ("encoder_intermediate_size", 10**9),
+        ("decoder_num_attention_heads", 10**9),
+        ("encoder_num_key_value_heads", -4),
+        ("encoder_kernel_size", 10**9 + 1),
+        ("feature_groups", {"spectrogram": 10**9, "pitch": 1}),
+        ("stem_strides", [2**20]),
+        ("stem_strides", [1] * 1000),
+        ("hop_length", 10**9),
+        ("hop_length", 0),
+        ("sampling_rate", 10**12),
+        ("tokens_per_second", 1e-3),
+        ("tokens_per_second", float("nan")),
+        ("rotary_theta", float("inf")),
+        ("silence_threshold", float("nan")),
+        ("max_target_positions", 10**9),
+        ("initializer_range", float("nan")),
+        ("bos_token_id", 259),
+        ("eos_token_id", [2, -1]),
+        ("decoder_start_token_id", 10**6),
+        ("dtype", "evil"),
+        ("dtype", "nn"),
+        ("dtype", "int8"),
+        ("pad_token_id", -1),
         ("pad_token_id", None),
         ("pad_token_id", 2),
         ("decoder_start_token_id", None),
@@ -100,6 +162,25 @@ def test_impossible_values_raise_and_name_the_field(field, value, tmp_path):
     EchoConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=field):  # also as a change to a saved one
         EchoConfig.from_pretrained(tmp_path, **{field: value})
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**saved, field: value}))
+    with pytest.raises(ValueError, match=field):  # and in the file
+        EchoConfig.from_pretrained(tmp_path)
+
+
+def test_a_config_with_fields_that_are_gone_loads_if_they_did_nothing(tmp_path, caplog):
+    EchoConfig().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    gone = {"encoder_attention_window": None, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0}
+    assert not gone.keys() & saved.keys()
+    (tmp_path / "config.json").write_text(json.dumps(saved | gone))
+    with caplog.at_level(logging.WARNING):
+        config = EchoConfig.from_pretrained(tmp_path)
+    assert not caplog.records and not gone.keys() & config.to_dict().keys()
+    (tmp_path / "config.json").write_text(json.dumps(saved | {"encoder_attention_window": 250}))
+    with pytest.raises(ValueError, match=r"encoder_attention_window is 250.*from_pretrained\(..., enc.*=None\)"):
+        EchoConfig.from_pretrained(tmp_path)
+    assert not hasattr(EchoConfig.from_pretrained(tmp_path, encoder_attention_window=None), "encoder_attention_window")
 
 
 def test_changes_to_a_saved_config_are_what_they_are_in_a_new_one(tmp_path):

@@ -16,6 +16,7 @@ from echo_hf.export import OnnxEcho
 from echo_hf.export import export_onnx
 from echo_hf.export import export_programs
 from echo_hf.export import min_frames
+from echo_hf.modeling_echo import standardize_f0
 
 SMALL = {"size": "2m", "encoder_num_hidden_layers": 1, "decoder_num_hidden_layers": 1, "stem_num_layers": 1}
 SMALL["max_target_positions"] = 24
@@ -30,6 +31,25 @@ def make_model(preset="all", **overrides):
             parameter.add_(0.05 * torch.randn_like(parameter))
         model.proj_out.weight.normal_()
     return model
+
+
+def with_f0(inputs, value):
+    """The same speech with one F0 throughout: 0 Hz for a whisper, a number for a monotone."""
+    features = inputs["input_features"].clone()
+    features[..., -1] = value * inputs["attention_mask"]
+    return {**inputs, "input_features": features}
+
+
+def hard_inputs(model):
+    """What has no variance of F0 to divide by, or nothing but silence."""
+    for batch, frames in ((1, 101), (2, 30)):
+        inputs = make_inputs(model, batch, frames)
+        yield with_f0(inputs, 0.0)
+        yield with_f0(inputs, 150.3)
+        yield {**inputs, "input_features": torch.zeros_like(inputs["input_features"])}
+    short = make_inputs(model, 1, min_frames(model))
+    short["attention_mask"][:, 1:] = 0
+    yield {**short, "input_features": short["input_features"] * short["attention_mask"][..., None]}  # a single frame
 
 
 def make_inputs(model, batch, frames):
@@ -55,6 +75,8 @@ def make_inputs(model, batch, frames):
 def test_exported_programs_equal_the_model(preset, overrides):
     model = make_model(preset, **overrides)
     encoder, decoder = (program.module() for program in export_programs(model))
+    for inputs in hard_inputs(model):
+        torch.testing.assert_close(encoder(**inputs), EncoderForExport(model)(**inputs), atol=1e-4, rtol=1e-4)
     for batch, frames in SHAPES:
         inputs = make_inputs(model, batch, frames)
         expected, got = EncoderForExport(model)(**inputs), encoder(**inputs)
@@ -74,15 +96,31 @@ def test_exported_programs_equal_the_model(preset, overrides):
             torch.testing.assert_close(logits, whole[:, t], atol=1e-4, rtol=1e-4)
 
 
-def test_windowed_attention_is_refused():
-    with pytest.raises(ValueError, match="encoder_attention_window cannot be exported"):
-        export_programs(make_model(encoder_attention_window=8))
-
-
 def test_a_folder_without_graphs_is_named(tmp_path):
     pytest.importorskip("onnxruntime")
     with pytest.raises(FileNotFoundError, match="has no encoder.onnx; export_onnx"):
         OnnxEcho(tmp_path)
+
+
+@torch.no_grad()
+def test_an_onnx_graph_standardizes_a_constant_as_torch_does(tmp_path):
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+    import onnxruntime
+
+    class Standardize(torch.nn.Module):
+        def forward(self, f0, mask):
+            return standardize_f0(f0, mask)
+
+    varied = torch.tensor([[0.0, 120.0, 240.0, 0.0]])
+    mask = torch.ones_like(varied)
+    torch.onnx.export(
+        Standardize().eval(), (varied, mask), tmp_path / "f.onnx", input_names=["f0", "mask"], verbose=False
+    )
+    session = onnxruntime.InferenceSession(tmp_path / "f.onnx", providers=["CPUExecutionProvider"])
+    for f0 in (varied, torch.zeros_like(varied), torch.full_like(varied, 150.3)):
+        got = session.run(None, {"f0": f0.numpy(), "mask": mask.numpy()})[0]
+        np.testing.assert_allclose(got, standardize_f0(f0, mask).numpy(), atol=0.05)
 
 
 @pytest.mark.slow
@@ -98,8 +136,9 @@ def test_onnx_writes_what_the_model_writes(tmp_path):
     exported = OnnxEcho(export_onnx(model, tmp_path), options)
     assert (tmp_path / DECODER_FILE).is_file()
     lengths = set()
-    for batch, frames in (*SHAPES, (2, min_frames(model) - 1)):
-        inputs = make_inputs(model, batch, frames)
+    shapes = (*SHAPES, (2, min_frames(model) - 1))
+    for inputs in (*(make_inputs(model, *shape) for shape in shapes), *hard_inputs(model)):
+        frames = inputs["input_features"].shape[1]
         arrays = {name: values.numpy() for name, values in inputs.items()}
         tokens = exported.generate(**arrays)
         expected = model.generate(**inputs, ctc_weight=0.0, do_sample=False)

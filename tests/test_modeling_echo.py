@@ -2,6 +2,7 @@
 
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 from transformers import EncoderDecoderCache
+from transformers import GenerationConfig
 from transformers import StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -22,6 +24,7 @@ from echo_hf.modeling_echo import EchoForCTC
 from echo_hf.modeling_echo import EchoModel
 from echo_hf.modeling_echo import EchoRotaryEmbedding
 from echo_hf.modeling_echo import align_f0
+from echo_hf.modeling_echo import mean_cross_attention
 from echo_hf.modeling_echo import normalize_f0
 from echo_hf.modeling_echo import pitch_per_token
 from echo_hf.modeling_echo import standardize_f0
@@ -44,8 +47,6 @@ TINY = {
 SETTINGS = {
     **{name: {"preset": name} for name in PRESETS},
     "laplacian": {"preset": "all", "pitch_bias": "laplacian"},
-    "window": {"preset": "all", "encoder_attention_window": 4},
-    "laplacian_window": {"preset": "all", "pitch_bias": "laplacian", "encoder_attention_window": 4},
     "convolution": {"preset": "all", "encoder_kernel_size": 5},
     "self_conditioning": {"preset": "all", "self_conditioning_layers": [1, 2]},
 }
@@ -139,7 +140,8 @@ def test_rotary_angles_equal_the_formulas_at_frame_1500(mode, kind, corner, top)
         learn_theta=True,
     )
     rotary = EchoRotaryEmbedding(config, head_dim, mode)
-    cos, sin = rotary(torch.arange(frames)[None], torch.float32, f0, normalize_f0(f0, mask), mask)
+    mean_f0 = f0[:, :length].double().mean(-1, keepdim=True)
+    cos, sin = rotary(torch.arange(frames)[None], torch.float32, f0, normalize_f0(f0, mask), mean_f0)
     expected = reference_angles(mode, kind, f0[0].double().numpy(), length, head_dim, 10000.0, corner, top)
     np.testing.assert_allclose(cos[0, 0, :length].detach().numpy(), np.cos(expected), atol=1e-6)
     np.testing.assert_allclose(sin[0, 0, :length].detach().numpy(), np.sin(expected), atol=1e-6)
@@ -150,7 +152,7 @@ def similarity(mode, contour, start, kind="mel"):
     rotary = EchoRotaryEmbedding(tiny_config("theta", theta_mode=mode, rotary_frequencies=kind), 32, mode)
     f0 = torch.cat((torch.full((start,), 120.0), contour))[None]
     mask = torch.ones_like(f0).long()
-    cos, sin = rotary(torch.arange(f0.shape[1])[None], torch.float32, f0, normalize_f0(f0, mask), mask)
+    cos, sin = rotary(torch.arange(f0.shape[1])[None], torch.float32, f0, normalize_f0(f0, mask))
     points = torch.complex(cos[0, 0, start:], sin[0, 0, start:])
     return (points[:, None] * points[None].conj()).real.mean(-1)
 
@@ -165,14 +167,21 @@ def test_phase_is_relative_and_frame_is_not():
     assert shift["frame"] > 0.1
 
 
-def test_mean_theta_ignores_padding():
-    rotary = EchoRotaryEmbedding(tiny_config("published_mean_sigmoid"), 8, "mean", "sigmoid")
-    f0 = torch.tensor([[150.0, 0.0, 170.0]])
-    padded, mask = nn.functional.pad(f0, (0, 5)), torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0]])
-    short = rotary(torch.arange(3)[None], torch.float32, f0, None, mask[:, :3])
-    long = rotary(torch.arange(8)[None], torch.float32, padded, None, mask)
-    for a, b in zip(short, long):
-        assert torch.equal(a, b[:, :, :3])
+def test_mean_theta_is_of_all_real_input_frames_before_alignment():
+    model, seen = tiny_model("published_mean_sigmoid", cls=EchoModel), []
+    model.encoder.rotary_emb.register_forward_hook(lambda module, args, output: seen.append(output))
+    inputs = make_inputs((61, 37))
+    with torch.no_grad():
+        encoded = model.encoder(**inputs)
+    cos, _ = seen[0]
+    for row, length in enumerate((61, 37)):
+        mean = inputs["input_features"][row, :length, -1].double().mean()
+        aligned = encoded.f0[row, : math.ceil(length / 4)].double().mean()
+        assert abs(mean - aligned) > 0.5  # as many encoder frames see every fourth value only
+        theta = model.encoder.rotary_emb.log_theta.double().exp() * 10000.0 + mean
+        angles = torch.arange(16)[:, None] * model.encoder.rotary_emb.frequencies(theta)
+        radius = encoded.f0[row].sigmoid()[:, None]
+        torch.testing.assert_close(cos[row, 0], angles.cos().float() * radius, atol=1e-5, rtol=1e-5)
 
 
 def test_theta_is_learned_as_a_factor():
@@ -234,7 +243,7 @@ def test_pitch_per_token_equals_the_formula(method, rate):
             assert result[row, i].item() == pytest.approx(expected, abs=1e-5), (row, i)
 
 
-def reference_attention(attention, hidden_states, mask, f0, silence, kind):
+def reference_attention(attention, hidden_states, mask, f0, mean_f0, silence, kind):
     """One encoder attention from the formulas, in float64, with matrices of frames by frames and complex numbers."""
     config, weights = attention.config, {k: v.double() for k, v in attention.state_dict().items()}
     rotary = kind["rotary"]
@@ -251,7 +260,7 @@ def reference_attention(attention, hidden_states, mask, f0, silence, kind):
         reference_angles(
             config.theta_mode,
             config.rotary_frequencies,
-            f0.numpy(),
+            f0.numpy() if config.theta_mode != "mean" else np.full(frames, mean_f0),
             frames,
             attention.head_dim,
             config.rotary_theta * math.exp(rotary.log_theta.item() if config.learn_theta else 0.0),
@@ -282,16 +291,12 @@ def reference_attention(attention, hidden_states, mask, f0, silence, kind):
         low, high = config.silence_scale_range
         factor = nn.functional.softplus(weights["silence_logit"]).clamp(low, high)
         scores = scores * torch.where(silence[0, :frames], factor, 1.0)[None, None]
-    f = (f0 - f0.mean()) / (f0.std(correction=0) + 1e-8)
+    f = (f0 - f0.mean()) / f0.std(correction=config.pitch_bias == "laplacian").clamp(min=1e-3)
     distance = f[:, None] - f[None]
     if config.pitch_bias == "gaussian":
         scores = scores - weights["bias_strength"][:, None, None] * distance**2
     elif config.pitch_bias == "laplacian":
         scores = scores + torch.exp(-distance.abs())
-    if config.encoder_attention_window is not None:
-        frame = torch.arange(frames)
-        far = (frame[:, None] - frame[None]).abs() > config.encoder_attention_window
-        scores = scores.masked_fill(far[None], -torch.inf)
     output = (scores.softmax(-1) @ value).transpose(0, 1).reshape(frames, -1)
     return output @ weights["o_proj.weight"].T
 
@@ -315,6 +320,7 @@ def test_attention_equals_the_float64_reference(name, implementation):
             seen["args"][0][row : row + 1],
             outputs.attention_mask[row],
             outputs.f0[row : row + 1],
+            inputs["input_features"][row, : (301, 203)[row], -1].double().mean().item(),
             outputs.silence[row : row + 1] if outputs.silence is not None else None,
             {"rotary": model.encoder.rotary_emb},
         )
@@ -417,6 +423,22 @@ def test_gaussian_bias_starts_neutral():
     assert longer_query[..., -2:].abs().max() == 0
 
 
+def test_standardized_f0_of_a_constant_is_constant_and_near_zero():
+    for value in (0.0, 150.3, 399.99):
+        for frames in (1, 2, 100):
+            f = standardize_f0(torch.full((1, frames), value), torch.ones(1, frames))
+            assert f.abs().max() < 0.1 and f.max() == f.min()
+
+
+def test_published_bias_standardizes_by_one_frame_less():
+    f0 = torch.tensor([[0.0, 120.0, 240.0, 180.0, 0.0]])
+    mask = torch.tensor([[1, 1, 1, 1, 0]])
+    for correction in (0, 1):
+        f = standardize_f0(f0, mask, correction)
+        assert f[0, :4].std(correction=correction).item() == pytest.approx(1.0) and f[0, 4] == 0
+    assert standardize_f0(f0, mask * 0 + torch.tensor([[1, 0, 0, 0, 0]]), 1).abs().max() == 0  # a single frame
+
+
 def test_constant_and_missing_f0_are_harmless():
     for value in (0.0, 150.3):
         for name, settings in SETTINGS.items():
@@ -506,24 +528,14 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("window", "padded"), [(None, False), (8, False), (8, True)])
-def test_default_mechanisms_make_no_matrix_of_frames_by_frames(window, padded):
-    model, sizes = tiny_model("all", encoder_attention_window=window), []
+def test_default_mechanisms_make_no_matrix_of_frames_by_frames():
+    model, sizes = tiny_model("all"), []
     for length in (4000, 8000):
         inputs = make_inputs((length,))
-        if padded:
-            inputs["attention_mask"][:, -100:] = 0
         with LargestTensor() as seen, torch.no_grad():
             model.model.encoder(**inputs)
         sizes.append(seen.size)
     assert sizes[1] < 2.1 * sizes[0]
-
-
-def test_window_as_long_as_the_audio_is_full_attention():
-    inputs = make_inputs()
-    full = tiny_model("all")(**inputs, labels=LABELS)
-    windowed = tiny_model("all", encoder_attention_window=15)(**inputs, labels=LABELS)  # 61 frames are 16
-    torch.testing.assert_close(windowed.logits, full.logits, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -655,42 +667,6 @@ def test_spec_augment_masks_the_spectrogram_in_training_only():
     model.encoder(torch.rand(1, 1, 17))  # shorter than any mask
 
 
-@pytest.mark.parametrize("part", ["encoder", "decoder"])
-def test_layerdrop_passes_over_layers_in_training_only(part):
-    model, inputs = tiny_model(ctc_loss_weight=0.3, **{f"{part}_layerdrop": 0.4}), make_inputs()
-    plain, ran = tiny_model(ctc_loss_weight=0.3), []
-    layers = getattr(model.model, part).layers
-    for number, layer in enumerate(layers):
-        layer.register_forward_hook(lambda *_, number=number: ran.append(number))
-    with torch.no_grad():
-        assert torch.equal(model(**inputs, labels=LABELS).logits, plain(**inputs, labels=LABELS).logits)
-        assert ran == list(range(len(layers)))
-        ran.clear()
-        model.train()
-        torch.manual_seed(0)
-        for _ in range(200):
-            model(**inputs, labels=LABELS)
-    assert len(ran) / 200 / len(layers) == pytest.approx(0.6, abs=0.06)
-    counts = [ran.count(number) for number in range(len(layers))]
-    assert min(counts) > 80, "every layer runs, and is passed over, by its own chance"
-
-    # What a batch passed over does not learn from it, and what ran does as if there were no other layers.
-    while len(set(ran)) != 1:
-        ran.clear()
-        model.zero_grad()
-        model(**inputs, labels=LABELS).loss.backward()
-    kept = getattr(plain.train().model, part)
-    kept.layers = kept.layers[ran[0] : ran[0] + 1]
-    plain(**inputs, labels=LABELS).loss.backward()
-    for number, layer in enumerate(layers):
-        gradients = [parameter.grad for parameter in layer.parameters()]
-        if number != ran[0]:
-            assert all(gradient is None for gradient in gradients)
-        else:
-            for gradient, parameter in zip(gradients, kept.layers[0].parameters()):
-                torch.testing.assert_close(gradient, parameter.grad)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["baseline", "all"])
 def test_overfits_a_batch_and_generates_it(preset):
@@ -772,12 +748,72 @@ def test_what_whisper_takes_and_echo_does_not_is_named():
     with pytest.raises(ValueError, match="takes no language, task: it writes the language that it hears"):
         model.generate(**inputs, language="en", task="transcribe")
     model.generation_config.language = "en"  # as scripts for Whisper do
-    with pytest.raises(ValueError, match="takes no language: "):
-        model.generate(**inputs, language="fr")
+    for call in (lambda: model.generate(**inputs), model.train, lambda: model.generate(**inputs, language="fr")):
+        with pytest.raises(ValueError, match="takes no language: .* in model.generation_config too"):
+            call()
+    model.eval().generation_config.language = None
     with pytest.raises(ValueError, match="Times come from the pipeline"):
         model.generate(**inputs, return_timestamps=True)
     switched_off = {"return_timestamps": False, "condition_on_prev_tokens": False, "prompt_ids": None}
     assert torch.equal(model.generate(**inputs, **switched_off), model.generate(**inputs))
+
+
+def test_lines_of_scripts_for_whisper(tmp_path):
+    """They work all the way through training, saving, loading and generation."""
+    model, inputs = tiny_model(), make_inputs((61,))
+    expected = model.generate(**inputs)
+    model.config.forced_decoder_ids = None
+    model.config.suppress_tokens = []
+    model.config.use_cache = False
+    model.generation_config.forced_decoder_ids = None
+    model.generation_config.language = model.generation_config.task = None
+    model.generation_config.suppress_tokens = []
+    model.generation_config.begin_suppress_tokens = []
+    model.config.dropout = model.config.attention_dropout = 0.0
+    model.config.apply_spec_augment = True
+    model.train()(**inputs, labels=LABELS[:1]).loss.backward()
+    model.eval().save_pretrained(tmp_path)
+    loaded = EchoForConditionalGeneration.from_pretrained(tmp_path)
+    assert not loaded.config.use_cache
+    for each in (model, loaded):
+        assert torch.equal(each.generate(**inputs), expected)
+        assert each(**inputs, labels=LABELS[:1]).loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("num_beams", [0, -1, 10**6]),
+        ("num_return_sequences", [0, 10**6]),
+        ("ctc_weight", ["x", -0.1, 1.5, math.nan]),
+        ("eos_token_id", [67, -1, [2, 10**6]]),
+        ("pad_token_id", [67]),
+        ("decoder_start_token_id", [-1]),
+        ("suppress_tokens", [[5, 67], [-1]]),
+        ("forced_eos_token_id", [1000]),
+    ],
+)
+def test_settings_of_generate_that_cannot_work_are_named(name, values):
+    model, inputs = tiny_model(ctc_loss_weight=0.3), make_inputs((61,))
+    for value in values:
+        with pytest.raises(ValueError, match=name):
+            model.generate(**inputs, **{name: value})
+        model = tiny_model(ctc_loss_weight=0.3)
+        with pytest.raises(ValueError, match=name):
+            setattr(model.generation_config, name, value)
+            model.generate(**inputs)
+        model = tiny_model(ctc_loss_weight=0.3)
+
+
+def test_generate_leaves_the_models_settings_alone():
+    model, inputs = tiny_model(ctc_loss_weight=0.0), make_inputs((61,))
+    model.generation_config = GenerationConfig(max_length=10, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    model.generation_config.decoder_start_token_id = 1
+    before = model.generation_config.to_dict()
+    model.generate(**inputs)
+    assert model.generation_config.to_dict() == before
+    with pytest.raises(ValueError, match="ctc_weight is 0.5, and this model has no CTC head"):
+        model.generate(**inputs, ctc_weight=0.5)
 
 
 def test_an_activation_that_is_not_known_is_named():
@@ -911,6 +947,37 @@ def test_attentions_and_hidden_states():
     assert len(generated.cross_attentions) == 12
 
 
+def test_cross_attention_is_seen_without_a_change_of_the_model():
+    """With four threads at once, and others' calls between: the weights that eager attention gives."""
+    model, tokens = tiny_model(), torch.tensor([[1, 5, 6, 7]] * 3)
+    inputs = [make_inputs(seed=seed) for seed in range(4)]
+    eager = tiny_model()
+    eager.set_attn_implementation("eager")
+    seen = []
+    model.model.decoder.register_forward_hook(lambda *_: seen.append(model.config._attn_implementation))
+    with torch.no_grad():
+        expected = []
+        for heard in inputs:
+            outputs = eager(**heard, decoder_input_ids=tokens, output_attentions=True)
+            expected.append(torch.stack(outputs.cross_attentions).mean(dim=(0, 2)))
+
+    def look(number):
+        with torch.no_grad():
+            return [mean_cross_attention(model, tokens, **inputs[number]) for _ in range(5)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for number, results in enumerate(pool.map(look, range(4))):
+            for weights in results:
+                assert weights.shape == (3, 4, 16)
+                torch.testing.assert_close(weights, expected[number], atol=1e-5, rtol=1e-4)
+    assert len(seen) == 20 and set(seen) == {"sdpa"}
+    with torch.no_grad():
+        encoded = model.get_encoder()(**inputs[0])
+        torch.testing.assert_close(
+            mean_cross_attention(model, tokens, encoder_outputs=encoded), expected[0], atol=1e-5, rtol=1e-4
+        )
+
+
 def test_gradients_can_be_retained_and_reach_everything():
     model, inputs = tiny_model(), make_inputs()
     model.set_attn_implementation("eager")
@@ -985,6 +1052,33 @@ def test_wrong_shapes_raise_and_name_the_input(change, message):
         tiny_model()(**arguments)
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("channel", [3, -1])  # of the spectrogram, and F0
+def test_numbers_that_are_not_finite_are_no_empty_transcript(number, channel):
+    inputs = make_inputs()
+    inputs["input_features"][1, 10, channel] = number
+    for cls in (EchoForConditionalGeneration, EchoForCTC):
+        model = tiny_model(cls=cls)
+        with pytest.raises(ValueError, match="input_features hold NaN or infinity"):
+            model(**inputs, labels=LABELS)
+    with pytest.raises(ValueError, match="input_features hold NaN or infinity"):
+        tiny_model().generate(**inputs)
+
+
+@pytest.mark.parametrize("kind", [torch.long, torch.bool, torch.float32])
+def test_padding_before_an_utterance_is_refused(kind):
+    model, inputs = tiny_model(), make_inputs()
+    mask = inputs["attention_mask"]
+    holes = mask.clone()
+    holes[0, 30] = 0
+    hidden = BaseModelOutput(last_hidden_state=torch.rand(3, 16, 32))
+    for wrong in (mask.flip(1), holes):
+        arguments = {"attention_mask": wrong.to(kind), "labels": LABELS}
+        for heard in ({"input_features": inputs["input_features"]}, {"encoder_outputs": hidden}):
+            with pytest.raises(ValueError, match="attention_mask must be .* Pad on the right"):
+                model(**heard, **arguments)
+
+
 # Weights
 
 
@@ -1039,6 +1133,20 @@ def test_initialisation_is_the_same_by_way_of_the_meta_device(tmp_path):
     for (name, a), (_, b) in zip(direct.named_parameters(), loaded.named_parameters()):
         assert torch.equal(a, b), name
     assert not list(direct.buffers())  # nothing that a load could leave behind
+
+
+@pytest.mark.parametrize("field", ["encoder_num_hidden_layers", "decoder_num_hidden_layers", "stem_num_layers"])
+def test_weights_with_more_layers_than_the_config_are_refused(field, tmp_path):
+    tiny_model(stem_num_layers=2).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{field} is 1, and the weights have [23] layers"):
+        EchoForConditionalGeneration.from_pretrained(tmp_path, **{field: 1})
+
+
+@pytest.mark.parametrize("dtype", ["evil", "nn", "int8", torch.int8])
+def test_a_dtype_that_no_weights_can_have_is_refused(dtype, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="dtype must be one of float32, float16"):
+        EchoForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype)
 
 
 def test_embeddings_are_tied_and_can_be_resized():

@@ -24,6 +24,7 @@ from transformers.utils import cached_file
 from transformers.utils import has_file
 from transformers.utils import logging
 
+from .configuration_echo import REMOVED_FIELDS
 from .configuration_echo import EchoConfig
 from .modeling_echo import EchoForConditionalGeneration
 from .modeling_echo import EchoForCTC
@@ -213,7 +214,7 @@ def _load_config(checkpoint: str | Path, path: str | None, overrides: dict[str, 
     update = "update the package (git pull, pip install . in the clone), or load the model with its own code instead:"
     update += " AutoModelForSpeechSeq2Seq.from_pretrained(..., trust_remote_code=True)."
     default = EchoConfig()
-    known = {*default.to_dict(), *OF_THE_LIBRARY}
+    known = {*default.to_dict(), *OF_THE_LIBRARY, *REMOVED_FIELDS}
     unknown = sorted(name for name in saved if name not in known and not hasattr(default, name))
     if unknown:
         raise ValueError(

@@ -16,6 +16,7 @@ from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation.configuration_utils import GenerationConfig
 
 # Where echo_hf is not installed, the library copies a file of a checkpoint together with what it imports relatively,
 # and looks for that in the text. So with this file come all, and a model saved again takes all the code along.
@@ -94,6 +95,90 @@ SIZES = {
 }
 
 
+# The smallest and the largest value of each number. The largest are far from anything useful; what they refuse is a
+# damaged or malicious config, before anything is allocated.
+BOUNDS = {
+    "vocab_size": (1, 10_000_000),
+    "sampling_rate": (1, 1_000_000),
+    "hop_length": (1, 1_000_000),
+    "stem_num_layers": (0, 1000),
+    "encoder_hidden_size": (1, 65_536),
+    "decoder_hidden_size": (1, 65_536),
+    "encoder_num_hidden_layers": (1, 1000),
+    "decoder_num_hidden_layers": (1, 1000),
+    "encoder_num_attention_heads": (1, 4096),
+    "decoder_num_attention_heads": (1, 4096),
+    "encoder_num_key_value_heads": (1, 4096),
+    "decoder_num_key_value_heads": (1, 4096),
+    "encoder_kernel_size": (1, 1001),
+    "encoder_intermediate_size": (1, 262_144),
+    "decoder_intermediate_size": (1, 262_144),
+    "max_target_positions": (1, 100_000),
+    "initializer_range": (0, 10),
+    "rms_norm_eps": (1e-7, 1),  # exported graphs drop a smaller one
+    "rotary_theta": (1e-3, 1e9),
+    "mel_corner_frequency": (1e-3, 1e6),
+    "mel_max_frequency": (1e-3, 1e6),
+    "silence_threshold": (0, 1e6),
+    "tokens_per_second": (1e-3, 1e6),
+    "ctc_loss_weight": (0, 1),
+    "mask_time_prob": (0, 1),
+    "mask_time_length": (1, 1_000_000),
+    "mask_time_min_masks": (0, 1_000_000),
+    "mask_feature_prob": (0, 1),
+    "mask_feature_length": (1, 1_000_000),
+    "mask_feature_min_masks": (0, 1_000_000),
+}
+MAX_GROUP_WIDTH = 65_536  # channels
+MAX_STRIDES, MAX_FRAMES_PER_ENCODER_FRAME = 16, 1024
+MAX_FRAMES_PER_TOKEN = 10_000
+MAX_PARAMETERS = 10_000_000_000
+
+DTYPES = ("float32", "float16", "bfloat16", "float64", "float", "half", "double")
+
+# Settings of generate(), which scripts written for Whisper put on the model's config too.
+WHISPER_SETTINGS = (
+    *("language", "task", "is_multilingual", "prompt_ids", "prompt_condition_type", "forced_decoder_ids"),
+    *("condition_on_prev_tokens", "return_timestamps", "return_token_timestamps", "return_segments"),
+    *("compression_ratio_threshold", "logprob_threshold", "no_speech_threshold", "num_segment_frames"),
+)
+GENERATION_SETTINGS = frozenset((*GenerationConfig().to_dict(), *WHISPER_SETTINGS))
+
+
+def check_dtype(dtype: Any):
+    """
+    Checks what a model is to be loaded in.
+
+    Args:
+        dtype (`str` or `torch.dtype`, *optional*): of the weights.
+
+    Raises:
+        `ValueError`: it is not a floating-point dtype of PyTorch.
+    """
+    if dtype is not None and str(dtype).removeprefix("torch.") not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES[:4])}, got {dtype!r}.")
+
+
+# Fields of earlier versions, and the values at which they did nothing.
+REMOVED_FIELDS = {"encoder_attention_window": (None,), "encoder_layerdrop": (None, 0), "decoder_layerdrop": (None, 0)}
+
+
+def drop_removed_fields(fields: dict[str, Any]):
+    """
+    Takes the fields of earlier versions out of a dictionary, in place.
+
+    Raises:
+        `ValueError`: one of them has a value that changed what the model does.
+    """
+    for name, neutral in REMOVED_FIELDS.items():
+        value = fields.pop(name, None)
+        if value not in neutral:
+            raise ValueError(
+                f"{name} is {value!r}, and Echo no longer has it. The weights are the same without it: set it to"
+                f" {neutral[-1]}, e.g. from_pretrained(..., {name}={neutral[-1]})."
+            )
+
+
 def validate_feature_groups(feature_groups: dict[str, int]) -> dict[str, int]:
     """Channel groups in their fixed order, checked.
 
@@ -112,6 +197,8 @@ def validate_feature_groups(feature_groups: dict[str, int]) -> dict[str, int]:
             raise ValueError(f"feature_groups: unknown group {name!r}; known are {', '.join(FEATURE_GROUPS)}.")
         if isinstance(width, bool) or not isinstance(width, int) or width < 1:
             raise ValueError(f"feature_groups: the width of {name!r} must be a whole number above 0, got {width!r}.")
+        if width > MAX_GROUP_WIDTH:
+            raise ValueError(f"feature_groups: the width of {name!r} must be at most {MAX_GROUP_WIDTH}, got {width}.")
         if name in ("phase", "voicing", "pitch") and width != 1:
             raise ValueError(f"feature_groups: {name!r} is a single channel, got a width of {width}.")
     if "spectrogram" not in feature_groups:
@@ -155,9 +242,6 @@ class EchoConfig(PreTrainedConfig):
             many as attention heads when not given.
         decoder_num_key_value_heads (`int`, *optional*):
             Key and value heads in the decoder; as many as attention heads when not given.
-        encoder_attention_window (`int`, *optional*):
-            How many encoder frames (of 40 ms by default) to either side a frame of the encoder attends to; all when not
-            given. With a window, time and memory of the encoder grow with the length of the audio, not with its square.
         encoder_kernel_size (`int`, *optional*):
             Encoder frames that a convolution in each encoder layer sees, an odd number, as in a Conformer
             (https://huggingface.co/papers/2005.08100); without convolution when not given. An encoder that is given
@@ -180,16 +264,11 @@ class EchoConfig(PreTrainedConfig):
             Standard deviation of the normal distribution that embeddings and output heads start from. Other weights
             start by their number of inputs.
         rms_norm_eps (`float`, defaults to 1e-6):
-            Added to the mean square in each RMSNorm.
+            Added to the mean square in each RMSNorm, from 1e-7 to 1.
         dropout (`float`, defaults to 0.0):
             Probability of dropping a value of the embeddings and of each sub-layer's output, in training.
         attention_dropout (`float`, defaults to 0.0):
             Probability of dropping an attention weight, in training.
-        encoder_layerdrop (`float`, defaults to 0.0):
-            Probability of passing over an encoder layer, in training: each is drawn anew for every batch
-            (https://huggingface.co/papers/1909.11556). Self-conditioning stays where it is.
-        decoder_layerdrop (`float`, defaults to 0.0):
-            The same of a decoder layer.
         rotary_frequencies (`str`, defaults to `"standard"`):
             How the rotary frequencies (rad a frame) lie: `"standard"`, `theta ** (-2c / d)`, or `"mel"`, evenly spaced
             on a mel scale and proportional to theta.
@@ -302,7 +381,6 @@ class EchoConfig(PreTrainedConfig):
     decoder_num_attention_heads: int = 4
     encoder_num_key_value_heads: int | None = None
     decoder_num_key_value_heads: int | None = None
-    encoder_attention_window: int | None = None
     encoder_kernel_size: int | None = None
     self_conditioning_layers: list[int] | tuple[int, ...] | None = None
     encoder_intermediate_size: int = 688
@@ -313,8 +391,6 @@ class EchoConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
-    encoder_layerdrop: float | int = 0.0
-    decoder_layerdrop: float | int = 0.0
     rotary_frequencies: Literal["standard", "mel"] = "standard"
     rotary_theta: float | int = 10000.0
     learn_theta: bool = False
@@ -350,12 +426,23 @@ class EchoConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
         # The library would set these on the finished config, unchecked.
-        own = {
-            name: kwargs.pop(name) for name in list(kwargs) if name in cls.__annotations__ or name in cls.attribute_map
-        }
+        known = {*cls.__annotations__, *cls.attribute_map, *REMOVED_FIELDS}
+        own = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
         return super().from_dict({**config_dict, **own}, **kwargs)
 
+    def __setattr__(self, name, value):
+        # The library saves no such attribute of a config, and generate() reads none.
+        if name in GENERATION_SETTINGS and name not in self.__dataclass_fields__:
+            if value:
+                raise ValueError(
+                    f"{name} is a setting of generate() and does nothing in a model's config: set"
+                    f" model.generation_config.{name}, or leave it out."
+                )
+            return
+        super().__setattr__(name, value)
+
     def __post_init__(self, **kwargs):
+        drop_removed_fields(kwargs)
         for alias, name in self.attribute_map.items():
             if alias in kwargs:  # before what follows from it
                 setattr(self, name, kwargs.pop(alias))
@@ -377,45 +464,35 @@ class EchoConfig(PreTrainedConfig):
         if not __name__.startswith("transformers_modules."):
             kwargs.pop("custom_pipelines", None)
         kwargs["auto_map"] = dict(AUTO_MAP)
+        check_dtype(self.dtype if self.dtype is not None else kwargs.get("torch_dtype"))
         super().__post_init__(**kwargs)
+        self._check_bounds()
         self._check_sizes()
         self._check_pitch()
         self._check_training()
 
+    def _check_bounds(self):
+        for name, (lowest, highest) in BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and not lowest <= value <= highest:
+                raise ValueError(f"{name} must be from {lowest:g} to {highest:g}, got {value}.")
+        for name in ("dropout", "attention_dropout", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
+
     def _check_sizes(self):
-        for name in (
-            "vocab_size",
-            "sampling_rate",
-            "hop_length",
-            "encoder_hidden_size",
-            "decoder_hidden_size",
-            "encoder_num_hidden_layers",
-            "decoder_num_hidden_layers",
-            "encoder_num_attention_heads",
-            "decoder_num_attention_heads",
-            "encoder_num_key_value_heads",
-            "decoder_num_key_value_heads",
-            "encoder_intermediate_size",
-            "decoder_intermediate_size",
-            "max_target_positions",
-            "mask_time_length",
-            "mask_feature_length",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not self.rms_norm_eps > 0:
-            raise ValueError(f"rms_norm_eps must be above 0, got {self.rms_norm_eps}.")
-        if self.encoder_attention_window is not None and self.encoder_attention_window < 1:
-            raise ValueError(
-                f"encoder_attention_window must be at least 1, or None for all, got {self.encoder_attention_window}."
-            )
-        if self.encoder_kernel_size is not None and (self.encoder_kernel_size < 1 or self.encoder_kernel_size % 2 == 0):
+        if self.encoder_kernel_size is not None and self.encoder_kernel_size % 2 == 0:
             raise ValueError(
                 f"encoder_kernel_size must be an odd number, to see as far to either side, or None for no convolution;"
                 f" got {self.encoder_kernel_size}."
             )
         if not self.stem_strides or any(stride < 1 for stride in self.stem_strides):
             raise ValueError(f"stem_strides must be whole numbers above 0, got {self.stem_strides}.")
+        if len(self.stem_strides) > MAX_STRIDES or math.prod(self.stem_strides) > MAX_FRAMES_PER_ENCODER_FRAME:
+            raise ValueError(
+                f"stem_strides must be at most {MAX_STRIDES} numbers with a product of at most"
+                f" {MAX_FRAMES_PER_ENCODER_FRAME}, got {self.stem_strides}."
+            )
         for side in ("encoder", "decoder"):
             width, heads = getattr(self, f"{side}_hidden_size"), getattr(self, f"{side}_num_attention_heads")
             key_value_heads = getattr(self, f"{side}_num_key_value_heads")
@@ -428,13 +505,30 @@ class EchoConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{side}_num_key_value_heads ({key_value_heads}) must divide {side}_num_attention_heads ({heads})."
                 )
+        if (parameters := self._estimate_parameters()) > MAX_PARAMETERS:
+            raise ValueError(
+                f"The model would have about {parameters:.1g} parameters, and at most {MAX_PARAMETERS:.0g} are allowed:"
+                " look at vocab_size and at hidden_size, intermediate_size and num_hidden_layers of both sides."
+            )
+
+    def _estimate_parameters(self) -> int:
+        """About as many parameters as the model has; those of its large matrices."""
+        encoder, decoder = self.encoder_hidden_size, self.decoder_hidden_size
+        convolutions = self.stem_num_layers + (self.encoder_num_hidden_layers if self.encoder_kernel_size else 0)
+        return (
+            self.vocab_size * (encoder + 2 * decoder)
+            + self.encoder_num_hidden_layers * encoder * (4 * encoder + 3 * self.encoder_intermediate_size)
+            + self.decoder_num_hidden_layers * decoder * (8 * decoder + 3 * self.decoder_intermediate_size)
+            + (4 * convolutions + 3 * len(self.stem_strides)) * encoder**2
+            + 3 * self.num_feature_channels * encoder
+        )
 
     def _check_pitch(self):
-        for name in ("rotary_theta", "mel_corner_frequency", "mel_max_frequency", "tokens_per_second"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
-        if self.silence_threshold < 0:
-            raise ValueError(f"silence_threshold must not be negative, got {self.silence_threshold}.")
+        if not 1 / MAX_FRAMES_PER_TOKEN <= self.tokens_per_second * self.frame_seconds <= MAX_FRAMES_PER_TOKEN:
+            raise ValueError(
+                f"tokens_per_second must give at most {MAX_FRAMES_PER_TOKEN} frames a token and tokens a frame,"
+                f" got {self.tokens_per_second} with frames of {self.frame_seconds:g} s."
+            )
         if len(self.silence_scale_range) != 2 or not 0 < self.silence_scale_range[0] < self.silence_scale_range[1] <= 1:
             raise ValueError(
                 f"silence_scale_range must be two numbers, 0 < low < high <= 1, got {self.silence_scale_range}."
@@ -452,12 +546,13 @@ class EchoConfig(PreTrainedConfig):
             )
         if self.decoder_start_token_id is None:
             raise ValueError("decoder_start_token_id is None, and the decoder begins with it; give bos_token_id.")
-        for name in ("dropout", "attention_dropout", "encoder_layerdrop", "decoder_layerdrop", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
-        for name in ("ctc_loss_weight", "mask_time_prob", "mask_feature_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
+            tokens = self.ends_of_sequence if name == "eos_token_id" else [getattr(self, name)]
+            if any(token is not None and not 0 <= token < self.vocab_size for token in tokens):
+                raise ValueError(
+                    f"{name} must be a token, from 0 to vocab_size - 1 ({self.vocab_size - 1}), got"
+                    f" {getattr(self, name)}."
+                )
         layers = self.self_conditioning_layers or []
         if any(not 1 <= layer < self.encoder_num_hidden_layers for layer in layers) or len(set(layers)) < len(layers):
             raise ValueError(
@@ -466,9 +561,6 @@ class EchoConfig(PreTrainedConfig):
             )
         if layers and not self.ctc_loss_weight:
             raise ValueError("self_conditioning_layers learn by the CTC loss, and ctc_loss_weight is 0; raise it.")
-        for name in ("mask_time_min_masks", "mask_feature_min_masks", "stem_num_layers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
 
     @property
     def pitch_mechanisms(self) -> list[str]:

@@ -112,11 +112,6 @@ def min_frames(model: EchoForConditionalGeneration) -> int:
 
 def traced_parts(model: EchoForConditionalGeneration) -> list[tuple[nn.Module, dict, dict]]:
     """Encoder and decoder with example inputs, by name, and the names of their free dimensions."""
-    if model.config.encoder_attention_window is not None:
-        raise ValueError(
-            "A model with encoder_attention_window cannot be exported: how many windows there are would be fixed with"
-            " the example. Load it with from_pretrained(..., encoder_attention_window=None) for full attention."
-        )
     model = model.eval()
     frames = 6 * min_frames(model) + 1
     inputs = {
@@ -158,9 +153,6 @@ def export_programs(model: EchoForConditionalGeneration) -> tuple[torch.export.E
 
     Returns:
         Two `torch.export.ExportedProgram`, of [`EncoderForExport`] and of [`DecoderForExport`].
-
-    Raises:
-        `ValueError`: the model has `encoder_attention_window`.
     """
     programs = []
     for part, inputs, shapes in traced_parts(model):
@@ -182,7 +174,6 @@ def export_onnx(model: EchoForConditionalGeneration, folder: str | Path) -> Path
 
     Raises:
         `ImportError`: onnx or onnxscript is not installed.
-        `ValueError`: the model has `encoder_attention_window`.
     """
     try:
         import onnx  # noqa: F401

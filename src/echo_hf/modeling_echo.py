@@ -20,8 +20,12 @@ dimension, C = D / 2 rotary pairs, E hidden size.
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +34,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.cache_utils import DynamicCache
 from transformers.cache_utils import EncoderDecoderCache
+from transformers.generation import GenerationConfig
 from transformers.generation import GenerationMixin
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.loss.loss_ctc import ForCTCLoss
@@ -46,12 +51,15 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils import can_return_tuple
+from transformers.utils import is_tracing
 from transformers.utils import logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder
 from transformers.utils.output_capturing import capture_outputs
 
+from .configuration_echo import WHISPER_SETTINGS
 from .configuration_echo import EchoConfig
+from .configuration_echo import check_dtype
 from .generation_echo import EchoCTCPrefixLogitsProcessor
 
 logger = logging.get_logger(__name__)
@@ -64,15 +72,20 @@ PITCH_CHANNELS = 3  # voiced, contour, register: what the network sees of F0
 REGISTER_CENTRE = 150.0  # Hz, between low and high voices
 REGISTER_WIDTH = 0.5  # natural log units; e ** 0.5 is about nine semitones
 CONTOUR_FLOOR = 0.1  # natural log units; keeps a monotone's tiny wobble from being blown up to a contour
-BIAS_EPSILON = 1e-8  # as published
+SPREAD_FLOOR = 1e-3  # Hz; F0 that varies less is constant but for rounding
 INTERMEDIATE_WEIGHT = 0.3  # share of the CTC loss that is of predictions within the encoder, where it makes any
+# Lists of layers in the weights, and the fields of the config that give their lengths.
+LAYER_FIELDS = {
+    r"encoder\.layers": "encoder_num_hidden_layers",
+    r"decoder\.layers": "decoder_num_hidden_layers",
+    r"encoder\.stem_layers": "stem_num_layers",
+}
 DEFAULT_CTC_WEIGHT = 0.5  # in generate()
 LONG_AUDIO = 30.0  # seconds; generate() warns of more, of which 448 tokens may hold a part only
-# What generate() of Whisper takes and this one has no use for.
-WHISPER_OPTIONS = (
-    *("language", "task", "is_multilingual", "prompt_ids", "prompt_condition_type", "forced_decoder_ids"),
-    *("condition_on_prev_tokens", "return_timestamps", "return_token_timestamps", "return_segments"),
-    *("compression_ratio_threshold", "logprob_threshold", "no_speech_threshold", "num_segment_frames"),
+MAX_HYPOTHESES = 1000  # of an utterance in generate()
+TOKEN_SETTINGS = (  # settings of generate() that hold one or several tokens
+    *("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id"),
+    *("forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"),
 )
 
 TOKEN_PITCH_MIN, TOKEN_PITCH_LOW, TOKEN_PITCH_HIGH = 100.0, 71.0, 500.0  # Hz, as published
@@ -129,6 +142,26 @@ def mask_frames(lengths: torch.Tensor, num_frames: int) -> torch.Tensor:
     return torch.arange(num_frames, device=lengths.device)[None] < lengths[:, None]
 
 
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether a check may look at the tensor's values: not in a graph that is being traced or captured, and not on the
+    meta device."""
+    return tensor.device.type != "meta" and not is_tracing(tensor)
+
+
+def check_right_padding(attention_mask: torch.Tensor):
+    """
+    Checks that each utterance's frames come first and its padding behind them, where the values can be looked at.
+
+    Raises:
+        `ValueError`: a frame of `attention_mask`, `(B, T)`, is real behind one that is padding.
+    """
+    if has_values(attention_mask) and (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
+        raise ValueError(
+            "attention_mask must be 1 for an utterance's frames and 0 for the padding behind them; here a 1 follows a"
+            " 0. Pad on the right: EchoFeatureExtractor does, with padding_side='right'."
+        )
+
+
 def align_f0(
     f0: torch.Tensor, lengths: torch.Tensor, encoder_lengths: torch.Tensor, encoder_frames: int
 ) -> torch.Tensor:
@@ -172,13 +205,26 @@ def normalize_f0(f0: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.stack((voiced, voiced * deviation / spread, voiced * register), dim=-1)
 
 
-def standardize_f0(f0: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """F0 as the pitch bias compares it, as published: `(f0 - mean) / (std + 1e-8)` over the real frames, unvoiced ones
-    (0 Hz) included. Shapes `(B, S)` to `(B, S)`, float32; 0 in padding."""
+def standardize_f0(f0: torch.Tensor, mask: torch.Tensor, correction: int = 0) -> torch.Tensor:
+    """F0 as the pitch bias compares it: `(f0 - mean) / max(std, 0.001)` over the real frames, unvoiced ones (0 Hz)
+    included.
+
+    The floor does for a constant F0 what the published `std + 1e-8` is meant to do. An epsilon that small is dropped by
+    ONNX optimizers, and 0 / 0 is left.
+
+    Args:
+        f0 (`torch.Tensor` of shape `(B, S)`): Hz.
+        mask (`torch.Tensor` of shape `(B, S)`): 1 for real frames.
+        correction (`int`): what is taken from the number of frames when the variance is divided by it: 0, or 1 as
+            published.
+
+    Returns:
+        `torch.Tensor` of shape `(B, S)`, float32; 0 in padding.
+    """
     mask = mask.float()
-    deviation = f0.float() - masked_mean(f0.float(), mask)
-    spread = masked_mean(deviation.square(), mask).sqrt()
-    return deviation / (spread + BIAS_EPSILON) * mask
+    deviation = (f0.float() - masked_mean(f0.float(), mask)) * mask
+    variance = deviation.square().sum(-1, keepdim=True) / (mask.sum(-1, keepdim=True) - correction).clamp(min=1)
+    return deviation / variance.sqrt().clamp(min=SPREAD_FLOOR)
 
 
 def pitch_per_token(
@@ -293,7 +339,7 @@ class EchoRotaryEmbedding(nn.Module):
     How F0 moves theta, and the angle of frame t:
 
         none       theta_t = theta                    angle = t * omega_c
-        mean       theta_t = theta + mean real f0     angle = t * omega_c
+        mean       theta_t = theta + mean f0          angle = t * omega_c                      (mean of input frames)
         frame      theta_t = theta + f0_t             angle = t * omega_c(theta_t)             (not relative)
         phase      theta_t = theta + f0_t             angle = sum of omega_c(theta_s), s <= t  (relative)
 
@@ -330,21 +376,21 @@ class EchoRotaryEmbedding(nn.Module):
         mel = pairs * (math.log10(1.0 + top / corner) / max(self.head_dim // 2 - 1, 1))  # x_c / 2595
         return theta[..., None] / MEL_THETA * (corner * (10.0**mel - 1.0) / MEL_UNIT)
 
-    def theta(self, device: torch.device, f0: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
+    def theta(self, device: torch.device, f0: torch.Tensor | None, mean_f0: torch.Tensor | None) -> torch.Tensor:
         """Theta of each frame, `(B or 1, S or 1)`."""
         dtype = precise_dtype(device)
         theta = torch.tensor([[self.config.rotary_theta]], device=device, dtype=dtype)  # (1, 1)
         if self.config.learn_theta:
             theta = theta * self.log_theta.to(dtype).exp()
         if self.theta_mode == "mean":
-            theta = theta + masked_mean(f0.to(dtype), mask)
+            theta = theta + mean_f0.to(dtype)
         elif self.theta_mode in ("frame", "phase"):
             theta = theta + f0.to(dtype)
         return theta
 
-    def angles(self, position_ids: torch.Tensor, f0: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
+    def angles(self, position_ids: torch.Tensor, f0: torch.Tensor | None, mean_f0: torch.Tensor | None) -> torch.Tensor:
         """Rotary angles in [0, 2 pi), `(B or 1, S, C)`."""
-        omega = self.frequencies(self.theta(position_ids.device, f0, mask)) % (2 * math.pi)
+        omega = self.frequencies(self.theta(position_ids.device, f0, mean_f0)) % (2 * math.pi)
         if self.theta_mode == "phase":
             return omega.cumsum(dim=1) % (2 * math.pi)
         return position_ids[..., None].to(omega.dtype) * omega % (2 * math.pi)
@@ -365,7 +411,7 @@ class EchoRotaryEmbedding(nn.Module):
         dtype: torch.dtype,
         f0: torch.Tensor | None = None,
         pitch: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        mean_f0: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -373,12 +419,13 @@ class EchoRotaryEmbedding(nn.Module):
             dtype (`torch.dtype`): of the result.
             f0 (`torch.Tensor` of shape `(B, S)`, *optional*): Hz.
             pitch (`torch.Tensor` of shape `(B, S, 3)`, *optional*): normalised.
-            attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 1 for real frames.
+            mean_f0 (`torch.Tensor` of shape `(B, 1)`, *optional*): Hz, of all real input frames, unvoiced ones (0 Hz)
+                included; read with `theta_mode="mean"`.
 
         Returns:
             Two `torch.Tensor` of shape `(B or 1, 1, S, C)`: radius times cosine, radius times sine.
         """
-        angles = self.angles(position_ids, f0, attention_mask).float()
+        angles = self.angles(position_ids, f0, mean_f0).float()
         cos, sin = angles.cos(), angles.sin()
         if (radius := self.radius(f0, pitch)) is not None:
             cos, sin = cos * radius, sin * radius
@@ -389,42 +436,6 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     """Turns the pairs (x0, x1), (x2, x3), ... of `(B, H, S, 2C)` as complex numbers times `radius * exp(i * angle)`."""
     real, imaginary = states[..., 0::2], states[..., 1::2]
     return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1).flatten(-2)
-
-
-def to_blocks(states: torch.Tensor, size: int) -> torch.Tensor:
-    """Cuts frames into blocks that become batch rows, the last filled up with zeros: `(B, H, S, D)` to
-    `(B * N, H, size, D)`, `N = ceil(S / size)`."""
-    batch, heads, frames, channels = states.shape
-    states = nn.functional.pad(states, (0, 0, 0, -frames % size))
-    return states.view(batch, heads, -1, size, channels).transpose(1, 2).flatten(0, 1)
-
-
-def to_surroundings(states: torch.Tensor, size: int) -> torch.Tensor:
-    """For each block of [`to_blocks`], itself and the blocks before and after it, zeros where there are none:
-    `(B, H, S, D)` to `(B * N, H, 3 * size, D)`."""
-    states = nn.functional.pad(states, (0, 0, size, size + -states.shape[2] % size))
-    return states.unfold(2, 3 * size, size).permute(0, 2, 1, 4, 3).flatten(0, 1)
-
-
-def effective_window(window: int | None, frames: int) -> int | None:
-    """The window that so many frames attend within, or None for full attention, which it is where they all fit in."""
-    return window if window is not None and window < frames else None
-
-
-def window_mask(encoder_mask: torch.Tensor, size: int) -> torch.Tensor:
-    """Which keys of its surroundings each frame of a block attends to: real ones up to `size` frames away, and itself.
-
-    Args:
-        encoder_mask (`torch.Tensor` of shape `(B, S)`): 1 for real frames.
-        size (`int`): the window to either side, and the length of a block.
-
-    Returns:
-        `torch.Tensor` of shape `(B * N, 1, size, 3 * size)`, bool.
-    """
-    real = to_surroundings(encoder_mask[:, None, :, None], size)[..., 0] > 0  # (B * N, 1, 3 * size)
-    offset = torch.arange(3 * size, device=real.device)[None] - torch.arange(size, device=real.device)[:, None] - size
-    # A frame of padding has itself to attend to, or its softmax would have nothing to share out.
-    return (offset.abs() <= size) & real[:, :, None] | (offset == 0)
 
 
 def eager_attention_forward(
@@ -443,6 +454,8 @@ def eager_attention_forward(
     if position_bias is not None:
         scores = scores + position_bias
     if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:  # made for another attention: True where a query may look
+            attention_mask = torch.where(attention_mask, 0.0, torch.finfo(scores.dtype).min)
         scores = scores + attention_mask
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
@@ -464,17 +477,14 @@ class EchoAttention(nn.Module):
 
     The pitch bias (encoder only), with f the standardised F0:
 
-        laplacian   bias_ij = exp(-|f_i - f_j|)                as published; a matrix (B, 1, S, S), handed in
+        laplacian   bias_ij = exp(-|f_i - f_j|)                as published, the variance of f divided by n - 1;
+                                                               a matrix (B, 1, S, S), handed in
         gaussian    bias_ij = s_h * (2 f_i f_j - f_j ** 2)     which softmax cannot tell from -s_h * (f_i - f_j) ** 2
 
     The gaussian is the dot product of `s_h * (2 f_i, -1)` and `(f_j, f_j ** 2)`: two channels of queries and keys. They
     take the place of the head's last rotary pair, so that every width stays and any attention kernel serves. `s_h` is
     learned, one a head, and starts at 0. Scaling a key's channels is scaling its score, so no kind of mechanism but the
     laplacian needs a matrix of frames by frames.
-
-    With `encoder_attention_window` w, a frame of the encoder attends to the w frames on either side of it. Queries are
-    cut into blocks of w frames, each with the keys of the three blocks around it (as in Longformer,
-    https://huggingface.co/papers/2004.05150), which any attention kernel takes as a batch of short sequences.
     """
 
     def __init__(self, config: EchoConfig, layer_idx: int, side: str, is_cross_attention: bool = False):
@@ -489,7 +499,6 @@ class EchoAttention(nn.Module):
         self.head_dim = hidden_size // self.num_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
-        self.window = config.encoder_attention_window if side == "encoder" else None
 
         key_value_size = config.encoder_hidden_size if is_cross_attention else hidden_size
         gaussian = side == "encoder" and config.pitch_bias == "gaussian"
@@ -533,24 +542,24 @@ class EchoAttention(nn.Module):
         position_bias: torch.Tensor | None = None,
         key_value_states: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        eager: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(B, L, E)`): queries, and keys and values in self-attention.
-            attention_mask: as the chosen attention wants it; made by the library's mask functions, or [`window_mask`].
+            attention_mask: as the chosen attention wants it; made by the library's mask functions.
             cos, sin (`torch.Tensor` of shape `(B or 1, 1, L, C)`, *optional*): of [`EchoRotaryEmbedding`]; not in
                 cross-attention. Apart, since checkpointing follows gradients (the radius may learn) only into tensors.
             silence (`torch.Tensor` of shape `(B, S)`, *optional*): which keys are silent.
             standardized_f0 (`torch.Tensor` of shape `(B, S)`, *optional*): for the gaussian bias.
-            position_bias (`torch.Tensor` of shape `(B, 1, S, S)`, *optional*): the laplacian bias; within windows
-                `(B * N, 1, w, 3 * w)`.
+            position_bias (`torch.Tensor` of shape `(B, 1, S, S)`, *optional*): the laplacian bias.
             key_value_states (`torch.Tensor` of shape `(B, S, E)`, *optional*): the encoder's, in cross-attention.
             past_key_values (`EncoderDecoderCache`, *optional*): keys and values of past tokens.
+            eager (`bool`): whether to attend eagerly, whatever implementation was chosen, to get the weights.
 
         Returns:
-            `(B, L, E)` and the weights `(B, H, L, S)` where the chosen attention gives them; within windows, of frames
-            more than a window long, `(B * N, H, w, 3 * w)`.
+            `(B, L, E)` and the weights `(B, H, L, S)` where the chosen attention gives them.
         """
         query = self.project(self.q_proj, hidden_states, self.content_dim)
         is_cross_attention = key_value_states is not None
@@ -582,11 +591,8 @@ class EchoAttention(nn.Module):
         if past_key_values is not None and not cached:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        if window := effective_window(self.window, query.shape[2]):
-            query = to_blocks(query, window)
-            key, value = to_surroundings(key, window), to_surroundings(value, window)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            "eager" if eager else self.config._attn_implementation, eager_attention_forward
         )
         if position_bias is not None:
             kwargs["position_bias"] = position_bias.to(query.dtype)
@@ -601,8 +607,6 @@ class EchoAttention(nn.Module):
             is_causal=self.is_causal,
             **kwargs,
         )
-        if window:
-            output = output.reshape(hidden_states.shape[0], -1, *output.shape[2:])[:, : hidden_states.shape[1]]
         return self.o_proj(output.reshape(*hidden_states.shape[:2], -1)), weights
 
 
@@ -713,8 +717,10 @@ class EchoDecoderLayer(GradientCheckpointingLayer):
         sin: torch.Tensor | None = None,
         encoder_silence: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        cross_attention_weights: list[torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        """With a list of `cross_attention_weights`, the layer's own, `(B, H, L, S)`, are appended to it."""
         attended, _ = self.self_attn(
             self.self_attn_norm(hidden_states),
             attention_mask,
@@ -725,14 +731,17 @@ class EchoDecoderLayer(GradientCheckpointingLayer):
         )
         hidden_states = hidden_states + self.dropout(attended)
         if encoder_hidden_states is not None:
-            attended, _ = self.encoder_attn(
+            attended, weights = self.encoder_attn(
                 self.encoder_attn_norm(hidden_states),
                 encoder_attention_mask,
                 silence=encoder_silence,
                 key_value_states=encoder_hidden_states,
                 past_key_values=past_key_values,
+                eager=cross_attention_weights is not None,
                 **kwargs,
             )
+            if cross_attention_weights is not None:
+                cross_attention_weights.append(weights)
             hidden_states = hidden_states + self.dropout(attended)
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
 
@@ -751,10 +760,30 @@ class EchoPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     @classmethod
-    def from_pretrained(cls, *args, use_safetensors: bool | None = True, **kwargs):
-        """As in the library, but only from safetensors: a pickle (`pytorch_model.bin`) could hold code, and is loaded
-        with `use_safetensors=False` alone."""
-        return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
+    def from_pretrained(cls, *args, use_safetensors: bool | None = True, output_loading_info: bool = False, **kwargs):
+        """As in the library, with these differences.
+
+        Weights are read from safetensors only: a pickle (`pytorch_model.bin`) could hold code, and is loaded with
+        `use_safetensors=False` alone.
+
+        Raises:
+            `ValueError`: the dtype is not a floating-point dtype, or the file has more layers than the config.
+        """
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        if dtype != "auto" and not isinstance(dtype, dict):
+            check_dtype(dtype)
+        model, loading_info = super().from_pretrained(
+            *args, use_safetensors=use_safetensors, output_loading_info=True, **kwargs
+        )
+        for layers, field in LAYER_FIELDS.items():
+            found = (re.search(rf"\b{layers}\.(\d+)\.", key) for key in loading_info["unexpected_keys"])
+            number = max((int(match[1]) + 1 for match in found if match), default=0)
+            if number > getattr(model.config, field):
+                raise ValueError(
+                    f"{field} is {getattr(model.config, field)}, and the weights have {number} layers. Set it to"
+                    f" {number}. To cut layers off, load all of them and shorten the list afterwards."
+                )
+        return (model, loading_info) if output_loading_info else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -807,10 +836,6 @@ class EchoPreTrainedModel(PreTrainedModel):
                     head = self._get_resized_lm_head(head, size, transposed=transposed, mean_resizing=mean_resizing)
                     setattr(module, name, head)
         return embeddings
-
-    def _drops_layer(self, probability: float) -> bool:
-        """Whether this batch passes over the next layer: LayerDrop (https://huggingface.co/papers/1909.11556)."""
-        return self.training and probability > 0 and torch.rand(()).item() < probability
 
     def _get_feat_extract_output_lengths(self, input_lengths: torch.Tensor) -> torch.Tensor:
         """Encoder frames of that many input frames: `ceil(T / stride)`, stride after stride."""
@@ -866,6 +891,13 @@ class EchoEncoder(EchoPreTrainedModel):
                 "attention_mask must have the shape (batch, frames) of input_features,"
                 f" {tuple(input_features.shape[:2])}, got {tuple(attention_mask.shape)}."
             )
+        if has_values(input_features) and not input_features.isfinite().all():
+            raise ValueError(
+                "input_features hold NaN or infinity, and no transcript of them can be right. Look for the recording"
+                " with numpy.isfinite."
+            )
+        if attention_mask is not None:
+            check_right_padding(attention_mask)
 
     def _spec_augment(self, spectrogram: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Sets random spans of time and of mel channels to 0, the floor (https://huggingface.co/papers/1904.08779)."""
@@ -917,7 +949,8 @@ class EchoEncoder(EchoPreTrainedModel):
             [`EchoEncoderOutput`] with `last_hidden_state` of shape `(B, S, E)`.
 
         Raises:
-            `ValueError`: the shapes do not fit the config.
+            `ValueError`: the shapes do not fit the config, the features hold NaN or infinity, or the mask has padding
+                before real frames. The values are not looked at while a graph is traced.
         """
         self._check_inputs(input_features, attention_mask)
         if attention_mask is None:
@@ -959,29 +992,21 @@ class EchoEncoder(EchoPreTrainedModel):
             hidden_states = layer(hidden_states, encoder_mask)
         hidden_states = self.dropout(hidden_states)
 
-        cos, sin = self.rotary_emb(frames, hidden_states.dtype, f0, pitch, encoder_mask)
-        window = effective_window(config.encoder_attention_window, encoder_frames)
+        # As published, the mean is of the input frames. In float64, which is the dtype that it is added to theta in.
+        mean_f0 = masked_mean(frame_f0.to(precise_dtype(frame_f0.device)), attention_mask)
+        cos, sin = self.rotary_emb(frames, hidden_states.dtype, f0, pitch, mean_f0)
         standardized_f0 = position_bias = None
         if config.pitch_bias == "gaussian":
             standardized_f0 = standardize_f0(f0, encoder_mask)
         elif config.pitch_bias == "laplacian":
-            ours = theirs = standardize_f0(f0, encoder_mask)[:, None, :, None]  # (B, 1, S, 1)
-            if window:
-                ours, theirs = to_blocks(ours, window), to_surroundings(theirs, window)
-            position_bias = torch.exp(-(ours - theirs.transpose(2, 3)).abs())  # (B, 1, S, S) or (B * N, 1, w, 3 * w)
-        if window:
-            mask = window_mask(encoder_mask, window)
-            if config._attn_implementation == "eager":
-                lowest = torch.finfo(hidden_states.dtype).min
-                mask = torch.zeros_like(mask, dtype=hidden_states.dtype).masked_fill(~mask, lowest)
-        else:
-            mask = create_bidirectional_mask(config=config, inputs_embeds=hidden_states, attention_mask=encoder_mask)
+            position = standardize_f0(f0, encoder_mask, correction=1)
+            position_bias = torch.exp(-(position[:, None, :, None] - position[:, None, None, :]).abs())  # (B, 1, S, S)
+        mask = create_bidirectional_mask(config=config, inputs_embeds=hidden_states, attention_mask=encoder_mask)
 
         intermediate_logits = []
         shared = (mask, cos, sin, silence, standardized_f0, position_bias, pitch, encoder_mask)
         for number, layer in enumerate(self.layers, 1):
-            if not self._drops_layer(config.encoder_layerdrop):
-                hidden_states = layer(hidden_states, *shared, **kwargs)
+            hidden_states = layer(hidden_states, *shared, **kwargs)
             if config.self_conditioning_layers and number in config.self_conditioning_layers:
                 logits = self.intermediate_head(self.norm(hidden_states))
                 hidden_states = hidden_states + self.self_conditioning(logits.softmax(-1))
@@ -1085,8 +1110,6 @@ class EchoDecoder(EchoPreTrainedModel):
         hidden_states = self.dropout(hidden_states)
         cos, sin = self.rotary_emb(position_ids, hidden_states.dtype)
         for layer in self.layers:
-            if self._drops_layer(self.config.decoder_layerdrop):
-                continue
             hidden_states = layer(
                 hidden_states,
                 causal_mask,
@@ -1130,6 +1153,7 @@ class EchoModel(EchoPreTrainedModel):
         encoder_mask = getattr(encoder_outputs, "attention_mask", None)
         if encoder_mask is not None or attention_mask is None:
             return encoder_mask
+        check_right_padding(attention_mask)
         lengths = self._get_feat_extract_output_lengths(attention_mask.sum(-1))
         return mask_frames(lengths, encoder_outputs[0].shape[1]).to(attention_mask.dtype)
 
@@ -1267,6 +1291,46 @@ def shift_tokens_right(labels: torch.Tensor, config: EchoConfig) -> torch.Tensor
     return shifted.masked_fill(shifted == -100, config.pad_token_id)
 
 
+def refuse_whisper_settings(settings: dict[str, Any]):
+    """
+    Raises:
+        `ValueError`: there is a setting of Whisper's generate() that is switched on and that Echo has no use for.
+    """
+    given = {name: settings[name] for name in WHISPER_SETTINGS if settings.get(name) is not None}
+    foreign = [name for name, value in given.items() if torch.is_tensor(value) or value not in (False, "", [])]
+    if foreign:
+        raise ValueError(
+            f"generate() of Echo takes no {', '.join(foreign)}: it writes the language that it hears, as it was"
+            " trained to. Leave them out, in model.generation_config too. Times come from the pipeline:"
+            " return_timestamps=True, or 'word'."
+        )
+
+
+def check_generation_config(generation_config: GenerationConfig, vocab_size: int):
+    """
+    Checks the settings of generate() that would fail deep inside it, or not at all.
+
+    Raises:
+        `ValueError`: one of them has a value that cannot work; the message names it.
+    """
+    for name in ("num_beams", "num_return_sequences"):
+        value = getattr(generation_config, name)
+        if value is not None and not (isinstance(value, Integral) and 1 <= value <= MAX_HYPOTHESES):
+            raise ValueError(f"{name} must be a whole number from 1 to {MAX_HYPOTHESES}, got {value!r}.")
+    weight = generation_config.ctc_weight
+    if weight is not None and not (isinstance(weight, Real) and 0 <= weight <= 1):
+        raise ValueError(f"ctc_weight must be a number from 0, the decoder alone, to 1, got {weight!r}.")
+    for name in TOKEN_SETTINGS:
+        value = getattr(generation_config, name)
+        tokens = value.tolist() if hasattr(value, "tolist") else value  # of an array or a tensor
+        tokens = [] if tokens is None else tokens if isinstance(tokens, list | tuple) else [tokens]
+        if not all(isinstance(token, Integral) and 0 <= token < vocab_size for token in tokens):
+            raise ValueError(
+                f"{name} of the generation config must be of the vocabulary, from 0 to {vocab_size - 1}, or None; got"
+                f" {value!r}."
+            )
+
+
 class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
     """Echo with a language-model head, tied to the token embeddings, and with `ctc_loss_weight` a CTC head."""
 
@@ -1307,23 +1371,26 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
         """Decoder inputs for labels `(B, L)`, for collators that ask the model for them."""
         return shift_tokens_right(labels, self.config)
 
+    def train(self, mode: bool = True) -> "EchoForConditionalGeneration":
+        if mode:  # said here, and not at the first evaluation, which may be hours later
+            refuse_whisper_settings(vars(self.generation_config))
+        return super().train(mode)
+
     def _prepare_generation_config(self, generation_config, **kwargs):
-        # Here, since a setting that stands in the model's own, as scripts for Whisper put it there, would be taken for
-        # known later, and do nothing.
-        given = {name: kwargs.pop(name) for name in WHISPER_OPTIONS if name in kwargs}
-        foreign = [name for name, value in given.items() if value is not None and value is not False]
-        if foreign:
-            raise ValueError(
-                f"generate() of Echo takes no {', '.join(foreign)}: it writes the language that it hears, as it was"
-                " trained to. Leave them out. Times come from the pipeline: return_timestamps=True, or 'word'."
-            )
-        # Only what the model's own settings hold may be given to generate(), and those of another making lack it. Those
-        # of a checkpoint that is loaded without its CTC head have a weight, which then is nobody's wish.
-        if self.ctc_head is None:
-            self.generation_config.ctc_weight = 0.0
-        elif getattr(self.generation_config, "ctc_weight", None) is None:
-            self.generation_config.ctc_weight = DEFAULT_CTC_WEIGHT
-        return super()._prepare_generation_config(generation_config, **kwargs)
+        # Before the library merges them: it takes a name that stands in the model's own settings for known.
+        refuse_whisper_settings({**vars(self.generation_config), **vars(generation_config or self.generation_config)})
+        refuse_whisper_settings(kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in WHISPER_SETTINGS}
+        weight = kwargs.pop("ctc_weight", getattr(generation_config, "ctc_weight", None))
+        if weight is None:
+            weight = getattr(self.generation_config, "ctc_weight", None)  # none in settings of another making
+            weight = DEFAULT_CTC_WEIGHT if weight is None else weight
+            if self.ctc_head is None:  # the checkpoint's settings are of the head that it was loaded without
+                weight = 0.0
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        generation_config.ctc_weight = weight
+        check_generation_config(generation_config, self.config.vocab_size)
+        return generation_config, model_kwargs
 
     def _prepare_generated_length(self, generation_config, *args, inputs_tensor=None, **kwargs):
         if inputs_tensor is not None and inputs_tensor.ndim == 3:  # features; without, the encoder has heard them
@@ -1496,26 +1563,35 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
 
 
 def mean_cross_attention(
-    model: EchoForConditionalGeneration, decoder_input_ids: torch.LongTensor, **heard
+    model: EchoForConditionalGeneration,
+    decoder_input_ids: torch.LongTensor,
+    input_features: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    encoder_outputs: EchoEncoderOutput | None = None,
 ) -> torch.Tensor:
     """Where the decoder looked as it predicted each next token: the mean of all heads and layers.
 
+    Only the cross-attention of this call is computed eagerly. The model is not changed, so other threads may use it.
+
     Args:
-        model ([`EchoForConditionalGeneration`]): attends eagerly meanwhile, as other attentions do not tell their
-            weights.
+        model ([`EchoForConditionalGeneration`]): any attention implementation.
         decoder_input_ids (`torch.LongTensor` of shape `(B, L)`): tokens, the first `decoder_start_token_id`.
-        heard: `input_features` or `encoder_outputs`, and `attention_mask`, as the model takes them.
+        input_features, attention_mask, encoder_outputs: as the model takes them.
 
     Returns:
         `torch.Tensor` of shape `(B, L, S)`, float32.
     """
-    implementation = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        outputs = model(decoder_input_ids=decoder_input_ids, use_cache=False, output_attentions=True, **heard)
-    finally:
-        model.set_attn_implementation(implementation)
-    return torch.stack(outputs.cross_attentions).float().mean(dim=(0, 2))
+    if encoder_outputs is None:
+        encoder_outputs = model.get_encoder()(input_features, attention_mask=attention_mask)
+    weights: list[torch.Tensor] = []
+    model.model(
+        encoder_outputs=encoder_outputs,
+        attention_mask=attention_mask,
+        decoder_input_ids=decoder_input_ids,
+        use_cache=False,
+        cross_attention_weights=weights,
+    )
+    return torch.stack(weights).float().mean(dim=(0, 2))
 
 
 class EchoForCTC(EchoPreTrainedModel):

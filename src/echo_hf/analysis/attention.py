@@ -389,9 +389,9 @@ def _angles(encoder, f0: np.ndarray, theta_mode: str, unwound: bool = False) -> 
     positions = torch.arange(len(f0))[None]
     if unwound and theta_mode != "phase":
         # Theirs is the position times the angle at position 1; it may jump by any number of turns with F0.
-        turns = rotary.angles(torch.ones_like(positions), f0_tensor, torch.ones_like(f0_tensor))
+        turns = rotary.angles(torch.ones_like(positions), f0_tensor, f0_tensor.mean(-1, keepdim=True))
         return (positions[..., None] * turns)[0].numpy()
-    angles = rotary.angles(positions, f0_tensor, torch.ones_like(f0_tensor))[0].numpy()
+    angles = rotary.angles(positions, f0_tensor, f0_tensor.mean(-1, keepdim=True))[0].numpy()
     return np.unwrap(angles, axis=0) if unwound else angles
 
 

@@ -199,7 +199,7 @@ class EchoDiagnostics:
         given = inspect.signature(rotary.forward).bind(*arguments, **keywords).arguments
         f0, mask = given.get("f0"), self._frame_mask
         with torch.no_grad():
-            theta = rotary.theta(given["position_ids"].device, f0, given.get("attention_mask"))
+            theta = rotary.theta(given["position_ids"].device, f0, given.get("mean_f0"))
             radius = rotary.radius(f0, given.get("pitch"))
         self.measurements.theta.update(theta.expand(mask.shape)[mask])
         radius = torch.ones_like(mask, dtype=torch.float32) if radius is None else radius[..., 0]
