@@ -75,11 +75,11 @@ def test_unknown_settings_are_named(settings, message):
 
 def test_what_was_measured_is_kept_when_a_later_section_fails(tmp_path, capsys, monkeypatch):
     rows = [{"audio": "1 s", "ms": 2.0}]
-    monkeypatch.setattr("echo_hf.benchmark.benchmark_f0", lambda **_: rows)
+    monkeypatch.setattr("echo_hf.benchmark.benchmark_features", lambda **_: rows)
     monkeypatch.setattr("echo_hf.benchmark.benchmark_scaling", lambda **_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        main(["benchmark", "f0", "scaling", "--quick", "--output", str(tmp_path / "speed.json")])
-    assert json.loads((tmp_path / "speed.json").read_text())["f0"] == rows
+        main(["benchmark", "features", "scaling", "--quick", "--output", str(tmp_path / "speed.json")])
+    assert json.loads((tmp_path / "speed.json").read_text())["features"] == rows
     assert "| 1 s | 2" in capsys.readouterr().out
 
 

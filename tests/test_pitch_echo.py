@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 
 from echo_hf import pitch_echo
-from echo_hf.metrics import f0_metrics
-from echo_hf.metrics import f0_test_signals
 from echo_hf.pitch_echo import accumulated_phase
 from echo_hf.pitch_echo import aperiodicity_code
 from echo_hf.pitch_echo import estimate_f0
@@ -18,6 +16,8 @@ from echo_hf.pitch_echo import normalise_pitch
 from echo_hf.pitch_echo import num_aperiodicity_bands
 from echo_hf.pitch_echo import pitch_per_token
 from echo_hf.pitch_echo import spectral_envelope_code
+from f0_trackers import f0_metrics
+from f0_trackers import f0_test_signals
 
 
 def voice(f0, sampling_rate=16000, harmonics=8):

@@ -2,10 +2,9 @@
 
 Everything that is compared is measured in one run, in turns, and reported as medians and ratios: between runs a shared
 machine may differ by half, within a turn it hardly does. Models have random weights, as speed does not depend on them,
-and are told how many tokens to write. Six sections, each a function that returns rows:
+and are told how many tokens to write. Five sections, each a function that returns rows:
 
     features    F0 trackers and whole features, against the log-mel spectrogram alone
-    f0          errors of the trackers on synthetic voices, clean, in noise and band-limited
     pitch       encoder and training step, all pitch mechanisms against none
     generation  transcribing, against Moonshine-tiny, Speech2Text-small and Whisper-tiny
     training    a training step, against the same three
@@ -29,15 +28,13 @@ from transformers.utils import logging
 from .configuration_echo import EchoConfig
 from .feature_extraction_echo import EchoFeatureExtractor
 from .feature_extraction_echo import log_mel_spectrogram
-from .metrics import f0_metrics
-from .metrics import f0_test_signals
-from .metrics import synthetic_voice
+from .metrics import format_table
 from .modeling_echo import DEFAULT_CTC_WEIGHT
 from .modeling_echo import EchoForConditionalGeneration
 from .pitch_echo import TRACKERS
 from .pitch_echo import estimate_f0
 
-SECTIONS = ("features", "f0", "pitch", "generation", "training", "scaling")
+SECTIONS = ("features", "pitch", "generation", "training", "scaling")
 SAMPLING_RATE = 16000  # Hz
 FRAMES_PER_SECOND = 100
 VOCAB_SIZE = 4096  # of Echo beside its peers, which have 10,000 and more
@@ -207,7 +204,9 @@ def benchmark_features(rounds: int, device: torch.device, seconds: float = 10.0)
     """Milliseconds for the log-mel spectrogram, for F0 and for whole features, with each tracker, of one utterance."""
     times = np.arange(int(seconds * SAMPLING_RATE)) / SAMPLING_RATE
     voiced = np.sin(2 * np.pi * 1.3 * times) > -0.5
-    voice = synthetic_voice((150 + 30 * np.sin(2 * np.pi * 0.7 * times)) * voiced, SAMPLING_RATE).astype(np.float32)
+    phase = 2 * np.pi * np.cumsum(150 + 30 * np.sin(2 * np.pi * 0.7 * times)) / SAMPLING_RATE
+    voice = sum(np.sin(harmonic * phase) / harmonic for harmonic in range(1, 21)) * voiced
+    voice = (0.1 * voice).astype(np.float32)
     cases: dict[str, Callable[[], Any]] = {
         "log-mel alone": lambda: log_mel_spectrogram(voice, SAMPLING_RATE, 160, 400, 80)
     }
@@ -218,18 +217,6 @@ def benchmark_features(rounds: int, device: torch.device, seconds: float = 10.0)
     medians = measure(cases, rounds, device)
     alone = medians["log-mel alone"]
     return [{"case": name, "ms": value * 1e3, "ratio": value / alone} for name, value in medians.items()]
-
-
-def benchmark_f0(rounds: int, device: torch.device) -> list[dict[str, Any]]:
-    """Errors of each tracker on each of [`f0_test_signals`], as [`f0_metrics`] defines them: shares in percent, and
-    cents. Nothing here is random, so `rounds` are not repeated."""
-    rows = []
-    for signal, (waveform, reference) in f0_test_signals().items():
-        for method in TRACKERS:
-            errors = f0_metrics(reference, estimate_f0(waveform, SAMPLING_RATE, 160, method)[: len(reference)])
-            shares = {f"{name.upper()} %": 100 * errors[name] for name in ("gpe", "vde", "ffe", "rpa", "rca")}
-            rows.append({"signal": signal, "tracker": method, **shares, "cents": errors["cents"]})
-    return rows
 
 
 def benchmark_pitch(
@@ -442,7 +429,6 @@ def run_benchmark(
     }
     short: dict[str, dict[str, Any]] = {
         "features": {"seconds": 1.0},
-        "f0": {},
         "pitch": {"seconds": (1,)},
         "generation": {"seconds": (1,), "batch_sizes": (1,), "num_tokens": (2,)},
         "training": {"seconds": 1, "batch_size": 1, "num_labels": 4},
@@ -450,7 +436,6 @@ def run_benchmark(
     }
     functions: dict[str, Callable[..., Any]] = {
         "features": benchmark_features,
-        "f0": benchmark_f0,
         "pitch": benchmark_pitch,
         "generation": benchmark_generation,
         "training": benchmark_training,
@@ -463,7 +448,7 @@ def run_benchmark(
         for section in sections:
             report(section)
             settings = dict(short[section]) if quick else {}
-            if section not in ("features", "f0"):
+            if section != "features":
                 settings["dtype"] = what
             if section in ("pitch", "scaling"):
                 settings["size"] = sizes[section]
@@ -474,21 +459,6 @@ def run_benchmark(
     finally:
         logging.set_verbosity(verbosity)
     return results
-
-
-def format_table(rows: list[dict[str, Any]]) -> str:
-    """Rows as a Markdown table, numbers to three digits."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-
-    def cell(value) -> str:
-        if value is None:
-            return ""
-        if isinstance(value, float):
-            return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-        return str(value)
-
-    lines = [columns, ["---"] * len(columns)] + [[cell(row.get(name)) for name in columns] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 __all__ = ["SECTIONS", "format_table", "measure", "peak_memory", "run_benchmark"]

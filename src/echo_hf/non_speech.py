@@ -18,9 +18,9 @@ import numpy as np
 import soundfile
 from datasets import Dataset
 
-from .benchmark import format_table
 from .data import load_sources
 from .data import prepare_dataset
+from .metrics import format_table
 from .metrics import normalize_text
 from .metrics import score
 from .transcription import bundled_recordings
