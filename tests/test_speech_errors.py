@@ -11,6 +11,8 @@ import sys
 import unicodedata
 from pathlib import Path
 
+import datasets
+import evaluate
 import numpy as np
 import pytest
 
@@ -21,8 +23,6 @@ from echo_hf.metrics import normalize_text
 from echo_hf.metrics import score
 from echo_hf.speech_errors import error_counts
 from echo_hf.speech_errors.error_counts import split_tone_marks
-
-evaluate = pytest.importorskip("evaluate")
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,6 @@ def test_an_error_of_a_normalizer_is_its_own():
 
 
 def test_sequences_of_other_libraries_are_taken():
-    datasets = pytest.importorskip("datasets")
     column = datasets.Dataset.from_dict({"text": ["one", "two"]})["text"]
     for texts in (("one", "two"), np.array(["one", "two"]), column):
         assert score(texts, ["one", "too"]).words.errors == 1
