@@ -9,7 +9,7 @@ from setuptools import setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "src/echo_hf/__init__.py").read_text(), re.MULTILINE).group(1)
 
-TRAIN = ["accelerate>=1.1", "datasets>=4.0", "filelock>=3.15", "jiwer>=4.0", "tensorboard>=2.17"]
+TRAIN = ["accelerate>=1.1", "datasets>=4.0", "evaluate>=0.4.6", "filelock>=3.15", "jiwer>=4.0", "tensorboard>=2.17"]
 PLOT = ["matplotlib>=3.9"]
 DEMO = [*PLOT, "gradio>=6.0"]
 EXPORT = ["onnx>=1.23", "onnxruntime>=1.31", "onnxscript>=0.7"]
@@ -26,7 +26,7 @@ setup(
     python_requires=">=3.11,<3.14",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"echo_hf": ["assets/*/*"]},
+    package_data={"echo_hf": ["assets/*/*", "speech_errors/README.md"]},
     install_requires=[
         "huggingface_hub>=2.0",
         "numpy>=2.0",

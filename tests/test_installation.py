@@ -39,8 +39,8 @@ print(round(float(np.median(f0))))
 
 
 def test_inference_imports_nothing_of_the_extras():
-    """The base install has neither datasets nor jiwer, accelerate, matplotlib or tensorboard."""
-    absent = ["datasets", "jiwer", "accelerate", "matplotlib", "tensorboard", "pandas"]
+    """The base install has neither datasets nor evaluate, jiwer, accelerate, matplotlib or tensorboard."""
+    absent = ["datasets", "evaluate", "jiwer", "accelerate", "matplotlib", "tensorboard", "pandas"]
     code = "from echo_hf.cli import main\nraise SystemExit(main(['transcribe']))"
     lines = run(WITHOUT.format(absent) + code).splitlines()
     assert len(lines) == len(list((ASSETS / "recordings").glob("*.ogg")))

@@ -9,8 +9,6 @@ import pytest
 
 from echo_hf import autocorrelation_echo
 from echo_hf import pitch_echo
-from echo_hf.metrics import f0_metrics
-from echo_hf.metrics import f0_test_signals
 from echo_hf.pitch_echo import accumulated_phase
 from echo_hf.pitch_echo import aperiodicity_code
 from echo_hf.pitch_echo import check_sampling_rate
@@ -20,6 +18,8 @@ from echo_hf.pitch_echo import interpolate_f0
 from echo_hf.pitch_echo import num_aperiodicity_bands
 from echo_hf.pitch_echo import spectral_envelope_code
 from echo_hf.pitch_echo import voicing
+from f0_trackers import f0_metrics
+from f0_trackers import f0_test_signals
 
 
 def voice(f0, sampling_rate=16000, harmonics=8):

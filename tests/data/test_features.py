@@ -118,6 +118,21 @@ def test_empty_and_long_texts_are_named(manifest, checking_processor, processor,
     assert prepared.dataset["text"][:] == ["one", "two two", " "]
 
 
+def test_a_text_that_would_exhaust_memory_is_named_and_never_tokenized(manifest, checking_processor, monkeypatch):
+    """The native code of tokenizer and alignment ends the process where memory runs out."""
+    monkeypatch.setattr("echo_hf.data.MAX_CHARACTERS", 6)
+    tokenized = []
+
+    def tokenize(texts):
+        tokenized.extend(texts)
+        return {"input_ids": [[0] for _ in texts]}
+
+    checking_processor.tokenizer = tokenize
+    with pytest.raises(ValueError, match="line 2 .*: the text has 7 characters, and an utterance at most 6"):
+        prepare_dataset(load_sources(manifest), checking_processor)
+    assert tokenized == ["one", "two tw", "three"]
+
+
 def test_durations_outside_the_limits_are_left_out(manifest, processor, cache_dir):
     table = load_sources(manifest)
     prepared = prepare_dataset(table, processor, min_seconds=0.35, max_seconds=0.45, cache_dir=cache_dir)

@@ -93,6 +93,13 @@ def test_what_cannot_be_used_stops_a_stream_or_is_left_out(manifest, model_and_p
         stream_dataset(load_sources(manifest), processor)
 
 
+def test_a_text_that_would_exhaust_memory_stops_a_stream(manifest, model_and_processor, monkeypatch):
+    monkeypatch.setattr("echo_hf.data.MAX_CHARACTERS", 0)
+    table = datasets.load_dataset("json", data_files=str(manifest), split="train", streaming=True)
+    with pytest.raises(ValueError, match=r"a\.wav: the text has 1 characters, and an utterance at most 0"):
+        list(stream_dataset(table, model_and_processor[1]))
+
+
 @pytest.mark.slow
 def test_a_stream_reads_what_lies_elsewhere(manifest, model_and_processor, tmp_path):
     """Audio of a streamed dataset is known by an address, such as that of a member of an archive."""

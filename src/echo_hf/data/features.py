@@ -27,6 +27,7 @@ from datasets.utils.file_utils import xopen
 from filelock import FileLock
 from transformers.utils import logging
 
+from ..metrics import MAX_CHARACTERS
 from .sources import name_some
 
 logger = logging.get_logger(__name__)
@@ -83,7 +84,8 @@ def prepare_dataset(
     Raises:
         `ValueError`: rows cannot be used, the message names the first of them; or no row is left.
     """
-    labels = processor.tokenizer([text or "" for text in table["text"]])["input_ids"]
+    # The tokenizer's native code ends the process when memory runs out: of a text too long to use only the start.
+    labels = processor.tokenizer([(text or "")[:MAX_CHARACTERS] for text in table["text"]])["input_ids"]
     origins = table["origin"][:]
     files, problems, outside = _check_rows(
         table, labels, max_label_length, min_seconds or 0.0, max_seconds or math.inf, allow_empty_text
@@ -176,6 +178,8 @@ def _text_problem(
         return "there is no text"
     if not text.strip() and not allow_empty_text:
         return "the text is empty"
+    if len(text) > MAX_CHARACTERS:
+        return f"the text has {len(text):,} characters, and an utterance at most {MAX_CHARACTERS:,}"
     if max_label_length is not None and len(labels) > max_label_length:
         return f"the text has {len(labels)} tokens, the model takes {max_label_length} (`max_target_positions`)"
     return None
@@ -358,7 +362,7 @@ def _extract_stream(batch: dict[str, list], processor, columns, limits, skip_bro
             file = _AudioFile(audio["path"], problem=f"the audio cannot be fetched: {error}")
     if file.problem is None:
         file = _inspect(audio)
-    labels = processor.tokenizer(text or "")["input_ids"]
+    labels = processor.tokenizer((text or "")[:MAX_CHARACTERS])["input_ids"]
     problem, features = file.problem, None
     is_inside = problem is None and min_seconds <= file.seconds <= max_seconds
     if is_inside:
@@ -369,7 +373,7 @@ def _extract_stream(batch: dict[str, list], processor, columns, limits, skip_bro
         except (OSError, RuntimeError, ValueError) as error:
             problem = str(error)
     if problem is not None and not skip_broken:
-        origin = file.path or f"The audio of {text!r}"
+        origin = file.path or f"The audio of {text if text is None else text[:50]!r}"
         raise ValueError(f"{origin}: {problem.rstrip('.')}. Mend or remove it, or leave it out with `skip_broken`.")
     if features is None:
         return {"input_features": [], "length": [], "labels": []}

@@ -1,0 +1,439 @@
+"""Errors of words, characters and tones in recognized speech, counted over a whole corpus.
+
+Rates are sums of errors over sums of reference units, never means of the rates of utterances. jiwer aligns the texts;
+it works offline and is imported where texts are scored. Texts are normalized before they are compared. Transformers'
+Whisper `BasicTextNormalizer` is not used for that: it deletes whatever is in brackets, turns apostrophes into spaces
+("don't" becomes two words) and removes combining marks, which changes Hindi and Thai words.
+
+Nothing here imports Echo, so that the folder can be shared as it is.
+"""
+
+import math
+import re
+import unicodedata
+from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Rate(NamedTuple):
+    """The names of a rate, the keys of its errors and its reference units in [`Score.to_dict`], and the unit."""
+
+    name: str
+    full_name: str
+    errors: str
+    total: str
+    unit: str
+
+
+RATES = {
+    "wer": Rate("WER", "word error rate", "word_errors", "reference_words", "words"),
+    "cer": Rate("CER", "character error rate", "character_errors", "reference_characters", "characters"),
+    "tone_error_rate": Rate("tone error", "tone error rate", "tone_errors", "reference_tones", "tones"),
+    "base_syllable_error_rate": Rate(
+        "base-syllable error",
+        "base-syllable error rate",
+        "base_syllable_errors",
+        "reference_base_syllables",
+        "base syllables",
+    ),
+    "base_word_error_rate": Rate(
+        "base-word error", "base-word error rate", "base_word_errors", "reference_base_words", "base words"
+    ),
+    "base_character_error_rate": Rate(
+        "base-character error",
+        "base-character error rate",
+        "base_character_errors",
+        "reference_base_characters",
+        "base characters",
+    ),
+}
+
+TONES = ("digits", "accents")  # the ways of writing tone, see `score`
+
+# A syllable with its tone, as in toned pinyin (`shang4`) and Jyutping (`baa1`): letters, and one digit at the end. The
+# colon stands for the two dots of a u (`nu:3`, `lu:e4`).
+TONED_SYLLABLE = re.compile(r"([^\W\d_]+(?::[^\W\d_]*)?)([0-9])")
+UMLAUT = re.compile(r"\b([ln])u:(?=(?:e|an|n)?[0-9]\b)")
+NO_TONE = "-"  # of a word that is no toned syllable, which no reference has; of a vowel without a tone mark
+
+# Grave, acute, circumflex, macron, double acute, caron, vertical line, double grave, and their contours (1DC4 to 1DC9).
+TONE_MARKS = "\u0300\u0301\u0302\u0304\u030b\u030c\u030d\u030f\u1dc4\u1dc5\u1dc6\u1dc7\u1dc8\u1dc9"
+# Letters that bear a tone even without a mark: vowels of Latin orthographies and of the IPA. y is left out, because it
+# is a consonant in most orthographies that write tone.
+VOWELS = frozenset(
+    "aeiou\u00e6\u00f8\u0131\u0153\u01dd\u0250\u0251\u0252\u0254\u0258\u0259\u025b\u025c\u025e\u0264\u0268\u0269\u026a"
+    "\u026f\u0275\u0276\u0289\u028a\u028c\u028f"
+)
+
+# Typed for an apostrophe: typewriter, typographic and modifier letter (NFKC turns the full-width sign into the first).
+APOSTROPHES = "'\u2019\u02bc"
+# Tone letters (U+02E5 to U+02E9) are symbols to Unicode, but belong to the word in which they stand.
+TONE_LETTERS = "\u02e5\u02e6\u02e7\u02e8\u02e9"
+
+# Of one text, about 18 hours of speech. The time of an alignment grows with the product of the lengths, and native code
+# that runs out of memory ends the process without an exception.
+MAX_CHARACTERS = 1_000_000
+
+
+# Texts ---------------------------------------------------------------------------------------------------------------
+
+
+def has_half_surrogate(text: str) -> bool:
+    """Whether a text holds half of a surrogate pair, as JSON may: no character, and nothing that UTF-8 can write."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def check_text(text: str, name: str) -> str:
+    """
+    Returns a text that can be scored, and raises otherwise.
+
+    Args:
+        text (`str`): what was said, or what was recognized; may be empty.
+        name (`str`): what the message calls it, such as `"references[3]"`.
+
+    Raises:
+        `ValueError`: it is no string (NaN, `None`, ...), is longer than `MAX_CHARACTERS`, or holds half of a surrogate
+        pair.
+    """
+    if not isinstance(text, str):
+        raise ValueError(
+            f"{name} must be a string, got {str(text)[:50]!r} of type {type(text).__name__}; an empty string stands for"
+            " silence."
+        )
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(
+            f"{name} has {len(text):,} characters, but at most {MAX_CHARACTERS:,} can be aligned; split it into"
+            " utterances."
+        )
+    if has_half_surrogate(text):
+        raise ValueError(f"{name} has half of a surrogate pair, which is no character; remove or replace it.")
+    return text
+
+
+def check_texts(texts: Sequence[str], name: str) -> list[str]:
+    """
+    Returns texts as a list, and raises if one of them cannot be scored.
+
+    Args:
+        texts (`Sequence[str]`): one an utterance.
+        name (`str`): what the message calls them: `"references"` or `"hypotheses"`.
+
+    Raises:
+        `ValueError`: these are not several texts, or [`check_text`] refuses one of them.
+    """
+    try:
+        if isinstance(texts, (str, bytes, dict, set, frozenset)):
+            raise TypeError("they have no order or are one text")
+        texts = list(texts)
+    except TypeError as error:
+        raise ValueError(f"{name} must be a list of strings, one an utterance, got {type(texts).__name__}.") from error
+    return [check_text(text, f"{name}[{position}]") for position, text in enumerate(texts)]
+
+
+def normalize_text(text: str) -> str:
+    """
+    Text as it is scored: Unicode NFKC, lower case, punctuation and symbols replaced by a space, whitespace collapsed.
+
+    An apostrophe beside a letter or digit stays, in one spelling (`'`); letters, digits, combining marks and tone
+    letters of every script stay. Numbers are not spelled out. Toned pinyin may have a colon for the dots of a `\u00fc`
+    (`nu:3`), which becomes that letter.
+
+    Args:
+        text (`str`): what was said, or what was recognized.
+
+    Returns:
+        `str`: the normalized text, without whitespace at its ends; may be empty.
+
+    Example:
+
+    ```python
+    >>> normalize_text("  Don\u2019t PANIC -- it's 9\u2009o'clock!")
+    "don't panic it's 9 o'clock"
+
+    ```
+    """
+    # Lower case may undo composition (a capital I with a dot becomes two code points), hence NFKC after it.
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower())
+    text = UMLAUT.sub("\\1\u00fc", text)
+    kept = []
+    for position, character in enumerate(text):
+        if character in APOSTROPHES:
+            neighbors = text[max(0, position - 1) : position] + text[position + 1 : position + 2]
+            kept.append("'" if any(neighbor.isalnum() for neighbor in neighbors) else " ")
+        elif unicodedata.category(character)[0] in "PS" and character not in TONE_LETTERS:
+            kept.append(" ")
+        else:
+            kept.append(character)
+    return " ".join("".join(kept).split())
+
+
+def split_toned_syllables(text: str) -> tuple[str, str]:
+    """
+    The tones of a text whose words end in their tone's digit, and its syllables without them.
+
+    Args:
+        text (`str`): words that whitespace separates, such as `"shang4 ren4"`.
+
+    Returns:
+        `tuple[str, str]`: both separated by spaces, as many of each as there are words: `("4 4", "shang ren")`. The
+        tone of a word that is not letters and one digit is `"-"`, its syllable the word.
+    """
+    words = text.split()
+    syllables = [TONED_SYLLABLE.fullmatch(word) for word in words]
+    tones = [syllable[2] if syllable else NO_TONE for syllable in syllables]
+    bases = [syllable[1] if syllable else word for syllable, word in zip(syllables, words)]
+    return " ".join(tones), " ".join(bases)
+
+
+def split_tone_marks(text: str) -> tuple[str, str]:
+    """
+    The tones of a text that writes them as combining accents, and the text without these accents.
+
+    Every vowel has a tone, `"-"` where it bears no mark (in many languages the low tone is not written), and so has any
+    other letter that bears a mark, such as a syllabic nasal. Marks of quality stay with the letters: dots below or
+    above, tilde, breve, cedilla.
+
+    Args:
+        text (`str`): composed or decomposed.
+
+    Returns:
+        `tuple[str, str]`: the tones, separated by spaces, and the text without tone marks in NFC: `"ng\u00e1 ot\u00e9"`
+        gives two acute accents with a `"-"` between them, and `"nga ote"`.
+    """
+    tones, letters, has_tone = [], [], False
+    for character in unicodedata.normalize("NFD", text):
+        if character in TONE_MARKS:
+            if not has_tone:
+                tones.append("")
+                has_tone = True
+            tones[-1] = tones[-1].removeprefix(NO_TONE) + character
+            continue
+        letters.append(character)
+        if not unicodedata.combining(character):  # another letter, and no mark on the one before
+            has_tone = character.lower() in VOWELS
+            if has_tone:
+                tones.append(NO_TONE)
+    return " ".join(tones), unicodedata.normalize("NFC", "".join(letters))
+
+
+# Counts --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ErrorCounts:
+    """
+    Errors of one kind, such as words or characters, summed over a corpus.
+
+    Args:
+        substitutions (`int`): units recognized as another one.
+        deletions (`int`): units of the references that were not recognized.
+        insertions (`int`): units recognized that no reference has.
+        total (`int`): units in the references.
+    """
+
+    substitutions: int
+    deletions: int
+    insertions: int
+    total: int
+
+    @property
+    def errors(self) -> int:
+        """Substitutions, deletions and insertions together."""
+        return self.substitutions + self.deletions + self.insertions
+
+    @property
+    def rate(self) -> float:
+        """Errors as a share of the reference units (may exceed 1); NaN when the references hold none."""
+        return self.errors / self.total if self.total else math.nan
+
+
+@dataclass(frozen=True)
+class Score:
+    """
+    Error counts of a corpus. Each kind is a sequence that is aligned by itself.
+
+    Tone written as digits, one after each syllable as in toned pinyin (`shang4 ren4`) and Jyutping (`baa1`), is counted
+    if every word of the references is such a syllable. Tones are the sequence of the digits, base syllables that of
+    what stands before them. A recognized word that is no such syllable has no tone, which is an error, and counts as a
+    base syllable as it is: in place of "ma3", "ma" is an error of the tone alone, "mo3" one of the base syllable alone,
+    "ma33" one of both. Neither sequence has more errors than the words have.
+
+    Tone written as accents, combining marks over the letters as in Mboshi, Yoruba and pinyin with marks, is counted
+    when [`score`] is told so. Base words and base characters are those without the marks; tones are those of the
+    vowels, see [`split_tone_marks`]. Accents that mean stress or quality are taken for tone too, so this is not for
+    French or Vietnamese.
+
+    Args:
+        words ([`ErrorCounts`]): counts of words; words are what whitespace separates.
+        characters ([`ErrorCounts`]): counts of characters, the space between words being one.
+        utterances (`int`): number of pairs compared.
+        empty_references (`list[int]`):
+            Positions of the pairs whose reference is empty once normalized. What was recognized there counts as
+            insertions.
+        exact (`int`): number of utterances recognized without an error.
+        tones ([`ErrorCounts`], *optional*): counts of tones, where they were counted.
+        base_syllables ([`ErrorCounts`], *optional*): counts of syllables without the digits of their tones.
+        base_words ([`ErrorCounts`], *optional*): counts of words without the accents of their tones.
+        base_characters ([`ErrorCounts`], *optional*): counts of characters without the accents of their tones.
+    """
+
+    words: ErrorCounts
+    characters: ErrorCounts
+    utterances: int
+    empty_references: list[int]
+    exact: int
+    tones: ErrorCounts | None = None
+    base_syllables: ErrorCounts | None = None
+    base_words: ErrorCounts | None = None
+    base_characters: ErrorCounts | None = None
+
+    @property
+    def wer(self) -> float:
+        """Word error rate as a share (0.25 is 25%); NaN when no reference has a word."""
+        return self.words.rate
+
+    @property
+    def cer(self) -> float:
+        """Character error rate as a share; NaN when no reference has a character."""
+        return self.characters.rate
+
+    def to_dict(self) -> dict[str, float | int]:
+        """Rates and counts under flat names, as a metrics dictionary; those of tones only where they were counted."""
+        kinds = (
+            self.words,
+            self.characters,
+            self.tones,
+            self.base_syllables,
+            self.base_words,
+            self.base_characters,
+        )
+        counts = {name: count for name, count in zip(RATES, kinds, strict=True) if count is not None}
+        result = {name: count.rate for name, count in counts.items()}
+        for name, count in counts.items():
+            result |= {RATES[name].errors: count.errors, RATES[name].total: count.total}
+        return result | {
+            "word_substitutions": self.words.substitutions,
+            "word_deletions": self.words.deletions,
+            "word_insertions": self.words.insertions,
+            "utterances": self.utterances,
+            "exact_utterances": self.exact,
+            "empty_references": len(self.empty_references),
+        }
+
+
+def score(
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    normalize: Callable[[str], str] | None = normalize_text,
+    tones: str = "digits",
+) -> Score:
+    """
+    Compares recognized with spoken texts.
+
+    Args:
+        references (`Sequence[str]`): what was said, one text an utterance; may be empty (silence).
+        hypotheses (`Sequence[str]`): what was recognized, in the same order.
+        normalize (`Callable[[str], str]`, *optional*, defaults to [`normalize_text`]):
+            Applied to every text first; `None` compares the texts as they are.
+        tones (`str`, defaults to `"digits"`):
+            How the texts write tone, `"digits"` or `"accents"`; see [`Score`].
+
+    Returns:
+        [`Score`]: counts and rates over the corpus.
+
+    Raises:
+        `ValueError`: a text cannot be scored (see [`check_text`]), the two differ in length, there is nothing to
+        compare, or `tones` is unknown.
+        `ImportError`: jiwer is not installed.
+
+    Example:
+
+    ```python
+    >>> result = score(["One, two, three.", ""], ["one too three", "uh"])
+    >>> result.wer, result.words.errors, result.words.total
+    (0.6666666666666666, 2, 3)
+
+    >>> result = score(["shang4 ren4"], ["shang4 ren2"])
+    >>> result.wer, result.tones.rate, result.base_syllables.rate
+    (0.5, 0.5, 0.0)
+
+    >>> result = score(["w\u00e1\u00e1 ng\u00e1"], ["w\u00e1a ng\u00e1"], tones="accents")
+    >>> result.wer, result.tones.rate, result.base_words.rate
+    (0.5, 0.3333333333333333, 0.0)
+
+    ```
+    """
+    if tones not in TONES:
+        raise ValueError(f"tones={tones!r} is unknown; choose from {', '.join(map(repr, TONES))}.")
+    references, hypotheses = check_texts(references, "references"), check_texts(hypotheses, "hypotheses")
+    if len(references) != len(hypotheses):
+        raise ValueError(f"{len(references)} references cannot be compared with {len(hypotheses)} hypotheses.")
+    if not references:
+        raise ValueError("There is nothing to score: no utterances were given.")
+    if normalize is not None:  # checked again: compatibility characters become up to 18 each
+        references = check_texts([normalize(text) for text in references], "normalized references")
+        hypotheses = check_texts([normalize(text) for text in hypotheses], "normalized hypotheses")
+    return Score(
+        words=count_words(references, hypotheses),
+        characters=count_characters(references, hypotheses),
+        utterances=len(references),
+        empty_references=[position for position, text in enumerate(references) if not text.split()],
+        exact=sum(reference == hypothesis for reference, hypothesis in zip(references, hypotheses)),
+        **(count_digits if tones == "digits" else count_accents)(references, hypotheses),
+    )
+
+
+def count_digits(references: list[str], hypotheses: list[str]) -> dict[str, ErrorCounts]:
+    """Counts of tones and base syllables where every reference word is a toned syllable; nothing elsewhere."""
+    words = [word for text in references for word in text.split()]
+    if not words or not all(map(TONED_SYLLABLE.fullmatch, words)):
+        return {}
+    reference_tones, reference_bases = zip(*map(split_toned_syllables, references))
+    hypothesis_tones, hypothesis_bases = zip(*map(split_toned_syllables, hypotheses))
+    return {
+        "tones": count_words(reference_tones, hypothesis_tones),
+        "base_syllables": count_words(reference_bases, hypothesis_bases),
+    }
+
+
+def count_accents(references: list[str], hypotheses: list[str]) -> dict[str, ErrorCounts]:
+    """Counts of tones written as accents, and of words and characters without these accents."""
+    reference_tones, reference_bases = zip(*map(split_tone_marks, references))
+    hypothesis_tones, hypothesis_bases = zip(*map(split_tone_marks, hypotheses))
+    return {
+        "tones": count_words(reference_tones, hypothesis_tones),
+        "base_words": count_words(reference_bases, hypothesis_bases),
+        "base_characters": count_characters(reference_bases, hypothesis_bases),
+    }
+
+
+def count_words(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorCounts:
+    """Errors of what whitespace of any kind separates, aligned by jiwer."""
+    # jiwer itself keeps a single tab or line break within a word.
+    references, hypotheses = ([" ".join(text.split()) for text in texts] for texts in (references, hypotheses))
+    return _read_counts(_import_jiwer().process_words(references, hypotheses))
+
+
+def count_characters(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorCounts:
+    """Errors of characters, aligned by jiwer; whitespace at the ends of a text is not counted."""
+    return _read_counts(_import_jiwer().process_characters(list(references), list(hypotheses)))
+
+
+def _import_jiwer():
+    try:
+        import jiwer
+    except ImportError as error:
+        raise ImportError(f"Error rates need jiwer ({error}): `pip install jiwer`.") from error
+    return jiwer
+
+
+def _read_counts(output) -> ErrorCounts:
+    # Only jiwer's counts are used: its own rate of a corpus without any reference word is 1 for any number of errors.
+    return ErrorCounts(
+        substitutions=output.substitutions,
+        deletions=output.deletions,
+        insertions=output.insertions,
+        total=output.hits + output.substitutions + output.deletions,
+    )
