@@ -703,7 +703,7 @@ def test_other_models_keep_the_stock_defaults():
 
 
 # In a fresh interpreter, isolated from this environment's settings: what a checkpoint does for who only has it.
-REMOTE = """
+NOT_INSTALLED = """
 import json, sys
 
 class NotInstalled:
@@ -712,7 +712,9 @@ class NotInstalled:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, NotInstalled())
+"""
 
+REMOTE = """
 import numpy as np
 import transformers
 from transformers import pipeline
@@ -788,7 +790,9 @@ def test_checkpoint_runs_where_the_package_is_not_installed(
     if from_hub:
         folder = cached_from_hub(folder, tmp_path / "home")
     np.save(tmp_path / "audio.npy", voice(1.0))
-    report = run_isolated(REMOTE, tmp_path, folder, tmp_path / "saved again", tmp_path / "audio.npy", head)
+    report = run_isolated(
+        NOT_INSTALLED + REMOTE, tmp_path, folder, tmp_path / "saved again", tmp_path / "audio.npy", head
+    )
     assert not report["echo_hf"]
     assert "trust_remote_code" in report["refused"]
     assert report["modules"] == ["transformers_modules"]
@@ -808,6 +812,40 @@ def test_checkpoint_runs_where_the_package_is_not_installed(
     assert report["long"] == json.loads(json.dumps(long))
     # What was saved without the package is the same to who has it.
     assert pipeline(TASK, model=str(tmp_path / "saved again"))(voice(1.0))["text"] == report["text"]
+
+
+# What the speech recognition example of Transformers does before it trains.
+PREPARE = """
+import numpy as np
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, AutoProcessor
+
+folder, workers = sys.argv[1], int(sys.argv[2])
+trust = {"trust_remote_code": True}
+config = AutoConfig.from_pretrained(folder, **trust)
+processor = AutoProcessor.from_pretrained(folder, **trust)
+model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, config=config, **trust)
+rows = [{"audio": np.sin(np.arange(4000) * (0.05 + 0.01 * index)), "text": "row " + str(index)} for index in range(4)]
+
+def prepare(row):
+    batch = processor(audio=np.asarray(row["audio"]), text=row["text"], sampling_rate=16000)
+    assert batch["labels"][0] != config.decoder_start_token_id
+    return {"input_features": batch["input_features"][0], "labels": batch["labels"]}
+
+parts = [config, processor, processor.tokenizer, processor.feature_extractor, type(model), type(config), prepare]
+fingerprints = [Hasher.hash(part) for part in parts]
+dataset = Dataset.from_list(rows).map(prepare, num_proc=workers)
+features = [float(np.sum(rows)) for rows in dataset["input_features"]]
+print(json.dumps([fingerprints, dataset._fingerprint, features, dataset["labels"][:]]))
+"""
+
+
+@pytest.mark.slow
+def test_remote_code_prepares_data_in_workers_and_is_the_same_to_the_cache_in_each_run(tmp_path, checkpoint):
+    reports = [run_isolated(NOT_INSTALLED + PREPARE, tmp_path, checkpoint, workers) for workers in (2, 2, 1)]
+    assert reports[0] == reports[1]
+    assert reports[0][0] == reports[2][0] and reports[0][2:] == reports[2][2:]
 
 
 @pytest.mark.slow
