@@ -123,7 +123,7 @@ FAULTS = {
     "config a list": (write("config.json", "[]"), "config.json is damaged: it holds no JSON object"),
     "config too deep": (write("config.json", NESTED), "config.json is cut off or damaged: .*recursion"),
     "config deep": (edit("config.json", dropout=json.loads("[" * 900 + "]" * 900)), "config.json: "),
-    "config of no type": (edit("config.json", dtype="evil"), "config.json: dtype 'evil' is no type of PyTorch"),
+    "config of no type": (edit("config.json", dtype="evil"), "config.json: .*evil"),
     "config of fewer layers": (
         add_layer,
         r"config.json does not .* The weights have model\..*layers\.1.* it does not ask for",
@@ -133,7 +133,7 @@ FAULTS = {
     "generation config null": (write("generation_config.json", "null"), "generation_config.json is damaged"),
     "extractor null": (write("processor_config.json", "null"), "processor_config.json is damaged"),
     "extractor too deep": (write("processor_config.json", NESTED), "processor_config.json is cut off or damaged"),
-    "extractor of Whisper": (take_whisper, "processor_config.json .*feature_groups: WhisperFeatureExtractor has none"),
+    "extractor of Whisper": (take_whisper, "processor_config.json .*WhisperFeatureExtractor.*save it again"),
     "tokenizer too deep": (write("tokenizer.json", NESTED), "tokenizer.json is cut off or damaged"),
     "tokenizer config null": (write("tokenizer_config.json", "null"), "tokenizer_config.json is damaged"),
     "end out of range": (
@@ -145,12 +145,15 @@ FAULTS = {
         "generation_config.json: suppress_tokens has -1",
     ),
     "generation config cut off": (cut("generation_config.json", 10), "generation_config.json is cut off or damaged"),
-    "extractor missing": (remove("processor_config.json"), "has no processor_config.json: copy the feature extractor"),
+    "extractor missing": (remove("processor_config.json"), "has no processor_config.json: copy it from"),
     "extractor cut off": (cut("processor_config.json", 30), "processor_config.json is cut off or damaged"),
-    "extractor of another model": (narrow_features, "processor_config.json .*feature_groups.*Save the processor again"),
-    "tokenizer missing": (remove("tokenizer.json"), "has no tokenizer.json: copy the tokenizer"),
+    "extractor of another model": (narrow_features, "processor_config.json .*feature_groups.*save it again"),
+    "tokenizer missing": (remove("tokenizer.json"), "has no tokenizer.json: copy it from"),
     "tokenizer cut off": (cut("tokenizer.json", 500), "tokenizer.json is cut off or damaged"),
-    "tokenizer no tokenizer": (edit("tokenizer.json", model={"type": "?"}), "The processor of .* cannot be loaded"),
+    "tokenizer no tokenizer": (
+        edit("tokenizer.json", model={"type": "?"}),
+        "processor_config.json and tokenizer.json are not those of the model",
+    ),
     "tokenizer of another model": (enlarge_tokenizer, "tokenizer.json .*the tokenizer has 262 tokens, the model 259"),
 }
 
@@ -164,14 +167,6 @@ def test_a_broken_checkpoint_is_refused_by_the_name_of_its_file(fault, checkpoin
     with pytest.raises(ValueError, match=f"(?s){message}") as caught:
         load_model_and_processor(folder)
     assert str(folder) in str(caught.value) and len(str(caught.value).splitlines()) == 1
-
-
-def test_a_field_of_another_version_that_is_off_changes_nothing(checkpoint, tmp_path):
-    shutil.copytree(checkpoint, tmp_path / "old")
-    edit("config.json", attention_of_yesterday=None, weight_of_yesterday=0.0, mode_of_yesterday="none")(
-        tmp_path / "old"
-    )
-    load_model_and_processor(tmp_path / "old")
 
 
 def test_commands_say_so_without_a_traceback(checkpoint, tmp_path, capsys):

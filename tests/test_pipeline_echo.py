@@ -143,7 +143,6 @@ def test_dicts(either):
     assert either(given) == expected
     assert set(given) == {"raw", "sampling_rate"}  # the caller's dict is left alone
     assert either({"array": torch.tensor(audio), "sampling_rate": SAMPLING_RATE, "path": "x.wav"}) == expected
-    assert either({"raw": np.stack([audio, audio]), "sampling_rate": SAMPLING_RATE}) == expected
     high = soxr.resample(audio, SAMPLING_RATE, 44100)
     low = soxr.resample(high, 44100, SAMPLING_RATE, quality="HQ")
     assert either({"raw": high, "sampling_rate": 44100}) == either(low)
@@ -205,7 +204,7 @@ def test_an_input_of_no_known_kind_is_named(either):
         (DatasetDict({"train": dataset, "test": dataset}), "splits train, test"),
         ({"audio": {"array": voice(0.5), "sampling_rate": SAMPLING_RATE}}, r"Pass row\['audio'\]"),
         (voice(0.5).tolist(), "Give samples as an array"),
-        (np.zeros((8000, 2), np.float32), r"\(8000, 2\) looks like \(samples, channels\).*audio.mean\(1\)"),
+        (np.zeros((8000, 2), np.float32), r"\(8000, 2\) looks like \(samples, channels\).*audio.mean\(axis=1\)"),
         (np.zeros((2, 2, 800), np.float32), "2, 2, 800"),
         (None, "must hold numbers"),
     ]:
@@ -242,11 +241,17 @@ def test_threads_share_a_pipeline(ctc_head, checkpoint, recognizer):
     model = EchoForConditionalGeneration.from_pretrained(checkpoint, ctc_loss_weight=0.3 if ctc_head else 0.0)
     parts = {"tokenizer": recognizer.tokenizer, "feature_extractor": recognizer.feature_extractor}
     timed = pipeline(TASK, model=model, **parts)
-    recordings = [voice(0.5 + 0.1 * index, 100 + 20 * index) for index in range(8)]
+    recordings = [voice(0.5, 100 + 20 * index) for index in range(8)]
     options = {"return_timestamps": "word", "generate_kwargs": {"max_new_tokens": 5}}
     expected = [timed(audio, **options) for audio in recordings]
-    with ThreadPoolExecutor(4) as threads:
-        assert list(threads.map(lambda audio: timed(audio, **options), recordings)) == expected
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)  # so that the threads meet
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            for _ in range(2):
+                assert list(threads.map(lambda audio: timed(audio, **options), recordings)) == expected
+    finally:
+        sys.setswitchinterval(interval)
     assert model.config._attn_implementation == "sdpa"
 
 

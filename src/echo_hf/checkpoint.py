@@ -75,14 +75,12 @@ def load_model_and_processor(checkpoint: str | Path, model_class=None, **overrid
         for path in _find_weights(checkpoint):
             check_safetensors(path)
     processor_file = paths[PROCESSOR] or paths[PREPROCESSOR]
-    if processor_file is None:
-        raise CheckpointError(f"{checkpoint} has no {PROCESSOR}: copy the feature extractor {SAVE_PROCESSOR}")
-    if TOKENIZER not in contents:
-        raise CheckpointError(f"{checkpoint} has no {TOKENIZER}: copy the tokenizer {SAVE_PROCESSOR}")
-    with _explained(f"The processor of {checkpoint} cannot be loaded", f"Copy it {SAVE_PROCESSOR}"):
+    for name, path in ((PROCESSOR, processor_file), (TOKENIZER, paths[TOKENIZER])):
+        if path is None:
+            raise CheckpointError(f"{checkpoint} has no {name}: copy it {SAVE_PROCESSOR}")
+    what = f"{processor_file} and {TOKENIZER} are not those of the model in {CONFIG}"
+    with _explained(what, f"Copy both {SAVE_PROCESSOR}"):
         processor = EchoProcessor.from_pretrained(checkpoint)
-    remedy = "Save the processor again that the model was trained with: processor.save_pretrained(folder)."
-    with _explained(f"{processor_file} or {TOKENIZER} is not of the model in {CONFIG}", remedy):
         check_fit(processor, config)
     if GENERATION_CONFIG in contents:
         _check_token_ids(paths[GENERATION_CONFIG], contents[GENERATION_CONFIG], config.vocab_size)
@@ -98,8 +96,6 @@ def check_fit(processor: EchoProcessor, config: EchoConfig) -> None:
     """
     extractor, tokenizer = processor.feature_extractor, processor.tokenizer
     for name in ("feature_groups", "sampling_rate", "hop_length"):
-        if not hasattr(extractor, name):
-            raise ValueError(f"{name}: {type(extractor).__name__} has none, so it is not EchoFeatureExtractor.")
         if getattr(extractor, name) != getattr(config, name):
             raise ValueError(
                 f"{name}: the feature extractor has {getattr(extractor, name)}, the model {getattr(config, name)};"
@@ -249,18 +245,11 @@ def _load_config(checkpoint: str | Path, path: str, saved: dict[str, Any], overr
         )
     default = EchoConfig()
     known = {*default.to_dict(), *OF_THE_LIBRARY}
-    # A field of another version that is off changes nothing.
-    is_on = {name: value not in (None, False, 0, "none") for name, value in saved.items()}
-    unknown = sorted(name for name in saved if name not in known and not hasattr(default, name) and is_on[name])
+    unknown = sorted(name for name in saved if name not in known and not hasattr(default, name))
     if unknown:
         raise CheckpointError(
             f"{path} has fields that this version of echo_hf does not know, and so would ignore: {', '.join(unknown)}."
             f" {NEWER}"
-        )
-    dtype = saved.get("dtype", saved.get("torch_dtype"))
-    if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
-        raise CheckpointError(
-            f"{path}: dtype {dtype!r} is no type of PyTorch. Write 'float32', or copy the file again."
         )
     with _explained(path, NEWER):
         config = EchoConfig.from_pretrained(checkpoint)

@@ -446,10 +446,10 @@ def _as_several(inputs) -> Iterable | None:
     if isinstance(inputs, np.ndarray) or is_torch_tensor(inputs):
         if inputs.ndim != 2:
             return None
-        if inputs.shape[1] <= MAX_CHANNELS < inputs.shape[0]:
+        if inputs.shape[1] <= MAX_CHANNELS and inputs.shape[1] < inputs.shape[0]:
             raise ValueError(
                 f"Audio of shape {tuple(inputs.shape)} looks like (samples, channels), and a 2-D array is a batch of"
-                " mono recordings. Average its channels: audio.mean(1)."
+                " mono recordings. Average its channels before: `audio.mean(axis=1)`."
             )
         return list(inputs)
     if is_file(inputs) or isinstance(inputs, Mapping):
