@@ -118,6 +118,13 @@ def test_weight_mixes_decoder_and_ctc():
     torch.testing.assert_close(mixed[:, 2:], 0.3 * heard[:, 2:] + 0.7 * decoder.log_softmax(-1)[:, 2:])
 
 
+def test_a_begin_that_is_the_end_too_is_scored_as_the_end():
+    logits, mask, ends = random_logits(), torch.ones(1, FRAMES, dtype=torch.long), torch.tensor([EOS])
+    prefix, zeros = torch.tensor([[EOS, 3]]), torch.zeros(1, VOCAB)
+    same = EchoCTCPrefixLogitsProcessor(logits, mask, BLANK, EOS, ends, 1.0)(prefix, zeros)
+    torch.testing.assert_close(same[:, EOS:], processor(logits)(prefix, zeros)[:, EOS:])
+
+
 @pytest.mark.parametrize("weight", [-0.1, 0.0, 1.5])
 def test_impossible_weights_are_refused(weight):
     with pytest.raises(ValueError, match="ctc_weight"):
@@ -213,6 +220,14 @@ def test_without_an_end_it_goes_on():
     model = tiny_model()
     text = model.generate(**features((40,)), eos_token_id=None, max_length=20)
     assert text.shape == (1, 20) and not (text[:, 1:] <= BOS).any()
+
+
+def test_a_begin_that_is_the_end_too_ends_the_text():
+    model = tiny_model(bos_token_id=EOS, eos_token_id=EOS, decoder_start_token_id=EOS)
+    with torch.no_grad():  # CTC hears nothing
+        model.ctc_head.weight.zero_()
+        model.ctc_head.bias[BLANK] = 20.0
+    assert model.generate(**features((40,)), ctc_weight=0.9, max_length=20).tolist() == [[EOS, EOS]]
 
 
 def test_a_checkpoint_without_its_ctc_head_generates(tmp_path):

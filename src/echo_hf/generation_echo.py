@@ -69,7 +69,7 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
         blank_token_id (`int`):
             The blank; `pad_token_id` in Echo.
         bos_token_id (`int`):
-            Begin of sequence, never to be written; `None` where there is none.
+            Begin of sequence, never to be written unless it is an end of sequence too; `None` where there is none.
         eos_token_ids (`torch.Tensor` of shape `(ends,)`):
             Ends of sequence.
         weight (`float`):
@@ -100,8 +100,10 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
         log_probs = torch.where(mask[..., None] > 0, log_probs, IMPOSSIBLE)
         log_probs[..., blank_token_id] = torch.where(mask > 0, log_probs[..., blank_token_id], 0.0)
         self.log_probs = log_probs.clamp(min=IMPOSSIBLE)
-        unsaid = [token for token in (blank_token_id, bos_token_id) if token is not None]
-        self.unsaid_token_ids = torch.tensor(unsaid, device=logits.device)
+        # A begin of sequence that is the end of sequence too, as in Whisper and GPT-2, must be written to end.
+        ends = eos_token_ids.tolist()
+        unsaid = [token for token in (blank_token_id, bos_token_id) if token is not None and token not in ends]
+        self.unsaid_token_ids = torch.tensor(unsaid, dtype=torch.long, device=logits.device)
         self.eos_token_ids = eos_token_ids
         self.no_text_ids = torch.cat((eos_token_ids, self.unsaid_token_ids))
         self.weight = weight
