@@ -103,11 +103,27 @@ def test_reordered_beams_and_jumps_have_the_scores_of_their_own_texts():
     zeros = torch.zeros(3, VOCAB)
     joint(torch.tensor([[BOS]] * 3), zeros)
     joint(torch.tensor([[BOS, 3], [BOS, 4], [BOS, 3]]), zeros)
-    for texts in ([[BOS, 4, 3], [BOS, 4, 4], [BOS, 3, 4]], [[BOS, 4, 3, 3, 4], [BOS, 3, 3, 3, 3], [BOS, 4, 4, 3, EOS]]):
+    for texts in ([[BOS, 4, 3], [BOS, 4, 4], [BOS, 3, 4]], [[BOS, 4, 3, 3, 4], [BOS, 3, 3, 3, 3], [BOS, 4, 4, 3, 4]]):
         scores = joint(torch.tensor(texts), zeros)
         for row, text in enumerate(texts):
             fresh = processor(logits[:1])(torch.tensor([text]), zeros[:1])[0]
             torch.testing.assert_close(scores[row], fresh)
+
+
+@pytest.mark.parametrize("weight", [0.4, 1.0])
+def test_finished_rows_score_padding_alone(weight):
+    joint, decoder = processor(random_logits().expand(2, -1, -1), weight=weight, num_hypotheses=2), torch.zeros(2, VOCAB)
+    joint(torch.tensor([[BOS]] * 2), decoder)
+    for texts in ([[BOS, 3], [BOS, EOS]], [[BOS, 3, 4], [BOS, EOS, BLANK]]):
+        scores = joint(torch.tensor(texts), decoder)
+        assert scores[0, BLANK] == -torch.inf and scores[0, 3:].isfinite().all()
+        assert scores[1, BLANK] == 0.0 and (scores[1, BLANK + 1 :] == -torch.inf).all()
+
+
+def test_an_end_in_the_prompt_finishes_nothing():
+    prompt, decoder = torch.tensor([[BOS, EOS, BLANK, 3]]), torch.zeros(1, VOCAB)
+    expected = processor(random_logits())(torch.tensor([[BOS, 3]]), decoder)
+    assert torch.equal(processor(random_logits())(prompt, decoder), expected)
 
 
 def test_weight_mixes_decoder_and_ctc():
@@ -116,6 +132,13 @@ def test_weight_mixes_decoder_and_ctc():
     heard = processor(logits)(prefix, decoder)
     mixed = processor(logits, weight=0.3)(prefix, decoder)
     torch.testing.assert_close(mixed[:, 2:], 0.3 * heard[:, 2:] + 0.7 * decoder.log_softmax(-1)[:, 2:])
+
+
+def test_a_begin_that_is_the_end_too_is_scored_as_the_end():
+    logits, mask, ends = random_logits(), torch.ones(1, FRAMES, dtype=torch.long), torch.tensor([EOS])
+    prefix, zeros = torch.tensor([[EOS, 3]]), torch.zeros(1, VOCAB)
+    same = EchoCTCPrefixLogitsProcessor(logits, mask, BLANK, EOS, ends, 1.0)(prefix, zeros)
+    torch.testing.assert_close(same[:, EOS:], processor(logits)(prefix, zeros)[:, EOS:])
 
 
 @pytest.mark.parametrize("weight", [-0.1, 0.0, 1.5])
@@ -209,10 +232,31 @@ def test_assisted_and_sampled_generation_take_it_too():
     assert sampled.shape[0] == 3 and not (sampled[:, 1:] == BOS).any()
 
 
+@pytest.mark.parametrize("settings", [{}, {"do_sample": True}])
+def test_scores_of_a_batch_are_finite(settings):
+    model, inputs = tiny_model(), features()
+    with torch.no_grad():  # what is silent ends at once
+        model.ctc_head.bias[BLANK] = 3.0
+    inputs["input_features"][1] = 0.0
+    options = {"ctc_weight": 0.5, "return_dict_in_generate": True, "output_scores": True, **settings}
+    output = model.generate(**inputs, **options)
+    assert (output.sequences[:, -1] == BLANK).any()  # one has ended before another
+    scores = model.compute_transition_scores(output.sequences, output.scores)
+    assert scores.isfinite().all() and not scores[output.sequences[:, 1:] == BLANK].any()
+
+
 def test_without_an_end_it_goes_on():
     model = tiny_model()
     text = model.generate(**features((40,)), eos_token_id=None, max_length=20)
     assert text.shape == (1, 20) and not (text[:, 1:] <= BOS).any()
+
+
+def test_a_begin_that_is_the_end_too_ends_the_text():
+    model = tiny_model(bos_token_id=EOS, eos_token_id=EOS, decoder_start_token_id=EOS)
+    with torch.no_grad():  # CTC hears nothing
+        model.ctc_head.weight.zero_()
+        model.ctc_head.bias[BLANK] = 20.0
+    assert model.generate(**features((40,)), ctc_weight=0.9, max_length=20).tolist() == [[EOS, EOS]]
 
 
 def test_a_checkpoint_without_its_ctc_head_generates(tmp_path):

@@ -4,6 +4,8 @@ The decoder alone may lose its place in long speech, repeat itself, or stop too 
 the speech a transcript so far accounts for. So `generate()` takes both, for greedy search, beams and sampling alike.
 """
 
+from typing import NamedTuple
+
 import torch
 from transformers import LogitsProcessor
 
@@ -40,8 +42,24 @@ def log_cumulative_products(factors: torch.Tensor, inputs: torch.Tensor) -> torc
         `torch.Tensor` of shape `(rows, frames)`: log x.
     """
     products = factors.cumsum(-1)
-    before = torch.nn.functional.pad(products[:, :-1], (1, 0))
-    return products + torch.logcumsumexp(inputs - before, dim=-1)
+    return products + torch.logcumsumexp(inputs + factors - products, dim=-1)
+
+
+class PrefixState(NamedTuple):
+    """What CTC knows of each row's transcript so far, in logarithms. Column 0 of frames is the time before the first.
+
+    Args:
+        ends_in_any, ends_in_blank (`torch.Tensor` of shape `(rows, 1 + frames)`): r^n + r^b, and r^b.
+        prefix (`torch.Tensor` of shape `(rows,)`): psi.
+        last_token (`torch.LongTensor` of shape `(rows,)`): the transcript's last; the blank if it is empty.
+        heard_last (`torch.Tensor` of shape `(rows, frames)`): p_t of that token.
+    """
+
+    ends_in_any: torch.Tensor
+    ends_in_blank: torch.Tensor
+    prefix: torch.Tensor
+    last_token: torch.Tensor
+    heard_last: torch.Tensor
 
 
 class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
@@ -59,7 +77,8 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
         r^n_t(gc) = p_t(c) (r^n_{t-1}(gc) + phi_t)
         r^b_t(gc) = p_t(blank) (r^b_{t-1}(gc) + r^n_{t-1}(gc))
 
-    A step costs frames times vocabulary for each row, with no loop over frames.
+    A step costs frames times vocabulary for each row, with no loop over frames. The probabilities are in float32, and a
+    token has at least 1e-38 in each frame; the recurrences, sums of thousands of logarithms, are in float64.
 
     Args:
         logits (`torch.Tensor` of shape `(rows, frames, vocab_size)`):
@@ -69,7 +88,7 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
         blank_token_id (`int`):
             The blank; `pad_token_id` in Echo.
         bos_token_id (`int`):
-            Begin of sequence, never to be written; `None` where there is none.
+            Begin of sequence, never to be written unless it is an end of sequence too; `None` where there is none.
         eos_token_ids (`torch.Tensor` of shape `(ends,)`):
             Ends of sequence.
         weight (`float`):
@@ -93,78 +112,105 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
     ):
         if not 0 < weight <= 1:
             raise ValueError(f"ctc_weight must be above 0 and at most 1, got {weight}.")
-        dtype = torch.float32 if logits.device.type == "mps" else torch.float64  # sums of thousands of logarithms
-        # The hypotheses of an utterance share its frames: (batch, frames, vocab_size).
-        log_probs, mask = logits[::num_hypotheses].to(dtype).log_softmax(-1), mask[::num_hypotheses]
-        # Frames of padding are blank for certain, which leaves every probability at the last real frame as it is.
-        log_probs = torch.where(mask[..., None] > 0, log_probs, IMPOSSIBLE)
-        log_probs[..., blank_token_id] = torch.where(mask > 0, log_probs[..., blank_token_id], 0.0)
-        self.log_probs = log_probs.clamp(min=IMPOSSIBLE)
-        unsaid = [token for token in (blank_token_id, bos_token_id) if token is not None]
-        self.unsaid_token_ids = torch.tensor(unsaid, device=logits.device)
+        self.blank_token_id = blank_token_id
         self.eos_token_ids = eos_token_ids
-        self.no_text_ids = torch.cat((eos_token_ids, self.unsaid_token_ids))
         self.weight = weight
         self.num_hypotheses = num_hypotheses
-        self.probs = self.log_probs.exp()
-        self.input_ids = None  # of the last call
-        self.blanks = self.log_probs[..., blank_token_id].repeat_interleave(num_hypotheses, 0)  # (rows, frames)
-        self._begin()
+        # The hypotheses of an utterance share its frames: (batch, frames, vocab_size).
+        logits, mask = logits[::num_hypotheses], mask[::num_hypotheses, :, None] > 0
+        probs = logits.float().softmax(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        # Frames of padding are blank for certain, which leaves every probability at the last real frame as it is.
+        is_blank = torch.arange(logits.shape[-1], device=logits.device) == blank_token_id
+        self.probs = torch.where(mask, probs, is_blank.float())
+        # A begin of sequence that is the end of sequence too, as in Whisper and GPT-2, must be written to end.
+        ends = eos_token_ids.tolist()
+        unsaid = [token for token in (blank_token_id, bos_token_id) if token is not None and token not in ends]
+        self.unsaid_token_ids = torch.tensor(unsaid, dtype=torch.long, device=logits.device)
+        self.is_text = torch.ones_like(is_blank)
+        self.is_text[torch.cat((eos_token_ids, self.unsaid_token_ids))] = False
+        after_end = torch.full_like(logits[:1, 0], -torch.inf, dtype=torch.float32)
+        after_end[:, blank_token_id] = 0.0
+        self.after_end = after_end  # (1, vocab_size)
+        rows = torch.arange(len(probs) * num_hypotheses, device=logits.device)
+        self.utterances = rows // num_hypotheses
+        self.blanks = self.heard(torch.full_like(rows, blank_token_id))  # (rows, frames)
+        self.prompt_length = None
+        self.input_ids = self.state = None  # of the last call
 
-    def _begin(self):
-        """The state of the empty transcript, for every row."""
-        rows, frames = self.blanks.shape
-        self.ends_in_token = self.blanks.new_full((rows, frames), IMPOSSIBLE)  # log r^n
-        self.ends_in_blank = self.blanks.cumsum(-1)  # log r^b
-        self.prefix = self.blanks.new_zeros(rows)  # log psi
-        self.last = torch.full((rows,), -1, device=self.blanks.device)
-
-    def _before(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """log r^n and log r^b one frame earlier, `(rows, frames)`."""
-        ends_in_token = torch.nn.functional.pad(self.ends_in_token[:, :-1], (1, 0), value=IMPOSSIBLE)
-        first = torch.where(self.last < 0, 0.0, IMPOSSIBLE)[:, None].to(self.blanks.dtype)
-        return ends_in_token, torch.cat((first, self.ends_in_blank[:, :-1]), dim=-1)
-
-    def _heard(self, tokens: torch.Tensor) -> torch.Tensor:
+    def heard(self, tokens: torch.Tensor) -> torch.Tensor:
         """log p_t of each row's own token, `(rows,)` to `(rows, frames)`."""
-        tokens = tokens.unflatten(0, (-1, 1, self.num_hypotheses))
-        log_probs = self.log_probs.gather(2, tokens.expand(-1, self.log_probs.shape[1], -1))
-        return log_probs.transpose(1, 2).flatten(0, 1)
+        # mps has no float64
+        dtype = torch.float32 if self.probs.device.type == "mps" else torch.float64
+        return self.probs.transpose(1, 2)[self.utterances, tokens].to(dtype).log().clamp(min=IMPOSSIBLE)
 
-    def _advance(self, tokens: torch.Tensor):
-        """Takes one more token for each row, `(rows,)`. An end of sequence or padding changes nothing."""
-        is_text = ~torch.isin(tokens, self.no_text_ids)
-        before_token, before_blank = self._before()
-        inputs = torch.where((tokens == self.last)[:, None], before_blank, torch.logaddexp(before_token, before_blank))
-        heard = self._heard(tokens)
+    def begin(self) -> PrefixState:
+        """The state of the empty transcript, for every row."""
+        ends_in_blank = torch.nn.functional.pad(self.blanks.cumsum(-1), (1, 0))
+        empty = torch.full_like(self.utterances, self.blank_token_id)
+        return PrefixState(
+            ends_in_any=ends_in_blank,
+            ends_in_blank=ends_in_blank,
+            prefix=torch.zeros_like(ends_in_blank[:, 0]),
+            last_token=empty,
+            heard_last=self.blanks,
+        )
+
+    def advance(self, state: PrefixState, tokens: torch.Tensor) -> PrefixState:
+        """The state after one more token of each row, `(rows,)`. A blank, or an end of sequence, is no text."""
+        repeats = (tokens == state.last_token)[:, None]  # which needs a blank between
+        inputs = torch.where(repeats, state.ends_in_blank[:, :-1], state.ends_in_any[:, :-1])
+        heard = self.heard(tokens)
         ends_in_token = log_cumulative_products(heard, inputs)
-        arriving = torch.nn.functional.pad(ends_in_token[:, :-1], (1, 0), value=IMPOSSIBLE)
-        ends_in_blank = log_cumulative_products(self.blanks, arriving)
-        self.ends_in_token = torch.where(is_text[:, None], ends_in_token, self.ends_in_token)
-        self.ends_in_blank = torch.where(is_text[:, None], ends_in_blank, self.ends_in_blank)
-        self.prefix = torch.where(is_text, (inputs + heard).logsumexp(-1), self.prefix)
-        self.last = torch.where(is_text, tokens, self.last)
+        ends_in_token = torch.nn.functional.pad(ends_in_token, (1, 0), value=IMPOSSIBLE)
+        ends_in_blank = log_cumulative_products(self.blanks, ends_in_token[:, :-1])
+        ends_in_blank = torch.nn.functional.pad(ends_in_blank, (1, 0), value=IMPOSSIBLE)
+        ends_in_any = torch.logaddexp(ends_in_token, ends_in_blank)
+        after = (ends_in_any, ends_in_blank, (inputs + heard).logsumexp(-1), tokens, heard)
+        is_text = self.is_text[tokens]
+        if not is_text.all():
+            is_text_too = is_text[:, None]
+            after = tuple(
+                torch.where(is_text_too if new.dim() == 2 else is_text, new, old) for new, old in zip(after, state)
+            )
+        return PrefixState(*after)
 
-    def _follow(self, input_ids: torch.LongTensor):
-        """Brings the state to these transcripts so far, `(rows, length)`: a step on from the last call's, of which each
+    def score(self, state: PrefixState, scores: torch.Tensor) -> torch.Tensor:
+        """Scores of the next token, `(rows, vocab_size)`, float32; those of the decoder are given."""
+        inputs, before_blank = state.ends_in_any[:, :-1], state.ends_in_blank[:, :-1]
+        # log psi(g c), (rows, vocab_size): a product of matrices, scaled by the largest input, is a sum over frames.
+        scale = inputs.amax(-1, keepdim=True)
+        share = (inputs - scale).float().exp().unflatten(0, (-1, self.num_hypotheses))  # (batch, hypotheses, frames)
+        prefix = state.prefix[:, None]
+        heard = (share @ self.probs).flatten(0, 1).clamp(min=torch.finfo(torch.float32).tiny).log()
+        heard = heard + (scale - prefix).float()
+        # A repeated token needs a blank between, or it would be the same. Without a last token it is the blank, whose
+        # score does not count.
+        repeated = (before_blank + state.heard_last).logsumexp(-1, keepdim=True) - prefix
+        heard = heard.scatter(1, state.last_token[:, None], repeated.float())
+        heard[:, self.eos_token_ids] = (state.ends_in_any[:, -1:] - prefix).float()
+        if self.weight < 1:
+            heard = self.weight * heard + (1 - self.weight) * scores.float().log_softmax(-1)
+        heard[:, self.unsaid_token_ids] = -torch.inf
+        return heard
+
+    def _follow(self, input_ids: torch.LongTensor) -> PrefixState:
+        """The state of these transcripts so far, `(rows, length)`: a step on from the last call's, of which each
         continues any of its utterance's; otherwise from the beginning."""
-        known = self.input_ids
+        known, state = self.input_ids, self.state
         if known is not None and input_ids.shape[1] == known.shape[1] + 1:
+            if torch.equal(input_ids[:, :-1], known):
+                return self.advance(state, input_ids[:, -1])
             # The rows of an utterance are its beams, which search reorders.
             now, then = (ids.unflatten(0, (-1, self.num_hypotheses)) for ids in (input_ids[:, :-1], known))
             same = (now[:, :, None] == then[:, None]).all(-1)  # (batch, beams, beams)
             if same.any(-1).all():
                 first = torch.arange(0, len(known), self.num_hypotheses, device=known.device)[:, None]
                 parent = (same.to(torch.uint8).argmax(-1) + first).flatten()
-                for name in ("ends_in_token", "ends_in_blank", "prefix", "last"):
-                    setattr(self, name, getattr(self, name)[parent])
-                self._advance(input_ids[:, -1])
-                self.input_ids = input_ids
-                return
-        self._begin()
+                return self.advance(PrefixState(*(part[parent] for part in state)), input_ids[:, -1])
+        state = self.begin()
         for tokens in input_ids[:, 1:].unbind(-1):  # the first is the begin of sequence
-            self._advance(tokens)
-        self.input_ids = input_ids
+            state = self.advance(state, tokens)
+        return state
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """
@@ -174,28 +220,14 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
 
         Returns:
             `torch.FloatTensor` of shape `(rows, vocab_size)`: scores, logarithmic; minus infinity for the begin of
-            sequence and padding.
+            sequence and padding. In rows that are finished padding has 0, and all else minus infinity.
         """
-        self._follow(input_ids)
-        before_token, before_blank = self._before()
-        inputs = torch.logaddexp(before_token, before_blank)
-        # log psi(g c), (rows, vocab_size): a product of matrices, scaled by the largest input, is a sum over frames.
-        # What underflows there is a transcript hundreds of decades less likely than others.
-        scale = inputs.amax(-1, keepdim=True)
-        share = (inputs - scale).exp().unflatten(0, (-1, self.num_hypotheses))  # (batch, hypotheses, frames)
-        heard = scale + (share @ self.probs).flatten(0, 1).log().clamp(min=IMPOSSIBLE)
-        # A repeated token needs a blank between, or it would be the same.
-        last = self.last.clamp(min=0)
-        repeated = (before_blank + self._heard(last)).logsumexp(-1, keepdim=True)
-        last = last[:, None]
-        heard = heard.scatter(1, last, torch.where(self.last[:, None] >= 0, repeated, heard.gather(1, last)))
-        whole = torch.logaddexp(self.ends_in_token[:, -1], self.ends_in_blank[:, -1])
-        heard[:, self.eos_token_ids] = whole[:, None]
-        heard = (heard - self.prefix[:, None]).clamp(min=IMPOSSIBLE)
-        if self.weight < 1:
-            heard = self.weight * heard + (1 - self.weight) * scores.to(heard.dtype).log_softmax(-1)
-        heard[:, self.unsaid_token_ids] = -torch.inf
-        return heard.to(scores.dtype)
+        if self.prompt_length is None:
+            self.prompt_length = input_ids.shape[1]
+        self.state, self.input_ids = self._follow(input_ids), input_ids
+        # Only an end of sequence, or the padding behind another end, is written and no text.
+        is_finished = ~self.is_text[input_ids[:, self.prompt_length :]].all(-1, keepdim=True)
+        return torch.where(is_finished, self.after_end, self.score(self.state, scores)).to(scores.dtype)
 
 
 __all__ = ["EchoCTCPrefixLogitsProcessor"]
