@@ -10,8 +10,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
-from echo_hf.cli import COMMAND_FILE
-from echo_hf.cli import _without_token
+from echo_hf.cli.train import _without_token
+from echo_hf.model_card import COMMAND_FILE
 from echo_hf.model_card import MARK
 from echo_hf.model_card import CardArguments
 from echo_hf.model_card import build_model_card

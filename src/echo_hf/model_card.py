@@ -21,12 +21,12 @@ from huggingface_hub import ModelCard
 from huggingface_hub import ModelCardData
 
 from .checkpoint import read_json
-from .cli import COMMAND_FILE
 from .configuration_echo import EchoConfig
 from .metrics import RATES
 
 TRAINING_ARGUMENTS_FILE = "training_args.json"  # in output_dir: all settings of the Trainer but tokens
 SUMMARY_FILE = "run_summary.json"
+COMMAND_FILE = "train_command.json"  # the options of the run, for --resume
 CARD_FILE = "README.md"
 
 TASK = "automatic-speech-recognition"
