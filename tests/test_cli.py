@@ -14,9 +14,11 @@ import soundfile
 import echo_hf
 from conftest import voice
 from echo_hf import inference
-from echo_hf.cli import _with_recipe
-from echo_hf.cli import _write
+from echo_hf.cli import COMMANDS
 from echo_hf.cli import main
+from echo_hf.cli.output import write
+from echo_hf.cli.train import _settle
+from echo_hf.cli.train import _with_recipe
 from echo_hf.training import build_config
 from test_subtitles import parse_srt
 from test_subtitles import parse_vtt
@@ -626,13 +628,11 @@ def test_recipes_name_options_that_exist(path, capsys, manifest, tmp_path, monke
 
 
 def test_what_was_left_open_follows_from_the_rest():
-    from echo_hf.cli import _settle
-
     def settle(**given):
         settings = {"eval_data": ["x"], "eval_steps": None, "save_steps": None, "logging_steps": 25}
         settings |= {"eval_strategy": None, "save_strategy": None, "load_best_model_at_end": None}
-        settings |= {"report_to": "none", "dataloader_pin_memory": False, "predict_with_generate": True}
-        settings |= {"metric_for_best_model": "wer", **given}
+        settings |= {"report_to": "none", "dataloader_pin_memory": False, "disable_tqdm": None}
+        settings |= {"metric_for_best_model": "wer", "predict_with_generate": True, **given}
         _settle(settings)
         names = ("eval_strategy", "save_strategy", "save_steps", "load_best_model_at_end")
         return tuple(settings[name] for name in names)
@@ -650,12 +650,10 @@ def test_what_was_left_open_follows_from_the_rest():
 
 
 def test_without_generation_the_best_model_is_that_of_the_least_loss():
-    from echo_hf.cli import _settle
-
     for generate, metric in ((True, "wer"), (False, "loss")):
         settings = dict.fromkeys(("eval_data", "eval_strategy", "save_strategy", "load_best_model_at_end", "report_to"))
         settings |= {"dataloader_pin_memory": False, "predict_with_generate": generate, "metric_for_best_model": "wer"}
-        settings |= {"save_steps": None}
+        settings |= {"save_steps": None, "disable_tqdm": None}
         _settle(settings)
         assert settings["metric_for_best_model"] == metric
 
@@ -663,6 +661,6 @@ def test_without_generation_the_best_model_is_that_of_the_least_loss():
 def test_into_files_goes_utf8_whatever_the_system_writes(monkeypatch):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
-    monkeypatch.setattr("echo_hf.cli._transcribe", lambda options: _write("caf\udce9.wav: Привет") or 0)
+    monkeypatch.setattr(COMMANDS["transcribe"], "run", lambda options: write("caf\udce9.wav: Привет") or 0)
     assert main(["transcribe"]) == 0
     assert written.getvalue() == b"caf\xe9.wav: " + "Привет\n".encode()

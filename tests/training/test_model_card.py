@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import close_session
 
-from echo_hf.cli import _without_token
+from echo_hf.cli.train import _without_token
 from echo_hf.training import DataArguments, EchoTrainer, train
 from echo_hf.training.model_card import COMMAND_FILE, MARK, CardArguments, build_model_card, write_model_card
 from hub_server import Hub

@@ -1,0 +1,69 @@
+"""`echo-hf diagnose`: statistics of what the parts of a model do."""
+
+import json
+
+from .options import add_both
+from .options import add_checkpoint
+from .options import add_device
+from .options import add_skip_broken
+from .options import count
+from .options import new_parser
+from .options import skip_or_stop
+from .output import write
+
+EXAMPLES = """\
+examples:
+  echo-hf diagnose                                 the recordings that come with the package
+  echo-hf diagnose interviews/ --checkpoint my-model --json
+"""
+
+
+def add_parser(commands) -> None:
+    """Adds the command."""
+    parser = new_parser(
+        commands,
+        "diagnose",
+        arguments="[FILE_OR_FOLDER ...] [--checkpoint FOLDER]",
+        help="show how active the parts of a model are, and what pitch does in it",
+        description=(
+            "Transcribe audio files and print statistics of the activations on the way: of each kind of component,\n"
+            "of the gates beside the feed-forwards in each block, of theta, radius and F0, and the share of silent\n"
+            "frames. Long recordings are cut at pauses, and most of a long pause is left out of the counts."
+        ),
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("paths", nargs="*", help="files and folders (the recordings that come with the package)")
+    add_checkpoint(parser)
+    add_both(parser, "batch_size", type=count, default=8, help="recordings at a time")
+    add_device(parser)
+    add_skip_broken(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def run(options) -> int:
+    """Transcribes the files and prints the statistics."""
+    import torch
+
+    from ..analysis.diagnostics import EchoDiagnostics
+    from ..inference import bundled_recordings
+    from ..inference import expand_paths
+    from ..inference import load_checkpoint
+    from ..inference import make_pipeline
+    from ..inference import transcribe_files
+
+    files = expand_paths(options.paths or bundled_recordings())
+    model, processor = load_checkpoint(options.checkpoint, options.device)
+    diagnostics, num_used = EchoDiagnostics(model), 0
+    with diagnostics, torch.inference_mode():
+        for transcript in transcribe_files(make_pipeline(model, processor), files, options.batch_size):
+            if transcript.error is None:
+                num_used += 1
+            else:
+                skip_or_stop(transcript, options.skip_broken)
+    if not num_used:
+        raise ValueError(f"None of {len(files)} files could be used.")
+    figures = diagnostics.to_dict()
+    if not figures["frames"]:
+        raise ValueError("The recordings are silent throughout, so that the model was not run.")
+    write(json.dumps(figures) if options.json else diagnostics.table())
+    return 0

@@ -1,0 +1,120 @@
+"""`echo-hf plot`: pictures of a recording, of what a checkpoint makes of it, or of a training run."""
+
+from pathlib import Path
+from typing import Any
+
+from .options import add_both
+from .options import add_checkpoint
+from .options import new_parser
+from .options import number
+from .options import whole_number
+from .output import write
+
+# Options that a kind of picture reads, beside input, output and title.
+OPTIONS = {
+    "utterance": ("checkpoint", "words"),
+    "pitch": ("checkpoint", "words"),
+    "angles": ("checkpoint", "theta_mode"),
+    "similarity": ("checkpoint",),
+    "bias": ("checkpoint", "strength", "layer", "head"),
+    "alignment": ("checkpoint", "words", "text"),
+    "curves": (),
+}
+FORMATS = (".png", ".svg", ".pdf")
+RESOLUTION = 150  # dots an inch
+index = whole_number(0, 1000)
+
+EXAMPLES = """\
+kinds:
+  utterance    waveform, spectrogram and F0; --words writes the words below, at their times
+  pitch        F0 and its harmonics on a narrow-band spectrogram
+  angles       rotary angles, standard and moved by F0
+  similarity   how alike positions are to attention, standard and moved by F0
+  bias         what is added to the scores of frames of similar pitch
+  alignment    where the decoder attends as it writes, or as it is made to write --text
+  curves       losses and word error rate of a training run: INPUT is its folder, or a trainer_state.json
+
+examples:
+  echo-hf plot pitch talk.flac --output pitch.png
+  echo-hf plot angles talk.flac --checkpoint my-model --theta_mode frame --output angles.svg
+  echo-hf plot curves my-model --output curves.pdf
+"""
+
+
+def add_parser(commands) -> None:
+    """Adds the command."""
+    parser = new_parser(
+        commands,
+        "plot",
+        arguments="KIND [INPUT] --output FILE",
+        help="draw what a model is given and how pitch moves its attention",
+        description="Draw a picture of a recording, of what a checkpoint makes of it, or of a training run.",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("kind", choices=list(OPTIONS), metavar="KIND", help="what to draw, see below")
+    parser.add_argument("input", nargs="?", metavar="INPUT", help="audio file (one that comes with the package)")
+    parser.add_argument("--output", required=True, help="file to write: .png, .svg or .pdf")
+    parser.add_argument("--title", help="written above the picture")
+    add_checkpoint(parser)
+    parser.add_argument("--words", action="store_true", help="utterance, pitch, alignment: write words at their times")
+    parser.add_argument("--text", help="alignment: what was said (what the model writes)")
+    add_both(parser, "theta_mode", help="angles: mean, frame or phase (the checkpoint's)")
+    parser.add_argument("--strength", type=number, help="bias: of the Gaussian (the strongest that the model learned)")
+    parser.add_argument("--layer", type=index, help="bias: layer of the encoder whose strength is taken, from 0")
+    parser.add_argument("--head", type=index, help="bias: head whose strength is taken, from 0")
+
+
+def run(options) -> int:
+    """Draws the picture and prints the name of its file."""
+    output = Path(options.output).expanduser()
+    if output.suffix.lower() not in FORMATS:
+        raise ValueError(f"--output {options.output}: name a file that ends in {', '.join(FORMATS)}.")
+    for name in dict.fromkeys(name for names in OPTIONS.values() for name in names):
+        value = getattr(options, name)
+        if value is not None and value is not False and name not in OPTIONS[options.kind]:
+            raise ValueError(f"--{name} does not apply to pictures of the kind {options.kind}. Omit it.")
+    figure = _draw_curves(options) if options.kind == "curves" else _draw_recording(options)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=RESOLUTION)
+    write(str(output))
+    return 0
+
+
+def _draw_curves(options):
+    from ..analysis.plotting import plot_learning_curves
+
+    if options.input is None:
+        raise ValueError("curves: name the folder of a training run, or its trainer_state.json.")
+    return plot_learning_curves(options.input, title=options.title)
+
+
+def _draw_recording(options):
+    from ..analysis import plotting
+    from ..inference import bundled_recordings
+    from ..inference import expand_paths
+    from ..inference import load_checkpoint
+
+    path = str(expand_paths([options.input] if options.input else bundled_recordings())[0])
+    model, processor = load_checkpoint(options.checkpoint, "cpu")
+    extractor, title = processor.feature_extractor, options.title
+    waveform = extractor._read(path, path, extractor.sampling_rate, resample=True)
+    plotting.check_length(len(waveform) / extractor.sampling_rate)
+    words = _find_words(model, processor, path) if options.words else None
+    if options.kind == "utterance":
+        return plotting.plot_utterance(waveform, extractor, title, words)
+    if options.kind == "pitch":
+        return plotting.plot_pitch(waveform, extractor, title, words)
+    features = processor(audio=waveform, sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_features"]
+    if options.kind == "angles":
+        return plotting.plot_angles(model, features, options.theta_mode, title)
+    if options.kind == "similarity":
+        return plotting.plot_similarity(model, features, title=title)
+    if options.kind == "bias":
+        return plotting.plot_pitch_bias(model, features, options.strength, options.layer, options.head, title)
+    return plotting.plot_alignment(model, features, processor.tokenizer, options.text, words, title)
+
+
+def _find_words(model, processor, path: str) -> list[dict[str, Any]]:
+    from ..inference import make_pipeline
+
+    return make_pipeline(model, processor)(path, return_timestamps="word")["chunks"]
