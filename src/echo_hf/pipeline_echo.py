@@ -108,6 +108,8 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
         ours = {"chunk_length_s": chunk_length_s, "stride_length_s": stride_length_s, "progress": progress}
         ours = {name: value for name, value in ours.items() if value is not None}
         if not self._is_echo:
+            if self.model.config.model_type == "echo_whisper":  # which the library tells by the type "whisper" alone
+                self.type = "seq2seq_whisper"
             return super()._sanitize_parameters(
                 **ours, ignore_warning=ignore_warning, return_timestamps=return_timestamps, **kwargs
             )
