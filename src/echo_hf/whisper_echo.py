@@ -19,6 +19,7 @@ Dimensions: B batch, T frames of features (10 ms), S encoder frames (20 ms), H h
 of channels, E hidden size, F hidden units of the feed-forward.
 """
 
+import copy
 import math
 
 import numpy as np
@@ -54,7 +55,6 @@ REGISTER_CENTER = 150.0  # Hz, between low and high voices
 REGISTER_WIDTH = 0.5  # natural log units; e ** 0.5 is about nine semitones
 CONTOUR_FLOOR = 0.1  # natural log units; keeps a monotone's tiny wobble from being blown up to a contour
 F0_RANGE = (20.0, 2000.0)  # Hz; what lies beyond counts as the nearest of these, so that no F0 gives an infinite pitch
-LONGEST_WINDOW = 30  # seconds, Whisper's own
 FRAMES_PER_POSITION = 2  # frames of features to an encoder frame
 
 # What LoRA has to train beside its own matrices: `LoraConfig(..., modules_to_save=PITCH_MODULES)`.
@@ -374,9 +374,7 @@ class EchoWhisperEncoderLayer(WhisperEncoderLayer):
             hidden_states = hidden_states + self.pitch_stem(pitch)
         if self.attention_sees_pitch:
             kwargs["pitch"] = pitch
-        attended, _ = self.self_attn(
-            self.self_attn_layer_norm(hidden_states), attention_mask=attention_mask, **kwargs
-        )
+        attended, _ = self.self_attn(self.self_attn_layer_norm(hidden_states), attention_mask=attention_mask, **kwargs)
         hidden_states = hidden_states + drop(attended, self.dropout)
         inner = self.fc1(self.final_layer_norm(hidden_states))
         if self.pitch_gate is not None:
@@ -551,7 +549,9 @@ def add_pitch(
     _check_extractor(name, extractor, config)
     seconds = extractor.chunk_length if window is None else window
     if isinstance(seconds, bool) or not isinstance(seconds, int) or not 1 <= seconds <= extractor.chunk_length:
-        raise ValueError(f"window must be a whole number of seconds from 1 to {extractor.chunk_length}, got {window!r}.")
+        raise ValueError(
+            f"window must be a whole number of seconds from 1 to {extractor.chunk_length}, got {window!r}."
+        )
     if isinstance(model, str):
         model = WhisperForConditionalGeneration.from_pretrained(model)
 
@@ -564,7 +564,7 @@ def add_pitch(
     missing, unexpected = with_pitch.load_state_dict(weights, strict=False)
     if unexpected or any(not any(part in key for part in PITCH_MODULES) for key in missing):
         raise ValueError(f"{name} does not hold the weights of a Whisper: {(unexpected or missing)[0]}.")
-    with_pitch.generation_config = model.generation_config
+    with_pitch.generation_config = copy.deepcopy(model.generation_config)
     settings = {key: value for key, value in extractor.to_dict().items() if not key.endswith("_type")}
     extractor = EchoWhisperFeatureExtractor(**{**settings, "chunk_length": seconds})
     return with_pitch.eval(), EchoWhisperProcessor(extractor, processor.tokenizer)
@@ -575,6 +575,12 @@ def _check_extractor(name: str, extractor: WhisperFeatureExtractor, config: Whis
         raise ValueError(
             f"{name}: the feature extractor is {type(extractor).__name__} with {extractor.feature_size} channels, and"
             f" the model takes {config.num_mel_bins} mel bins. Take the processor of the same checkpoint."
+        )
+    seconds = config.max_source_positions * FRAMES_PER_POSITION * extractor.hop_length / extractor.sampling_rate
+    if seconds != extractor.chunk_length:
+        raise ValueError(
+            f"{name}: the feature extractor hears {extractor.chunk_length} s at a time, and the model {seconds:g} s."
+            " Take the processor of the same checkpoint."
         )
 
 
