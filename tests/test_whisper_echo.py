@@ -35,6 +35,7 @@ from echo_hf import EchoWhisperModel
 from echo_hf import EchoWhisperProcessor
 from echo_hf import add_pitch
 from echo_hf import estimate_f0
+from echo_hf.cli import main
 from echo_hf.whisper_echo import PITCH_MODULES
 from echo_hf.whisper_echo import PITCH_SCALE
 from echo_hf.whisper_echo import EchoWhisperPitchAttention
@@ -704,6 +705,26 @@ def test_the_given_model_stays_as_it_is_and_shares_nothing():
     model.generation_config.max_length = 5
     assert_same(before, dict(stock.state_dict()))
     assert stock.generation_config.max_length == 32
+
+
+def test_the_command(whisper_folder, tmp_path, capfd):
+    new = tmp_path / "new"
+    assert main(["add-pitch", whisper_folder, str(new), "--mechanisms", "stem", "theta"]) == 0
+    assert "until it is fine-tuned" in capfd.readouterr().err
+    config = AutoConfig.from_pretrained(new)
+    assert [name for name in SWITCHES if getattr(config, name)] == ["pitch_stem", "pitch_theta"]
+    features = make_features(make_f0())
+    stock = WhisperForConditionalGeneration.from_pretrained(whisper_folder)
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(new)
+    assert torch.equal(encode(model, features), encode(stock, features[:, :80]))
+    assert model.generation_config.to_diff_dict() == stock.generation_config.to_diff_dict()
+
+    assert main(["add-pitch", whisper_folder, str(new)]) == 1
+    assert "is not an empty folder" in capfd.readouterr().err
+    assert main(["add-pitch", whisper_folder, str(tmp_path / "short"), "--window", "2"]) == 1
+    assert "from 1 to 1, got 2" in capfd.readouterr().err
+    assert main(["add-pitch", str(tmp_path / "nothing"), str(tmp_path / "short")]) == 1
+    assert "nothing" in capfd.readouterr().err and not (tmp_path / "short").exists()
 
 
 @pytest.mark.parametrize("rows", [80, 82, 129])

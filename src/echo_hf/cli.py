@@ -20,6 +20,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from . import cli_add_pitch
+
 COMMAND_FILE = "train_command.json"  # in output_dir: the options of a training run, for --resume
 # What a checkpoint keeps of the optimizer, and what decides which one it is.
 OPTIMIZER_OPTIONS = (
@@ -200,6 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_transcribe(commands)
     _add_benchmark(commands)
     _add_synthesize(commands)
+    cli_add_pitch.add_parser(commands)
     # The Trainer's options are known only once it is imported, so `train` parses what follows it by itself.
     command = next((index for index, item in enumerate(arguments) if not item.startswith("-")), len(arguments))
     end = command + 1 if arguments[command : command + 1] == ["train"] else len(arguments)
@@ -214,6 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "transcribe": lambda: _transcribe(options),
         "benchmark": lambda: _benchmark(options),
         "synthesize": lambda: _synthesize(options),
+        "add-pitch": lambda: cli_add_pitch.run_add_pitch(options),
     }
     try:
         return run[options.command]()
