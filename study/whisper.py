@@ -26,8 +26,7 @@ import torch
 import transformers
 from transformers import get_linear_schedule_with_warmup
 
-from echo_hf import add_pitch
-from echo_hf import load_audio
+from echo_hf import add_pitch, load_audio
 from echo_hf.feature_extraction_echo import resample_audio
 from echo_hf.metrics import score
 

@@ -17,7 +17,7 @@ from echo_hf.checkpoint import parse_overrides
 from echo_hf.cli import main
 from echo_hf.training import ModelArguments
 from echo_hf.training import build_model_and_processor
-from echo_hf.transcription import load_checkpoint
+from echo_hf.inference import load_checkpoint
 
 WEIGHTS = "model.safetensors"
 

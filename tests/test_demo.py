@@ -13,8 +13,8 @@ from conftest import voice
 from echo_hf.cli import main
 from echo_hf.demo import build_demo
 from echo_hf.demo import launch
-from echo_hf.transcription import BUNDLED_RECORDINGS
-from echo_hf.transcription import load_checkpoint
+from echo_hf.inference import BUNDLED_RECORDINGS
+from echo_hf.inference import load_checkpoint
 
 SPEECH_RATE = 22050  # Hz, not the model's
 

@@ -1,4 +1,4 @@
-"""The commands that the pages show are commands that there are, with options that there are."""
+"""The commands that the pages show exist, with their options. The changelog tells of past ones and is left out."""
 
 import re
 import shlex
@@ -12,12 +12,13 @@ from echo_hf import cli
 from echo_hf.checkpoint import parse_overrides
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(page for folder in (".", "docs", "recipes", "model_cards") for page in ROOT.glob(f"{folder}/*.md"))
-HANDLERS = ("transcribe", "evaluate", "plot", "diagnose", "non_speech", "demo", "benchmark", "synthesize")
+FOLDERS = (".", "docs", "recipes", "benchmarks", "model_cards")
+PAGES = sorted(page for folder in FOLDERS for page in ROOT.glob(f"{folder}/*.md") if page.name != "CHANGELOG.md")
+HANDLERS = ("transcribe", "evaluate", "plot", "diagnose", "demo")
 BLOCKS = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 
 
-COMMANDS = ("transcribe", "train", "evaluate", "synthesize", "non-speech", "benchmark", "diagnose", "plot", "demo")
+COMMANDS = ("transcribe", "train", "evaluate", "diagnose", "plot", "demo")
 
 
 def commands(page: Path) -> list[list[str]]:

@@ -10,7 +10,7 @@ import pytest
 
 import echo_hf
 
-MODULES = [module.name for module in pkgutil.iter_modules(echo_hf.__path__)]
+MODULES = [module.name.removeprefix("echo_hf.") for module in pkgutil.walk_packages(echo_hf.__path__, "echo_hf.")]
 
 
 @pytest.mark.parametrize("name", MODULES)

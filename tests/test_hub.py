@@ -24,7 +24,7 @@ import json, sys
 import torch
 from huggingface_hub import HfApi
 from echo_hf import EchoForConditionalGeneration, EchoProcessor
-from echo_hf.transcription import load_checkpoint
+from echo_hf.inference import load_checkpoint
 
 folder, home = sys.argv[1:]
 model, processor = EchoForConditionalGeneration.from_pretrained(folder), EchoProcessor.from_pretrained(folder)
@@ -281,8 +281,8 @@ def test_a_wrong_token_ends_a_run_before_it_trains(tmp_path, monkeypatch):
 
     from echo_hf.training import DataArguments
     from echo_hf.training import train
-    from test_training import model_arguments
-    from test_training import trainer_arguments
+    from tiny_training import model_arguments
+    from tiny_training import trainer_arguments
 
     soundfile.write(tmp_path / "one.wav", voice(0.4), RATE)
     (tmp_path / "one.txt").write_text("one")

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from echo_hf.transcription import BUNDLED_RECORDINGS
+from echo_hf.inference import BUNDLED_RECORDINGS
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 LONGEST = 300  # seconds that a cell may take; beside other work a minute of training takes two

@@ -37,9 +37,9 @@ from echo_hf import EchoTokenizer
 from echo_hf import pipeline_echo
 from echo_hf.segmentation_echo import read_blocks
 from echo_hf.segmentation_echo import runs
-from echo_hf.transcription import BUNDLED_CHECKPOINT
-from echo_hf.transcription import BUNDLED_RECORDINGS
-from echo_hf.transcription import find_audio_files
+from echo_hf.inference import BUNDLED_CHECKPOINT
+from echo_hf.inference import BUNDLED_RECORDINGS
+from echo_hf.inference import find_audio_files
 
 TASK = "automatic-speech-recognition"
 

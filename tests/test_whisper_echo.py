@@ -8,38 +8,38 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig
-from transformers import AutoFeatureExtractor
-from transformers import AutoModel
-from transformers import AutoModelForSpeechSeq2Seq
-from transformers import AutoProcessor
-from transformers import AutoTokenizer
-from transformers import Seq2SeqTrainer
-from transformers import Seq2SeqTrainingArguments
-from transformers import Wav2Vec2Config
-from transformers import WhisperConfig
-from transformers import WhisperFeatureExtractor
-from transformers import WhisperForConditionalGeneration
-from transformers import WhisperProcessor
-from transformers import WhisperTokenizer
-from transformers import pipeline
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForSpeechSeq2Seq,
+    AutoProcessor,
+    AutoTokenizer,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Wav2Vec2Config,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+    WhisperTokenizer,
+    pipeline,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from conftest import SAMPLING_RATE
-from conftest import voice
-from echo_hf import EchoConfig
-from echo_hf import EchoWhisperConfig
-from echo_hf import EchoWhisperFeatureExtractor
-from echo_hf import EchoWhisperForConditionalGeneration
-from echo_hf import EchoWhisperModel
-from echo_hf import EchoWhisperProcessor
-from echo_hf import add_pitch
-from echo_hf import estimate_f0
+from conftest import SAMPLING_RATE, voice
+from echo_hf import (
+    EchoConfig,
+    EchoWhisperConfig,
+    EchoWhisperFeatureExtractor,
+    EchoWhisperForConditionalGeneration,
+    EchoWhisperModel,
+    EchoWhisperProcessor,
+    add_pitch,
+    estimate_f0,
+)
 from echo_hf.cli import main
-from echo_hf.whisper_echo import PITCH_MODULES
-from echo_hf.whisper_echo import PITCH_SCALE
-from echo_hf.whisper_echo import EchoWhisperPitchAttention
-from echo_hf.whisper_echo import normalize_f0
+from echo_hf.whisper_echo import PITCH_MODULES, PITCH_SCALE, EchoWhisperPitchAttention, normalize_f0
 
 SWITCHES = ("pitch_stem", "pitch_gate", "pitch_radius", "pitch_theta", "pitch_bias")
 NONE = dict.fromkeys(SWITCHES, False)

@@ -10,19 +10,15 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable
-from collections.abc import Sequence
-from dataclasses import fields
-from dataclasses import replace
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, replace
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from . import cli_add_pitch
 
-COMMAND_FILE = "train_command.json"  # in output_dir: the options of a training run, for --resume
 # What a checkpoint keeps of the optimizer, and what decides which one it is.
 OPTIMIZER_OPTIONS = (
     "learning_rate",
@@ -32,7 +28,6 @@ OPTIMIZER_OPTIONS = (
     "adam_epsilon",
     "optim",
     "optim_args",
-    "muon",
 )
 
 # Options of the Trainer that `echo-hf train --help` lists; --help_all lists the rest.
@@ -91,7 +86,7 @@ examples:
   from a checkpoint, on a folder of audio files with a .txt of the same name beside each:
     echo-hf train --model_name_or_path my-model --train_data recordings/ --output_dir my-second-model
   with the settings of a recipe:
-    echo-hf train --recipe recipes/echo_tiny_start.json --train_data train.jsonl --output_dir my-model
+    echo-hf train --recipe recipes/from_scratch.json --train_data train.jsonl --output_dir my-model
   go on with a run that was interrupted (its options are remembered; those of data and
   training can be changed, but for the optimizer's):
     echo-hf train --resume --output_dir my-model
@@ -133,13 +128,6 @@ examples:
   echo-hf diagnose interviews/ --checkpoint my-model --json
 """
 
-NON_SPEECH_EXAMPLES = """\
-examples:
-  echo-hf non-speech --checkpoint my-model
-  echo-hf non-speech dev.jsonl --checkpoint my-model --count 50 --json
-      with silence and noise after 50 recordings of dev.jsonl, in place of those that come with the package
-"""
-
 TRANSCRIBE_EXAMPLES = """\
 examples:
   echo-hf transcribe                               the recordings that come with the package
@@ -148,20 +136,6 @@ examples:
   echo-hf transcribe lecture.mp3 --timestamps word
   echo-hf transcribe film.flac --format srt > film.srt
   echo-hf transcribe recordings/ --format vtt --output_dir subtitles
-"""
-
-
-SYNTHESIZE_EXAMPLES = """\
-examples:
-  echo-hf synthesize --texts sentences.txt --language es --output_dir spanish
-  echo-hf synthesize --texts train.jsonl --babble 3000 --exclude dev.jsonl test.jsonl --output_dir babble
-"""
-
-BENCHMARK_EXAMPLES = """\
-examples:
-  echo-hf benchmark --threads 1                    everything, on one CPU thread
-  echo-hf benchmark generation training --rounds 9 --output speed.json
-  echo-hf benchmark generation training --device cuda --dtype bfloat16 --compile
 """
 
 
@@ -197,11 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_evaluate(commands)
     _add_plot(commands)
     _add_diagnose(commands)
-    _add_non_speech(commands)
     _add_demo(commands)
     _add_transcribe(commands)
-    _add_benchmark(commands)
-    _add_synthesize(commands)
     cli_add_pitch.add_parser(commands)
     # The Trainer's options are known only once it is imported, so `train` parses what follows it by itself.
     command = next((index for index, item in enumerate(arguments) if not item.startswith("-")), len(arguments))
@@ -212,11 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "evaluate": lambda: _evaluate(options),
         "plot": lambda: _plot(options),
         "diagnose": lambda: _diagnose(options),
-        "non-speech": lambda: _non_speech(options),
         "demo": lambda: _demo(options),
         "transcribe": lambda: _transcribe(options),
-        "benchmark": lambda: _benchmark(options),
-        "synthesize": lambda: _synthesize(options),
         "add-pitch": lambda: cli_add_pitch.run_add_pitch(options),
     }
     try:
@@ -357,16 +325,17 @@ def _add_decoding(parser, batch_size: int, can_skip: bool = True) -> None:
 def _train(arguments: list[str]) -> int:
     _require("accelerate", "datasets", "jiwer")
     from accelerate import PartialState
-    from transformers import HfArgumentParser
-    from transformers import Seq2SeqTrainingArguments
-    from transformers import TrainerCallback
+    from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainerCallback
 
-    from .model_card import CardArguments
-    from .training import TRAINING_DEFAULTS
-    from .training import DataArguments
-    from .training import ModelArguments
-    from .training import find_last_checkpoint
-    from .training import train
+    from .training import (
+        COMMAND_FILE,
+        TRAINING_DEFAULTS,
+        CardArguments,
+        DataArguments,
+        ModelArguments,
+        find_last_checkpoint,
+        train,
+    )
 
     parser = HfArgumentParser(
         [DataArguments, ModelArguments, CardArguments, Seq2SeqTrainingArguments],
@@ -688,12 +657,9 @@ def _generate_options(options, model) -> dict[str, int | float]:
 def _evaluate(options) -> int:
     _require("datasets", "jiwer")
     from .checkpoint import parse_overrides
-    from .data import load_sources
-    from .data import prepare_dataset
-    from .metrics import normalize_text
-    from .metrics import score
-    from .transcription import load_checkpoint
-    from .transcription import recognize
+    from .data import load_sources, prepare_dataset
+    from .inference import load_checkpoint, recognize
+    from .metrics import normalize_text, score
 
     _refuse_folder(options.output)
     overrides = parse_overrides(options.config_overrides)
@@ -799,8 +765,7 @@ def _results_text(rows: list[tuple[str, dict[str, dict[str, Any]]]]) -> str:
 
 def _results_table(rows: list[tuple[str, dict[str, dict[str, Any]]]]) -> str:
     """A Markdown table of sources and their figures, by control."""
-    from .benchmark import format_table
-    from .metrics import RATES
+    from .metrics import RATES, format_table
 
     table = []
     for source, figures in rows:
@@ -893,7 +858,7 @@ def _plot(options) -> int:
 
 
 def _draw_curves(options):
-    from .plotting import plot_learning_curves
+    from .analysis.plotting import plot_learning_curves
 
     if options.input is None:
         raise ValueError("curves: name the folder of a training run, or its trainer_state.json.")
@@ -901,10 +866,8 @@ def _draw_curves(options):
 
 
 def _draw_recording(options):
-    from . import plotting
-    from .transcription import bundled_recordings
-    from .transcription import expand_paths
-    from .transcription import load_checkpoint
+    from .analysis import plotting
+    from .inference import bundled_recordings, expand_paths, load_checkpoint
 
     path = str(expand_paths([options.input] if options.input else bundled_recordings())[0])
     model, processor = load_checkpoint(options.checkpoint, "cpu")
@@ -927,7 +890,7 @@ def _draw_recording(options):
 
 
 def _find_words(model, processor, path: str) -> list[dict[str, Any]]:
-    from .transcription import make_pipeline
+    from .inference import make_pipeline
 
     return make_pipeline(model, processor)(path, return_timestamps="word")["chunks"]
 
@@ -963,12 +926,8 @@ def _skip_or_stop(transcript, skip_broken: bool) -> None:
 def _diagnose(options) -> int:
     import torch
 
-    from .diagnostics import EchoDiagnostics
-    from .transcription import bundled_recordings
-    from .transcription import expand_paths
-    from .transcription import load_checkpoint
-    from .transcription import make_pipeline
-    from .transcription import transcribe_files
+    from .analysis.diagnostics import EchoDiagnostics
+    from .inference import bundled_recordings, expand_paths, load_checkpoint, make_pipeline, transcribe_files
 
     files = expand_paths(options.paths or bundled_recordings())
     model, processor = load_checkpoint(options.checkpoint, options.device)
@@ -994,56 +953,6 @@ def _diagnose(options) -> int:
 # Non-speech ----------------------------------------------------------------------------------------------------------
 
 
-def _add_non_speech(commands) -> None:
-    parser = _new_parser(
-        commands,
-        "non-speech",
-        arguments="[DATA ...] [--checkpoint FOLDER]",
-        help="count the words that a checkpoint writes where nobody speaks",
-        description=(
-            "Count the words written for noise, hum, music-like tones and other sounds that are not speech, and how\n"
-            "transcripts change when silence or low noise follows the speech. The model is asked itself, with silence\n"
-            "scaling as the checkpoint has it and without, and so is the pipeline. Prints tables in Markdown."
-        ),
-        epilog=NON_SPEECH_EXAMPLES,
-    )
-    parser.add_argument(
-        "data", nargs="*", help="manifests or folders of speech (the recordings that come with the package)"
-    )
-    _add_decoding(parser, batch_size=16, can_skip=False)
-    parser.add_argument(
-        "--count", type=_positive, default=20, help="clips of each kind, and recordings of DATA at most"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="which clips are made and which recordings taken")
-    parser.add_argument("--json", action="store_true", help="print one JSON object in place of tables")
-    _add_both(parser, "cache_dir", help="folder for computed features (in the cache of datasets)")
-
-
-def _non_speech(options) -> int:
-    _require("datasets", "jiwer")
-    from .non_speech import format_non_speech
-    from .non_speech import measure_non_speech
-    from .transcription import load_checkpoint
-
-    model, processor = load_checkpoint(options.checkpoint, options.device)
-    report = measure_non_speech(
-        model,
-        processor,
-        options.data or None,
-        options.count,
-        options.seed,
-        options.batch_size,
-        options.cache_dir,
-        **_generate_options(options, model),
-    )
-    if options.json:
-        about = {"checkpoint": str(options.checkpoint or "bundled"), "data": options.data, "seed": options.seed}
-        _write(json.dumps(about | report))
-    else:
-        _write(format_non_speech(report))
-    return 0
-
-
 # Demo ----------------------------------------------------------------------------------------------------------------
 
 
@@ -1063,9 +972,8 @@ def _add_demo(commands) -> None:
 
 
 def _demo(options) -> int:
-    from .demo import build_demo
-    from .demo import launch
-    from .transcription import load_checkpoint
+    from .demo import build_demo, launch
+    from .inference import load_checkpoint
 
     demo = build_demo(*load_checkpoint(options.checkpoint, options.device))
     address = launch(demo, options.host, options.port)
@@ -1111,12 +1019,8 @@ def _add_transcribe(commands) -> None:
 
 
 def _transcribe(options) -> int:
+    from .inference import bundled_recordings, expand_paths, load_checkpoint, make_pipeline, transcribe_files
     from .subtitles import group_cues
-    from .transcription import bundled_recordings
-    from .transcription import expand_paths
-    from .transcription import load_checkpoint
-    from .transcription import make_pipeline
-    from .transcription import transcribe_files
 
     files = expand_paths(options.paths or bundled_recordings())
     outputs = {}
@@ -1177,9 +1081,7 @@ def _output_files(folder: str, files: list[Path], suffix: str) -> dict[Path, Pat
 
 def _format_transcript(transcript, format: str, prefix: str) -> str:
     """A transcript as it is written, with its line breaks; `prefix` begins each line of text."""
-    from .subtitles import format_time
-    from .subtitles import to_srt
-    from .subtitles import to_vtt
+    from .subtitles import format_time, to_srt, to_vtt
 
     if format == "srt":
         return to_srt(transcript.chunks)
@@ -1196,140 +1098,6 @@ def _format_transcript(transcript, format: str, prefix: str) -> str:
         f"{prefix}[{format_time(chunk['start'])} --> {format_time(chunk['end'])}] {chunk['text']}\n"
         for chunk in transcript.chunks
     )
-
-
-# Benchmark -----------------------------------------------------------------------------------------------------------
-
-
-def _add_benchmark(commands) -> None:
-    parser = _new_parser(
-        commands,
-        "benchmark",
-        arguments="[SECTION ...]",
-        help="measure speed and memory, beside other models",
-        description=(
-            "Measure, in one run and in turns, how long features, encoder, generation and training take, beside\n"
-            "Moonshine-tiny, Speech2Text-small and Whisper-tiny of random weights. Prints tables in Markdown.\n\n"
-            "sections: features, f0, pitch, generation, training, scaling; all if none is named."
-        ),
-        epilog=BENCHMARK_EXAMPLES,
-    )
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help="what to measure")
-    parser.add_argument("--rounds", type=_positive, default=5, help="times that each case is measured")
-    parser.add_argument("--threads", type=_positive, help="CPU threads (PyTorch's own choice)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
-    parser.add_argument("--size", help="size of Echo (27m, which is that of the others, and 10m in scaling)")
-    parser.add_argument(
-        "--compile", action="store_true", help="compile all models with torch.compile, in generation and training"
-    )
-    parser.add_argument("--quick", action="store_true", help="run all once at its smallest; the figures mean nothing")
-    parser.add_argument("--output", help="file for all figures, as JSON")
-
-
-def _benchmark(options) -> int:
-    import torch
-
-    from .benchmark import SECTIONS
-    from .benchmark import format_table
-    from .benchmark import run_benchmark
-
-    _refuse_folder(options.output)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-
-    def keep(results):
-        section = list(results)[-1]
-        _write(f"\n{section}\n\n{format_table(results[section])}")
-        if options.output:
-            path = Path(options.output)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-
-    results = run_benchmark(
-        tuple(options.sections) or SECTIONS,
-        rounds=options.rounds,
-        device=options.device,
-        dtype=options.dtype,
-        size=options.size,
-        compiled=options.compile,
-        quick=options.quick,
-        report=lambda section: _tell(f"Measuring {section} ..."),
-        keep=keep,
-    )
-    for name, value in results.items():
-        if not isinstance(value, list):
-            _write(f"{name}: {', '.join(f'{key} {item}' for key, item in value.items())}")
-    return 0
-
-
-# Synthesize ----------------------------------------------------------------------------------------------------------
-
-
-def _add_synthesize(commands) -> None:
-    parser = _new_parser(
-        commands,
-        "synthesize",
-        arguments="--texts FILE [FILE ...] --output_dir FOLDER",
-        help="make synthetic speech for pretraining",
-        description=(
-            "Speak texts with many voices of espeak-ng and flite (English), which must be installed. Writes FLAC\n"
-            "files and their manifest, train.jsonl. Audio that is there already is kept; the manifest is written anew\n"
-            "and names the utterances of this run alone."
-        ),
-        epilog=SYNTHESIZE_EXAMPLES,
-    )
-    parser.add_argument(
-        "--texts", nargs="+", required=True, help="text files, one utterance a line, or manifests (.jsonl)"
-    )
-    _add_both(parser, "output_dir", required=True, help="folder for audio and manifest")
-    parser.add_argument("--language", default="en", help="language of texts that do not say theirs")
-    parser.add_argument("--babble", type=_positive, help="speak so many new sentences of the words of --texts instead")
-    _add_both(parser, "min_words", type=_positive, default=3, help="fewest words of a new sentence")
-    _add_both(parser, "max_words", type=_positive, default=9, help="most words of a new sentence")
-    parser.add_argument("--exclude", nargs="+", default=[], help="manifests or text files whose texts are not spoken")
-    parser.add_argument(
-        "--engine", nargs="+", default=["espeak-ng", "flite"], choices=["espeak-ng", "flite"], help="who speaks"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of new sentences, voices, pitch and pace")
-    _add_both(
-        parser, "sampling_rate", type=_positive, default=16000, help="in Hz, of the files; 8000 is a telephone's band"
-    )
-    _add_both(parser, "num_proc", type=_positive, default=1, help="engines that run at a time")
-    _add_both(
-        parser, "skip_broken", action="store_true", help="report what cannot be spoken and go on, instead of stopping"
-    )
-
-
-def _synthesize(options) -> int:
-    from .synthesis import babble
-    from .synthesis import leave_out
-    from .synthesis import read_lines
-    from .synthesis import synthesize
-
-    lines = read_lines(options.texts, options.language)
-    excluded = read_lines(options.exclude)
-    if options.babble:
-        lines = babble(lines, options.babble, options.min_words, options.max_words, excluded, options.seed)
-    elif excluded:
-        lines = leave_out(lines, excluded)
-    done = synthesize(
-        lines,
-        options.output_dir,
-        options.engine,
-        options.seed,
-        options.num_proc,
-        options.skip_broken,
-        show_progress=True,
-        sampling_rate=options.sampling_rate,
-    )
-    for text, problem in done.skipped:
-        _tell(f"echo-hf: skipped {text!r}: {problem}")
-    _write(
-        f"{done.utterances} utterances ({done.seconds / 3600:.2f} h), {done.new} of them new,"
-        f" {len(done.skipped)} skipped: {done.manifest}"
-    )
-    return 0
 
 
 if __name__ == "__main__":

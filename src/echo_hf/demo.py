@@ -8,11 +8,11 @@ from typing import Any
 
 import soundfile
 
-from .plotting import LONGEST_PICTURE
-from .plotting import plot_pitch
-from .transcription import BUNDLED_RECORDINGS
-from .transcription import find_audio_files
-from .transcription import make_pipeline
+from .analysis.plotting import LONGEST_PICTURE
+from .analysis.plotting import plot_pitch
+from .inference import BUNDLED_RECORDINGS
+from .inference import find_audio_files
+from .inference import make_pipeline
 
 HOST, PORT = "127.0.0.1", 7860
 

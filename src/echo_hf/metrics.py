@@ -490,6 +490,21 @@ def f0_test_signals(hop_length: int = 160) -> dict[str, tuple[np.ndarray, np.nda
     return {name: (waveform, frames) for name, waveform in signals.items()}
 
 
+def format_table(rows: Sequence[dict[str, object]]) -> str:
+    """Rows as a Markdown table, numbers to three digits; `None` and a missing cell are left empty."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+
+    def cell(value) -> str:
+        if value is None:
+            return ""
+        if isinstance(value, float):
+            return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+        return str(value)
+
+    lines = [columns, ["---"] * len(columns)] + [[cell(row.get(name)) for name in columns] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 __all__ = [
     "RATES",
     "ErrorCounts",
@@ -497,6 +512,7 @@ __all__ = [
     "Score",
     "f0_metrics",
     "f0_test_signals",
+    "format_table",
     "make_compute_metrics",
     "normalize_text",
     "score",

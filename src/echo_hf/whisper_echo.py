@@ -26,27 +26,25 @@ import numpy as np
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import AutoConfig
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoProcessor
 from transformers import initialization as init
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.whisper.configuration_whisper import WhisperConfig
 from transformers.models.whisper.feature_extraction_whisper import WhisperFeatureExtractor
-from transformers.models.whisper.modeling_whisper import WhisperAttention
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
-from transformers.models.whisper.modeling_whisper import WhisperForConditionalGeneration
-from transformers.models.whisper.modeling_whisper import WhisperModel
-from transformers.models.whisper.modeling_whisper import WhisperPreTrainedModel
-from transformers.models.whisper.modeling_whisper import eager_attention_forward
+from transformers.models.whisper.modeling_whisper import (
+    WhisperAttention,
+    WhisperEncoder,
+    WhisperEncoderLayer,
+    WhisperForConditionalGeneration,
+    WhisperModel,
+    WhisperPreTrainedModel,
+    eager_attention_forward,
+)
 from transformers.models.whisper.processing_whisper import WhisperProcessor
 from transformers.pipelines.automatic_speech_recognition import AutomaticSpeechRecognitionPipeline
 
-from .pitch_echo import F0_CEILING
-from .pitch_echo import F0_FLOOR
-from .pitch_echo import check_tracker
-from .pitch_echo import estimate_f0_batch
+from .pitch_echo import F0_CEILING, F0_FLOOR, check_tracker, estimate_f0_batch
 
 PITCH_SCALE = 16.0  # what is used of a pitch parameter, over what is stored
 STEM_KERNEL_SIZE = 9  # encoder frames, 180 ms: about a syllable

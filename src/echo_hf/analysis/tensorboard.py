@@ -1,0 +1,119 @@
+"""Diagnostics of a model in training, written into TensorBoard."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from ..data.collator import EchoDataCollator
+from . import figures, plotting
+from .diagnostics import EchoDiagnostics
+
+
+class DiagnosticsCallback(TrainerCallback):
+    """
+    Writes diagnostics of the model in training into TensorBoard, as the run `diagnostics` beside the Trainer's own: at
+    the start and at every evaluation (every saving, if there is none) the scalars of [`EchoDiagnostics`] on a few
+    utterances, always the same, and the pictures of the first of them that is
+    not too long for one: angles, similarity, bias, alignment.
+
+    Between those times nothing listens, so that training steps cost what they did.
+
+    Args:
+        dataset (`datasets.Dataset`): as [`~echo_hf.data.prepare_dataset`] makes it.
+        processor ([`EchoProcessor`]): the model's.
+        num_utterances (`int`, defaults to 8): the first so many of the dataset.
+
+    Raises:
+        `ImportError`: tensorboard or matplotlib is not installed.
+    """
+
+    def __init__(self, dataset, processor, num_utterances: int = 8):
+        require_tensorboard()
+        rows = dataset.select(range(min(num_utterances, len(dataset))))
+        self.tokenizer = processor.tokenizer
+        extractor = processor.feature_extractor
+        longest = figures.LONGEST_PICTURE * extractor.sampling_rate // extractor.hop_length
+        # The utterance that is drawn; None where all are too long to be.
+        self.drawn = next((row for row in rows if len(row["input_features"]) <= longest), None)
+        self.batch = EchoDataCollator(processor)([rows[index] for index in range(len(rows))])
+        self.writer = None
+        self.last_step = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if state.is_world_process_zero:
+            from torch.utils.tensorboard import SummaryWriter
+
+            root = os.environ.get("TENSORBOARD_LOGGING_DIR") or Path(args.output_dir) / "runs"
+            # Of a run that goes on, what lies after its checkpoint is written again.
+            self.writer = SummaryWriter(Path(root) / "diagnostics", purge_step=state.global_step)
+            self._write(model, state.global_step)
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        self._write(model, state.global_step)
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        if args.eval_strategy == "no":
+            self._write(model, state.global_step)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        if not args.load_best_model_at_end:  # else the model is that of another step now
+            self._write(model, state.global_step)
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
+
+    def _write(self, model, step: int) -> None:
+        if self.writer is None or step == self.last_step:  # another process writes, or training is over
+            return
+        self.last_step = step
+        was_training = model.training
+        model.eval()
+        try:
+            batch = {name: tensor.to(model.device) for name, tensor in self.batch.items()}
+            with EchoDiagnostics(model) as diagnostics, torch.no_grad():
+                model(**batch)
+            for name, value in flatten(diagnostics.to_dict()):
+                self.writer.add_scalar(name, value, step)
+            if self.drawn is None:
+                return
+            features = torch.as_tensor(self.drawn["input_features"], dtype=torch.float32)
+            text = self.drawn["text"]
+            figures = {"alignment": plotting.plot_alignment(model, features, self.tokenizer, text=text)}
+            if diagnostics.measurements.f0.count:
+                figures["angles"] = plotting.plot_angles(model, features)
+                figures["similarity"] = plotting.plot_similarity(model, features)
+                figures["bias"] = plotting.plot_pitch_bias(model, features)
+            for name, figure in figures.items():
+                self.writer.add_figure(name, figure, step)
+        finally:
+            model.train(was_training)
+
+
+def require_tensorboard() -> None:
+    """
+    Raises:
+        `ImportError`: what [`DiagnosticsCallback`] needs is not installed.
+    """
+    for package in ("tensorboard", "matplotlib"):
+        try:
+            __import__(package)
+        except ImportError as error:
+            raise ImportError(
+                f"Diagnostics of training need {package} ({error}): `pip install '.[train,plot]'` in the clone."
+            ) from error
+
+
+def flatten(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Numbers of nested dictionaries with their keys joined by slashes; what is None is left out."""
+    for key, value in figures.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}/")
+        elif value is not None:
+            yield f"{prefix}{key}", value
+
+
+__all__ = ["DiagnosticsCallback"]

@@ -1,0 +1,14 @@
+"""Speech with transcripts: found, checked, turned into features once, and made into batches."""
+
+from .collator import EchoDataCollator
+from .features import PreparedData, features_fingerprint, prepare_dataset, stream_dataset
+from .sources import load_sources
+
+__all__ = [
+    "EchoDataCollator",
+    "PreparedData",
+    "features_fingerprint",
+    "load_sources",
+    "prepare_dataset",
+    "stream_dataset",
+]

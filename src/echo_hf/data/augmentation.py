@@ -1,0 +1,172 @@
+"""Other voices out of the same recordings, for training: what a speaker's tempo, size and channel would change.
+
+It works on features, not on audio, so that F0 is estimated once and every epoch hears something new. Masking
+(SpecAugment) is the model's own, see `apply_spec_augment` in the config.
+"""
+
+import random
+
+import numpy as np
+from transformers.audio_utils import hertz_to_mel
+from transformers.audio_utils import mel_to_hertz
+
+SHORTEST = 4  # frames that tempo leaves an utterance at least
+LONGEST_PAUSES = (20, 1000)  # frames, 0.2 and 10 s: between them lies the longest pause of a batch
+
+
+class VoicePerturbation:
+    r"""Perturbs the features of an utterance, or of each of a `batch`, with factors drawn anew for every one.
+
+    - **tempo**: time is stretched by linear interpolation, `exp(u)` times as fast, u uniform in `[-tempo, tempo]`.
+    - **voice**: the vocal tract is made longer or shorter, `g = exp(u)`, u uniform in `[-voice, voice]`: mel channel at
+      frequency h takes the value from h / g (vocal tract length perturbation, Jaitly and Hinton, ICML workshop 2013),
+      and F0 becomes g * F0, as when a recording is played faster. F0 is never interpolated: frames are selected.
+    - **f0_shift**: F0 alone is moved as a whole, by `exp(u)`, u uniform in `[-f0_shift, f0_shift]`: the contour stays.
+    - **f0_drop**: with this probability all of F0 is set to 0, unvoiced, as where a tracker finds none; to F0 what
+      SpecAugment is to the spectrogram, so that the model does not hang on it alone.
+    - **pause**: with this probability some time in which nobody speaks is put before or behind the utterance: digital
+      silence, or its own quietest frames in random order, as the noise of its room. So words do not hang on where a
+      recording was cut. All utterances of a batch have a pause, or none, as a single long one would have all the
+      others padded; the longest it may hold is drawn between 0.2 and 10 s, uniform on a logarithmic scale.
+    - **channel**: the spectrum is tilted, by u uniform in `[-channel, channel]` at the highest mel channel and -u at
+      the lowest (units of the extractor: 0.25 is 10 dB), and everything under a floor drawn from `[0, 1.5 * channel]`
+      is raised to it, as by noise.
+
+    Groups of channels other than spectrogram and pitch follow in time only; the accumulated phase would no longer
+    belong to its F0, so it is not taken.
+
+    Args:
+        feature_extractor ([`EchoFeatureExtractor`]): says what the channels are.
+        tempo, voice, channel, f0_shift, f0_drop, pause (`float`, defaults to 0.0): strengths, or probabilities; 0
+            leaves that aspect alone.
+
+    Raises:
+        `ValueError`: a strength is negative or above 1; the features hold the accumulated phase, which would not
+            follow; or they hold no F0 to shift or drop.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from echo_hf import EchoFeatureExtractor
+    >>> from echo_hf.data.augmentation import VoicePerturbation
+
+    >>> perturb = VoicePerturbation(EchoFeatureExtractor(), voice=0.2)
+    >>> perturb(np.ones((100, 81), dtype=np.float32)).shape
+    (100, 81)
+
+    ```"""
+
+    def __init__(
+        self,
+        feature_extractor,
+        tempo: float = 0.0,
+        voice: float = 0.0,
+        channel: float = 0.0,
+        f0_shift: float = 0.0,
+        f0_drop: float = 0.0,
+        pause: float = 0.0,
+    ):
+        strengths = {
+            "tempo": tempo,
+            "voice": voice,
+            "channel": channel,
+            "f0_shift": f0_shift,
+            "f0_drop": f0_drop,
+            "pause": pause,
+        }
+        for name, value in strengths.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {value}.")
+        groups = feature_extractor.feature_groups
+        if "phase" in groups and any(strengths[name] for name in strengths if name != "channel"):
+            raise ValueError("The feature group 'phase' follows no perturbation but channel; leave one of them out.")
+        if "pitch" not in groups and (f0_shift or f0_drop):
+            raise ValueError("f0_shift and f0_drop need the feature group 'pitch'; leave them out, or add 'pitch': 1.")
+        self.tempo, self.voice, self.channel, self.f0_shift, self.f0_drop, self.pause = strengths.values()
+        self.is_active = any(strengths.values())
+        self.num_mels = groups["spectrogram"]
+        self.has_pitch = "pitch" in groups
+        self.top = feature_extractor.sampling_rate / 2
+        edges = np.linspace(0.0, hertz_to_mel(self.top, mel_scale="slaney"), self.num_mels + 2)
+        self.mels = edges[1:-1]  # centres of the mel channels
+        self.frequencies = mel_to_hertz(self.mels, mel_scale="slaney")
+
+    def __call__(self, features: np.ndarray, chance: random.Random | None = None) -> np.ndarray:
+        """
+        Args:
+            features: float32, shape `(frames, channels)`, of the extractor.
+            chance (`random.Random`, *optional*): what draws the factors; Python's own when not given.
+
+        Returns:
+            float32, shape `(other frames, channels)`; a new array.
+        """
+        return self.batch([features], chance)[0]
+
+    def batch(self, utterances: list[np.ndarray], chance: random.Random | None = None) -> list[np.ndarray]:
+        """
+        Args:
+            utterances: each as above.
+            chance (`random.Random`, *optional*): what draws the factors; Python's own when not given.
+
+        Returns:
+            As many new arrays, each float32 of shape `(other frames, channels)`.
+        """
+        chance, longest = chance or random, 0
+        if self.pause and chance.random() < self.pause:
+            longest = round(np.exp(chance.uniform(*np.log(LONGEST_PAUSES))))
+        return [self._perturb(np.array(features, dtype=np.float32), chance, longest) for features in utterances]
+
+    def _perturb(self, features: np.ndarray, chance: random.Random, longest_pause: int) -> np.ndarray:
+        if self.tempo:
+            features = self._stretch(features, np.exp(chance.uniform(-self.tempo, self.tempo)))
+        if longest_pause:
+            features = self._add_pause(features, chance, longest_pause)
+        spectrogram = features[:, : self.num_mels]
+        if self.voice:
+            factor = np.exp(chance.uniform(-self.voice, self.voice))
+            spectrogram[:] = self._warp(spectrogram, factor)
+            if self.has_pitch:
+                features[:, -1] *= factor
+        if self.f0_shift:
+            features[:, -1] *= np.exp(chance.uniform(-self.f0_shift, self.f0_shift))
+        if self.f0_drop and chance.random() < self.f0_drop:
+            features[:, -1] = 0.0
+        if self.channel:
+            tilt = chance.uniform(-self.channel, self.channel) * np.linspace(-1.0, 1.0, self.num_mels, dtype=np.float32)
+            floor = chance.uniform(0.0, 1.5 * self.channel)
+            tilted = np.where(spectrogram > 0, spectrogram + tilt, 0.0)  # silence has no tilt
+            spectrogram[:] = np.clip(tilted, floor, 2.0)
+        return features
+
+    def _stretch(self, features: np.ndarray, factor: float) -> np.ndarray:
+        """`factor` times as fast. F0 is taken from the nearest frame."""
+        length = len(features)
+        times = np.linspace(0, length - 1, max(round(length / factor), min(SHORTEST, length)))
+        before = np.floor(times).astype(int)
+        after = np.minimum(before + 1, length - 1)
+        weight = (times - before).astype(np.float32)[:, None]
+        stretched = features[before] * (1 - weight) + features[after] * weight
+        if self.has_pitch:
+            stretched[:, -1] = features[np.round(times).astype(int), -1]
+        return stretched
+
+    def _add_pause(self, features: np.ndarray, chance: random.Random, longest: int) -> np.ndarray:
+        """Up to `longest` frames before or behind, F0 and what else there is 0."""
+        pause = np.zeros((chance.randint(1, longest), features.shape[1]), dtype=np.float32)
+        if chance.random() < 0.5:
+            loudness = features[:, : self.num_mels].mean(axis=1)
+            quietest = np.argsort(loudness, kind="stable")[: max(1, len(features) // 10)]
+            rows = [chance.randrange(len(quietest)) for _ in range(len(pause))]
+            pause[:, : self.num_mels] = features[quietest[rows], : self.num_mels]
+        parts = (pause, features) if chance.random() < 0.5 else (features, pause)
+        return np.concatenate(parts)
+
+    def _warp(self, spectrogram: np.ndarray, factor: float) -> np.ndarray:
+        """Formants `factor` times as high. Above what was heard the highest channel repeats."""
+        sources = hertz_to_mel(np.minimum(self.frequencies / factor, self.top), mel_scale="slaney")
+        positions = np.clip((sources - self.mels[0]) / (self.mels[1] - self.mels[0]), 0, self.num_mels - 1)
+        below = np.floor(positions).astype(int)
+        above = np.minimum(below + 1, self.num_mels - 1)
+        weight = (positions - below).astype(np.float32)
+        return spectrogram[:, below] * (1 - weight) + spectrogram[:, above] * weight

@@ -1,0 +1,372 @@
+"""Recognising with a finished checkpoint: prepared utterances in length-sorted batches, or audio files of any length.
+
+For prepared data there are two controls. A model that listens does badly on both; one that only knows which texts are
+likely does not: `"zeroed"` replaces every feature, F0 too, by 0 at the same length, `"shuffled"` gives every utterance
+the features of another one.
+
+Transcribing files needs nothing that the package's base install lacks, such as `datasets`.
+"""
+
+import os
+import sys
+from collections.abc import Iterable
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from .checkpoint import load_model_and_processor
+from .feature_extraction_echo import open_audio
+from .generation_echo import find_cut_off
+from .pipeline_echo import LONGEST_SEGMENT
+from .pipeline_echo import EchoAutomaticSpeechRecognitionPipeline
+from .processing_echo import EchoProcessor
+from .segmentation_echo import read_blocks
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+ASSETS = Path(__file__).parent / "assets"
+BUNDLED_CHECKPOINT = ASSETS / "checkpoint"
+BUNDLED_RECORDINGS = ASSETS / "recordings"
+
+CONTROLS = ("zeroed", "shuffled")
+
+# Formats that soundfile reads by itself, in folders; a file that is named is tried whatever it is called.
+AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64")
+
+
+def load_checkpoint(checkpoint: str | Path | None = None, device: str | None = None, **overrides):
+    """
+    A model, ready to recognise, and its processor.
+
+    Args:
+        checkpoint (`str`, *optional*): folder, or name on the Hub; the checkpoint that comes with the package if not
+            given.
+        device (`str`, *optional*): e.g. `"cpu"` or `"cuda"`; the accelerator if there is one, when not given.
+        overrides: fields of the config to change, such as `silence_scaling=False` to measure what a mechanism does.
+
+    Returns:
+        [`EchoForConditionalGeneration`] or, if the checkpoint is of that class, [`EchoForCTC`]; and [`EchoProcessor`].
+
+    Raises:
+        `ValueError`: there is no such checkpoint, or it is not of this model, not complete or damaged; see
+            [`~echo_hf.checkpoint.load_model_and_processor`].
+    """
+    checkpoint = BUNDLED_CHECKPOINT if checkpoint is None else checkpoint
+    if checkpoint == BUNDLED_CHECKPOINT and not (BUNDLED_CHECKPOINT / "config.json").is_file():
+        raise ValueError("This installation came without its checkpoint; name one, a folder or a name on the Hub.")
+    model, processor = load_model_and_processor(checkpoint, **overrides)
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        device = accelerator.type if accelerator is not None else "cpu"
+    try:
+        return model.to(device).eval(), processor
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without that device
+        raise ValueError(f"The model cannot run on {device!r}: {error}") from error
+
+
+def make_pipeline(model, processor: EchoProcessor) -> EchoAutomaticSpeechRecognitionPipeline:
+    """The speech recognition pipeline of a model, where the model is, and its processor; of [`load_checkpoint`]."""
+    return EchoAutomaticSpeechRecognitionPipeline(
+        model=model, tokenizer=processor.tokenizer, feature_extractor=processor.feature_extractor, device=model.device
+    )
+
+
+def recognize(
+    model,
+    processor: EchoProcessor,
+    dataset: "Dataset",
+    batch_size: int = 16,
+    control: str | None = None,
+    seed: int = 0,
+    **generate_kwargs,
+) -> tuple[list[str], int]:
+    """
+    Texts of prepared utterances, by free-running generation (or the best path of a CTC model).
+
+    Args:
+        model: [`EchoForConditionalGeneration`] or [`EchoForCTC`].
+        processor ([`EchoProcessor`]): the model's.
+        dataset (`datasets.Dataset`): as [`~echo_hf.data.prepare_dataset`] makes it.
+        batch_size (`int`, defaults to 16): utterances at a time; those of like length go together.
+        control (`str`, *optional*): `"zeroed"` or `"shuffled"`, see above.
+        seed (`int`, defaults to 0): which other utterance each gets when shuffled.
+        generate_kwargs: passed on to `generate()`, e.g. `num_beams`; a CTC model takes none.
+
+    Returns:
+        `list[str]`: the texts, in the order of `dataset`; and `int`: how many were cut off at the longest length.
+
+    Raises:
+        `ValueError`: the control is not known, there is no other utterance to shuffle with, or a CTC model is given
+            settings of `generate()`.
+    """
+    if generate_kwargs and not model.can_generate():
+        raise ValueError(f"A CTC model generates nothing, and takes no {', '.join(generate_kwargs)}; leave them out.")
+    if control is not None and control not in CONTROLS:
+        raise ValueError(f"control must be one of {', '.join(CONTROLS)}, got {control!r}.")
+    source = np.arange(len(dataset))  # which utterance's features each utterance gets
+    if control == "shuffled":
+        if len(dataset) < 2:
+            raise ValueError("shuffled: a single utterance has no other one to take features from.")
+        # In random order, each takes the features of the next: nobody keeps its own.
+        order = np.random.default_rng(seed).permutation(len(dataset))
+        source[order] = np.roll(order, -1)
+    lengths = np.asarray(dataset["length"])[source]
+    positions = np.argsort(-lengths, kind="stable")  # the longest first: what does not fit into memory fails at once
+    texts, cut_off = [""] * len(dataset), 0
+    features = dataset.select_columns(["input_features"])
+    for start in tqdm(
+        range(0, len(positions), batch_size), desc=f"Recognising ({control or 'as recorded'})", leave=False
+    ):
+        batch_positions = positions[start : start + batch_size]
+        rows = [np.asarray(features[int(row)]["input_features"], np.float32) for row in source[batch_positions]]
+        batch = processor.feature_extractor.pad(
+            {"input_features": rows}, padding=True, return_attention_mask=True, return_tensors="pt"
+        )
+        if control == "zeroed":
+            batch["input_features"] = torch.zeros_like(batch["input_features"])
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        if model.can_generate():
+            ids = model.generate(**batch, **generate_kwargs)
+            cut_off += int(find_cut_off(ids, model.generation_config).sum())
+            batch_texts = processor.batch_decode(ids, skip_special_tokens=True)
+        else:
+            with torch.inference_mode():
+                paths = model(**batch).logits.argmax(-1)
+            frames = model._get_feat_extract_output_lengths(batch["attention_mask"].sum(-1)).tolist()
+            batch_texts = [processor.decode_ctc(path[:length]) for path, length in zip(paths, frames)]
+        for position, text in zip(batch_positions, batch_texts):
+            texts[position] = text
+    return texts, cut_off
+
+
+def find_audio_files(folder: str | os.PathLike) -> list[Path]:
+    """Audio files in a folder and the folders in it, by their extension, in the order of their paths.
+
+    Those are left out whose name, or a folder's, begins with a dot: some systems put notes beside files so, under names
+    like theirs.
+    """
+    folder = Path(folder)
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_EXTENSIONS and path.is_file())
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
+    """
+    Audio files that paths stand for: a file for itself, a folder for the audio files in it and below; each once.
+
+    Raises:
+        `ValueError`: there is no such file or folder, or no audio in a folder; the message names it.
+    """
+    files = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = find_audio_files(path)
+            if not found:
+                raise ValueError(f"{path}: no audio files in this folder ({', '.join(sorted(AUDIO_EXTENSIONS))}).")
+            files += found
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise ValueError(f"{path}: no such file or folder.")
+    return list(dict.fromkeys(files))
+
+
+def bundled_recordings() -> list[Path]:
+    """
+    The recordings that come with the package.
+
+    Raises:
+        `ValueError`: this installation has none.
+    """
+    files = find_audio_files(BUNDLED_RECORDINGS)
+    if not files:
+        raise ValueError("This installation came without recordings; name files or folders.")
+    return files
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """
+    What was recognised in one file.
+
+    Args:
+        path (`Path`): the file.
+        text (`str`, *optional*): what was recognised; `None` if the file could not be used.
+        seconds (`float`, *optional*): its duration.
+        chunks (`list[dict]`, *optional*): its segments or words, each with `"text"`, `"start"` and `"end"` (seconds);
+            with timestamps.
+        error (`str`, *optional*): why it could not be used.
+    """
+
+    path: Path
+    text: str | None = None
+    seconds: float | None = None
+    chunks: list[dict[str, Any]] | None = None
+    error: str | None = None
+
+
+def transcribe_files(
+    pipeline: EchoAutomaticSpeechRecognitionPipeline,
+    files: list[Path],
+    batch_size: int = 8,
+    generate_kwargs: dict[str, Any] | None = None,
+    timestamps: str | None = None,
+    chunk_length_s: float = LONGEST_SEGMENT,
+    show_progress: bool = False,
+) -> Iterator[Transcript]:
+    """
+    Transcripts of audio files of any length and sampling rate, in their order, as soon as each is done.
+
+    Files that are no longer than a segment go through the model together, and of a longer one its segments. No more
+    than `batch_size` segments are in memory. A file that cannot be used gives a [`Transcript`] with its `error`, and
+    does not keep the others from being transcribed.
+
+    Args:
+        pipeline ([`EchoAutomaticSpeechRecognitionPipeline`]): the recogniser.
+        files (`list[Path]`): audio files.
+        batch_size (`int`, defaults to 8): segments at a time.
+        generate_kwargs (`dict`, *optional*): for `generate()`.
+        timestamps (`str`, *optional*): `"segment"` or `"word"`: what to tell the times of.
+        chunk_length_s (`float`, defaults to 20): longest segment in seconds; 0: a file is never cut.
+        show_progress (`bool`, defaults to `False`): whether a bar on standard error, if that is a terminal, tells how
+            much of the audio is done.
+
+    Raises:
+        `ValueError`: the kind of timestamps is not known.
+    """
+    kinds = {None: None, "segment": True, "word": "word"}
+    if timestamps not in kinds:
+        raise ValueError(f"timestamps must be 'segment' or 'word', got {timestamps!r}.")
+    options = {"batch_size": batch_size, "chunk_length_s": chunk_length_s, "return_timestamps": kinds[timestamps]}
+    if generate_kwargs:
+        options["generate_kwargs"] = generate_kwargs
+    rate = pipeline.feature_extractor.sampling_rate
+    with _ProgressBar(files, show_progress) as bar:
+
+        def finish(waiting: list[tuple[Path, np.ndarray | str]]) -> Iterator[Transcript]:
+            done = list(_transcribe_together(pipeline, waiting, options))
+            bar.advance(sum(transcript.seconds or 0.0 for transcript in done))
+            bar.clear()  # it would stand in the way of what the caller writes
+            yield from done
+
+        waiting: list[tuple[Path, np.ndarray | str]] = []  # with samples, or why there are none
+        for path in files:
+            bar.set_postfix_str(path.name, refresh=False)
+            try:
+                samples = _read_short(path, rate, chunk_length_s)
+            except (OSError, ValueError) as error:
+                samples = str(error)
+            if samples is None:
+                yield from finish(waiting)
+                waiting = []
+                transcript = _transcribe_long(pipeline, path, options, bar)
+                bar.clear()
+                yield transcript
+                continue
+            waiting.append((path, samples))
+            if len(waiting) == batch_size:
+                yield from finish(waiting)
+                waiting = []
+        yield from finish(waiting)
+
+
+class _ProgressBar(tqdm):
+    """Seconds of audio done, of those that the files' headers claim. If they claim too few, the bar loses its end."""
+
+    def __init__(self, files: list[Path], show: bool):
+        show = show and sys.stderr.isatty()
+        super().__init__(
+            disable=not show,
+            total=round(sum(map(_claimed_seconds, files))) if show else None,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} s of audio [{elapsed}<{remaining}{postfix}]",
+        )
+        self.seconds = 0.0
+
+    def advance(self, seconds: float):
+        self.seconds += seconds
+        self.update(round(self.seconds) - self.n)
+
+
+def _claimed_seconds(path: Path) -> float:
+    """Duration as the file's header has it, for the progress bar alone: it may be wrong."""
+    try:
+        with open_audio(path) as (file, _):
+            return file.frames / file.samplerate
+    except (OSError, ValueError):
+        return 0.0
+
+
+def _read_short(path: Path, rate: int, longest: float) -> np.ndarray | None:
+    """Samples of a file at `rate` (Hz), or None if it is longer than `longest` seconds (0: no file is)."""
+    blocks, num_samples = [np.zeros(0, np.float32)], 0
+    for block in read_blocks(path, rate):
+        blocks.append(block)
+        num_samples += len(block)
+        if longest and num_samples > longest * rate:
+            return None
+    return np.concatenate(blocks)
+
+
+def _transcribe_together(pipeline, waiting: list[tuple[Path, np.ndarray | str]], options) -> Iterator[Transcript]:
+    rate = pipeline.feature_extractor.sampling_rate
+    recordings = [samples for _, samples in waiting if not isinstance(samples, str)]
+    try:
+        batch = [{"raw": samples, "sampling_rate": rate} for samples in recordings]
+        results = list(pipeline(batch, **options)) if batch else []
+    except ValueError:  # one of them: alone, each shows whether it is the one
+        results = []
+        for samples in recordings:
+            try:
+                results.append(pipeline({"raw": samples, "sampling_rate": rate}, **options))
+            except ValueError as error:
+                results.append(str(error))
+    remaining = iter(results)
+    for path, samples in waiting:
+        result = samples if isinstance(samples, str) else next(remaining)
+        if isinstance(result, str):
+            yield Transcript(path, error=result)
+        else:
+            yield _transcript(path, len(samples) / rate, result)
+
+
+def _transcribe_long(pipeline, path: Path, options, bar) -> Transcript:
+    seconds = 0.0
+
+    def progress(more: float):
+        nonlocal seconds
+        seconds += more
+        bar.advance(more)
+
+    try:
+        result = pipeline(str(path), progress=progress, **options)
+    except (OSError, ValueError) as error:
+        return Transcript(path, error=str(error))
+    return _transcript(path, seconds, result)
+
+
+def _transcript(path: Path, seconds: float, result: dict[str, Any]) -> Transcript:
+    chunks = None
+    if "chunks" in result:
+        chunks = [
+            {"text": chunk["text"].strip(), "start": chunk["timestamp"][0], "end": chunk["timestamp"][1]}
+            for chunk in result["chunks"]
+        ]
+    return Transcript(path, result["text"], round(seconds, 3), chunks)
+
+
+__all__ = [
+    "Transcript",
+    "expand_paths",
+    "find_audio_files",
+    "load_checkpoint",
+    "make_pipeline",
+    "recognize",
+    "transcribe_files",
+]

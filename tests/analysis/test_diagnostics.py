@@ -1,0 +1,333 @@
+"""Diagnostics: known answers, padding left out, and a model that is as it was."""
+
+import json
+import math
+
+import datasets
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch import nn
+
+from conftest import voice
+from echo_hf import EchoConfig, EchoFeatureExtractor, EchoForConditionalGeneration, EchoForCTC
+from echo_hf.analysis import figures
+from echo_hf.analysis.diagnostics import KINDS, EchoDiagnostics, RunningStatistics
+from echo_hf.analysis.tensorboard import DiagnosticsCallback
+from echo_hf.checkpoint import load_model_and_processor
+from echo_hf.cli import main
+from echo_hf.modeling_echo import EchoEncoder
+
+THETA = 1000.0
+
+
+def tiny_model(model_class=EchoForConditionalGeneration, **overrides):
+    torch.manual_seed(0)
+    settings = {"encoder_num_hidden_layers": 2, "decoder_num_hidden_layers": 1, "rotary_theta": THETA}
+    return model_class(EchoConfig.from_preset("all", size="2m", **{**settings, **overrides})).eval()
+
+
+def made_up_features() -> torch.Tensor:
+    """(1, 120, 81), 30 encoder frames: the first 10 voiced with 200 Hz, 10 unvoiced, 10 silent."""
+    features = torch.rand(1, 120, 81, generator=torch.Generator().manual_seed(0)) + 0.6
+    features[:, 80:] = 0.0
+    features[..., -1] = 0.0
+    features[:, :40, -1] = 200.0
+    return features
+
+
+def diagnose(model, **inputs) -> EchoDiagnostics:
+    with EchoDiagnostics(model) as diagnostics, torch.no_grad():
+        model(**inputs)
+    return diagnostics
+
+
+def assert_alike(one: dict, two: dict):
+    """Equal but for rounding, counts exactly."""
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        if isinstance(value, dict):
+            assert_alike(value, two[key])
+        elif key == "sparsity" or key.endswith("_sparsity") or key == "sparsity_difference":
+            assert two[key] == pytest.approx(value, abs=2e-4)  # a value at the very threshold may fall on either side
+        elif key == "min":
+            assert two[key] == pytest.approx(value, abs=1e-4)
+        else:
+            assert two[key] == pytest.approx(value, rel=1e-4), key
+
+
+def test_running_statistics():
+    statistics = RunningStatistics()
+    assert statistics.to_dict() == {"mean": None, "min": None, "max": None, "count": 0}
+    statistics.update(torch.tensor([[1.0, 5.0]]), torch.tensor([[True, False]]))
+    statistics.update(torch.empty(0, 2))
+    statistics.update(torch.tensor([3.0, 7.0], dtype=torch.bfloat16), torch.tensor([False, False]))
+    assert statistics.to_dict() == {"mean": 4.0, "min": 1.0, "max": 7.0, "count": 4}
+    assert statistics.sparsity == 0.25
+
+
+def test_gate_that_opens_to_voice_alone():
+    """Gates see only whether a frame is voiced: silu(2) there and 0 elsewhere, and the feed-forwards give nothing."""
+    model = tiny_model(EchoForCTC)
+    with torch.no_grad():
+        for layer in model.model["encoder"].layers:
+            layer.mlp.gate_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+            layer.mlp.pitch_proj.weight.zero_()
+            layer.mlp.pitch_proj.weight[:, 0] = 2.0
+    figures = diagnose(model, input_features=made_up_features()).to_dict()
+    width, opened = model.config.encoder_intermediate_size, 2 / (1 + math.exp(-2))
+    gate = figures["components"]["gate"]
+    assert gate["count"] == 2 * 30 * width
+    assert gate["max"] == pytest.approx(opened) and gate["min"] == 0
+    assert gate["mean"] == pytest.approx(opened / 3)
+    assert gate["sparsity"] == pytest.approx(2 / 3)
+    assert figures["components"]["mlp"]["max"] == 0
+    assert list(figures["blocks"]) == ["encoder.0", "encoder.1"]
+    for block in figures["blocks"].values():
+        assert block["gate_to_mlp"] is None  # nothing to compare with
+        assert block["sparsity_difference"] == pytest.approx(2 / 3 - 1)
+
+
+def test_pitch_and_silence_of_known_features():
+    model = tiny_model(EchoForCTC, theta_mode="phase", radius_mode="sigmoid")
+    figures = diagnose(model, input_features=made_up_features()).to_dict()
+    assert figures["theta"] == {"mean": pytest.approx(THETA + 200 / 3), "min": THETA, "max": THETA + 200, "count": 30}
+    assert figures["radius"] == {"mean": pytest.approx((10 + 20 * 0.5) / 30), "min": 0.5, "max": 1.0, "count": 30}
+    assert figures["f0"] == {"mean": 200.0, "min": 200.0, "max": 200.0, "count": 10}
+    assert figures["frames"] == 30
+    assert figures["voiced_share"] == figures["silent_share"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("mode", "least", "greatest"),
+    [("none", 0, 0), ("mean", 200 / 3, 200 / 3), ("frame", 0, 200), ("phase", 0, 200)],
+)
+def test_theta_of_each_mode(mode, least, greatest):
+    theta = diagnose(tiny_model(EchoForCTC, theta_mode=mode), input_features=made_up_features()).to_dict()["theta"]
+    assert (theta["min"], theta["max"]) == (pytest.approx(THETA + least), pytest.approx(THETA + greatest))
+
+
+def test_a_plain_model_has_no_silence_and_a_radius_of_one():
+    torch.manual_seed(0)
+    model = EchoForCTC(EchoConfig.from_preset("baseline", size="2m", encoder_num_hidden_layers=1)).eval()
+    figures = diagnose(model, input_features=made_up_features()).to_dict()
+    assert figures["silent_share"] is None
+    assert figures["radius"]["min"] == figures["radius"]["max"] == 1.0
+
+
+def test_components_are_what_passes_through_them():
+    model, features, labels = tiny_model(), made_up_features(), torch.tensor([[40, 41, 42, 2]])
+    seen = {}
+    layer = model.model.encoder.layers[1]
+    for other in (*model.model.encoder.layers[:1], *model.model.decoder.layers):
+        with torch.no_grad():  # so that of all q the only ones above 0 are those of one layer
+            for attention in (getattr(other, "self_attn", None), getattr(other, "encoder_attn", None)):
+                if attention is not None:
+                    attention.q_proj.weight.zero_()
+    layer.self_attn.q_proj.register_forward_hook(lambda module, inputs, output: seen.update(q=output))
+    figures = diagnose(model, input_features=features, labels=labels).to_dict()
+    q = seen["q"].abs().double()
+    config = model.config
+    heads = config.encoder_num_attention_heads * layer.self_attn.content_dim
+    decoder_queries = 2 * 4 * config.decoder_hidden_size  # self- and cross-attention, 4 tokens
+    assert figures["components"]["q"]["count"] == 2 * 30 * heads + decoder_queries
+    assert figures["components"]["q"]["max"] == pytest.approx(q.max().item())
+    assert figures["components"]["q"]["mean"] * figures["components"]["q"]["count"] == pytest.approx(
+        q.sum().item(), rel=1e-5
+    )
+    assert tuple(figures["components"]) == KINDS
+    assert list(figures["blocks"]) == ["encoder.0", "encoder.1", "decoder.0"]
+    # Values of cross-attention are of the encoder's frames.
+    per_frame = 2 * config.encoder_hidden_size + config.decoder_hidden_size
+    assert figures["components"]["v"]["count"] == 30 * per_frame + 4 * config.decoder_hidden_size
+
+
+def test_padding_does_not_enter():
+    extractor, model = EchoFeatureExtractor(), tiny_model()
+    with torch.no_grad():
+        model.model.encoder.rotary_emb.gain.fill_(1.0)
+    voices = [voice(1.0, f0=180.0), voice(0.63, f0=110.0)]
+    alone = [extractor(item, sampling_rate=16000, return_tensors="pt") for item in voices]
+    labels = [torch.tensor([[40, 41, 42, 43, 2]]), torch.tensor([[50, 2]])]
+    together = extractor(voices, sampling_rate=16000, return_tensors="pt", padding="max_length", max_length=130)
+    for number in range(2):
+        single = diagnose(model, **alone[number], labels=labels[number]).to_dict()
+        row = {name: tensor[number : number + 1] for name, tensor in together.items()}
+        padded_labels = torch.cat((labels[number], torch.full((1, 3), -100)), dim=1)
+        assert_alike(single, diagnose(model, **row, labels=padded_labels).to_dict())
+    # A batch of both is the two one after the other.
+    padded_labels = torch.cat((labels[1], torch.full((1, 3), -100)), dim=1)
+    batch = diagnose(model, **together, labels=torch.cat((labels[0], padded_labels))).to_dict()
+    one_by_one = EchoDiagnostics(model)
+    for number in range(2):
+        with one_by_one, torch.no_grad():
+            model(**alone[number], labels=labels[number])
+    assert_alike(batch, one_by_one.to_dict())
+
+
+def test_frames_of_padding_would_be_seen():
+    """The test above can fail: padded frames do differ."""
+    features = made_up_features()
+    padded = nn.functional.pad(features, (0, 0, 0, 40))
+    model = tiny_model(EchoForCTC)
+    without_mask = diagnose(model, input_features=padded).to_dict()
+    assert without_mask["frames"] == 40
+    assert without_mask["components"]["o"]["mean"] != pytest.approx(
+        diagnose(model, input_features=features).to_dict()["components"]["o"]["mean"], rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_generated_tokens_are_counted_once(num_beams):
+    model = tiny_model(max_target_positions=12)
+    model.generation_config.eos_token_id = None
+    with EchoDiagnostics(model) as diagnostics:
+        ids = model.generate(input_features=made_up_features(), max_length=6, num_beams=num_beams, do_sample=False)
+    assert ids.shape == (1, 6)
+    width = model.config.decoder_intermediate_size
+    decoder_gate = diagnostics.measurements.blocks["decoder.0"]["gate"]
+    assert 0 < decoder_gate.count <= 5 * width * num_beams
+    if num_beams == 1:
+        assert decoder_gate.count == 5 * width
+    assert diagnostics.to_dict()["frames"] == 30
+
+
+def test_model_computes_the_same_and_keeps_no_hook():
+    model, inputs = tiny_model(), {"input_features": made_up_features(), "labels": torch.tensor([[40, 2]])}
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+
+    def hooks():
+        return [
+            len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._forward_hooks_with_kwargs)
+            for module in model.modules()
+        ]
+
+    before, hooks_before = model(**inputs), hooks()
+    diagnostics = EchoDiagnostics(model)
+    assert hooks() == hooks_before  # none before the block
+    with diagnostics:
+        assert sum(hooks()) > sum(hooks_before)
+        during = model(**inputs)
+    assert hooks() == hooks_before
+    for one, two in ((before, during), (before, model(**inputs))):
+        assert torch.equal(one.logits, two.logits) and torch.equal(one.loss, two.loss)
+    # Gradients too.
+    gradients = []
+    for outputs in (before, during):
+        model.zero_grad()
+        outputs.loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    assert all(torch.equal(one, two) for one, two in zip(*gradients))
+    with pytest.raises(ZeroDivisionError), diagnostics:
+        model(**inputs)
+        raise ZeroDivisionError
+    assert hooks() == hooks_before
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+
+
+def test_misuse_is_told():
+    with pytest.raises(ValueError, match="no Echo encoder"):
+        EchoDiagnostics(nn.Linear(1, 1))
+    with (
+        EchoDiagnostics(tiny_model(EchoForCTC)) as diagnostics,
+        pytest.raises(RuntimeError, match="already"),
+        diagnostics,
+    ):
+        pass
+
+
+def test_table_has_all_figures():
+    diagnostics = diagnose(tiny_model(), input_features=made_up_features(), labels=torch.tensor([[40, 2]]))
+    table = diagnostics.table()
+    for label in (*KINDS, "encoder.1", "decoder.0", "theta", "radius", "F0 (Hz)", "silent share"):
+        assert any(line.startswith(label) for line in table.splitlines()), label
+    assert "1067" in table  # mean theta
+    assert "-" in EchoDiagnostics(tiny_model(EchoForCTC)).table()  # nothing seen yet
+
+
+def test_command(checkpoint, ctc_checkpoint, capsys):
+    for folder in (checkpoint, ctc_checkpoint):
+        assert main(["diagnose", "--checkpoint", str(folder), "--json", "--batch_size", "3", "--device", "cpu"]) == 0
+        figures = json.loads(capsys.readouterr().out)
+        assert 250 < figures["frames"] < 350  # 12 s of bundled recordings
+        assert 0.3 < figures["voiced_share"] < 0.9
+        assert ("decoder.0" in figures["blocks"]) == (folder == checkpoint)
+    assert main(["diagnose", "--checkpoint", str(ctc_checkpoint), "--device", "cpu"]) == 0
+    assert "|activation|" in capsys.readouterr().out
+
+
+def test_command_cuts_long_recordings_and_names_broken_ones(ctc_checkpoint, tmp_path, capsys, monkeypatch):
+    lengths, forward = [], EchoEncoder.forward
+
+    def counting(self, input_features, *args, **kwargs):
+        lengths.append(input_features.shape[1])
+        return forward(self, input_features, *args, **kwargs)
+
+    monkeypatch.setattr(EchoEncoder, "forward", counting)
+    soundfile.write(tmp_path / "long.flac", np.tile(voice(1.0), 30), 16000)
+    (tmp_path / "broken.wav").write_bytes(b"RIFF")
+    options = ["--checkpoint", str(ctc_checkpoint), "--device", "cpu", "--json"]
+    assert main(["diagnose", str(tmp_path), *options]) == 1
+    assert "broken.wav" in capsys.readouterr().err
+    lengths.clear()
+    assert main(["diagnose", str(tmp_path), *options, "--skip_broken"]) == 0
+    assert "broken.wav" in capsys.readouterr().err
+    assert len(lengths) >= 1 and max(lengths) <= 2000  # of 3000 frames
+
+
+@pytest.mark.slow
+def test_what_is_too_long_for_a_picture_is_not_drawn(checkpoint, monkeypatch):
+    _, processor = load_model_and_processor(checkpoint)
+    rows = [
+        {"input_features": np.ones((frames, 81), np.float32), "text": "oh", "labels": [1, 5, 2]} for frames in (60, 40)
+    ]
+    dataset = datasets.Dataset.from_list(rows).with_format("numpy", ["input_features"], output_all_columns=True)
+    for seconds, expected in ((1, 60), (0.5, 40), (0.1, None)):
+        monkeypatch.setattr(figures, "LONGEST_PICTURE", seconds)
+        drawn = DiagnosticsCallback(dataset, processor).drawn
+        assert (drawn and len(drawn["input_features"])) == expected
+
+
+def test_training_writes_scalars_and_pictures_for_tensorboard(tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for number in range(2):
+        soundfile.write(tmp_path / f"{number}.wav", voice(0.5, f0=150.0 + 50 * number), 16000)
+    manifest = tmp_path / "voices.jsonl"
+    manifest.write_text("".join(json.dumps({"audio": f"{number}.wav", "text": "oh"}) + "\n" for number in range(2)))
+    overrides = "encoder_num_hidden_layers=1,decoder_num_hidden_layers=1,max_target_positions=8"
+    arguments = [
+        "train",
+        "--train_data",
+        str(manifest),
+        "--eval_data",
+        str(manifest),
+        "--size",
+        "2m",
+        "--preset",
+        "all",
+    ]
+    arguments += [
+        "--preset",
+        "all",
+        "--config_overrides",
+        overrides,
+        "--max_steps",
+        "2",
+        "--eval_steps",
+        "1",
+        "--disable_tqdm",
+        "True",
+    ]
+    arguments += ["--output_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "cache"), "--use_cpu"]
+    assert main([*arguments, "--diagnostics", "--report_to", "none", "--save_strategy", "no"]) == 0
+    events = EventAccumulator(str(tmp_path / "run" / "runs" / "diagnostics"), size_guidance={"images": 0})
+    events.Reload()
+    scalars = events.Tags()["scalars"]
+    assert {"components/gate/mean", "blocks/encoder.0/gate_to_mlp", "theta/mean", "silent_share"} <= set(scalars)
+    assert [event.step for event in events.Scalars("components/gate/mean")] == [0, 1, 2]
+    assert set(events.Tags()["images"]) == {"alignment", "angles", "similarity", "bias"}
+    assert [event.step for event in events.Images("angles")] == [0, 1, 2]
+    assert all(event.width > 400 for event in events.Images("angles"))
