@@ -17,7 +17,7 @@ LAYERS = (
     ("data", "inference", "export", "subtitles"),
     ("analysis",),
     ("training", "demo"),
-    ("cli",),
+    ("cli", "cli_add_pitch"),
 )
 MODULES = {
     ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path

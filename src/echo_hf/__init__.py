@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from .pitch_echo import estimate_f0 as estimate_f0
     from .processing_echo import EchoProcessor as EchoProcessor
     from .tokenization_echo import EchoTokenizer as EchoTokenizer
+    from .whisper_echo import EchoWhisperConfig as EchoWhisperConfig
+    from .whisper_echo import EchoWhisperFeatureExtractor as EchoWhisperFeatureExtractor
+    from .whisper_echo import EchoWhisperForConditionalGeneration as EchoWhisperForConditionalGeneration
+    from .whisper_echo import EchoWhisperModel as EchoWhisperModel
+    from .whisper_echo import EchoWhisperProcessor as EchoWhisperProcessor
+    from .whisper_echo import add_pitch as add_pitch
 
 __version__ = "0.1.0"
 
@@ -40,6 +46,12 @@ _MODULES = {
     "estimate_f0": "pitch_echo",
     "EchoProcessor": "processing_echo",
     "EchoTokenizer": "tokenization_echo",
+    "EchoWhisperConfig": "whisper_echo",
+    "EchoWhisperFeatureExtractor": "whisper_echo",
+    "EchoWhisperForConditionalGeneration": "whisper_echo",
+    "EchoWhisperModel": "whisper_echo",
+    "EchoWhisperProcessor": "whisper_echo",
+    "add_pitch": "whisper_echo",
 }
 
 __all__ = [*_MODULES, "__version__"]

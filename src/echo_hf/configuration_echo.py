@@ -661,7 +661,8 @@ class EchoConfig(PreTrainedConfig):
             folder.mkdir(parents=True, exist_ok=True)
             if here.resolve() != folder.resolve():
                 for path in here.glob("*_echo.py"):
-                    shutil.copyfile(path, folder / path.name)
+                    if path.name != "whisper_echo.py":  # another model, which Echo does not need
+                        shutil.copyfile(path, folder / path.name)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 

@@ -33,6 +33,21 @@ TABLES = {
     "transformers.models.auto.processing_auto": {"PROCESSOR_MAPPING_NAMES": "EchoProcessor"},
 }
 
+# The same of a Whisper with pitch.
+WHISPER_TYPE = "echo_whisper"
+WHISPER_TABLES = {
+    "transformers.models.auto.configuration_auto": {"CONFIG_MAPPING_NAMES": "EchoWhisperConfig"},
+    "transformers.models.auto.modeling_auto": {
+        "MODEL_MAPPING_NAMES": "EchoWhisperModel",
+        "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES": "EchoWhisperForConditionalGeneration",
+    },
+    "transformers.models.auto.feature_extraction_auto": {
+        "FEATURE_EXTRACTOR_MAPPING_NAMES": "EchoWhisperFeatureExtractor"
+    },
+    "transformers.models.auto.tokenization_auto": {"TOKENIZER_MAPPING_NAMES": "WhisperTokenizer"},
+    "transformers.models.auto.processing_auto": {"PROCESSOR_MAPPING_NAMES": "EchoWhisperProcessor"},
+}
+
 PIPELINES = "transformers.pipelines"
 TASK = "automatic-speech-recognition"
 PIPELINE_CLASS = "pipeline_echo.EchoAutomaticSpeechRecognitionPipeline"
@@ -43,13 +58,15 @@ def add_names(module) -> None:
     if module.__name__ == PIPELINES:
         add_pipeline(module.SUPPORTED_TASKS[TASK])
         return
-    for table, class_name in TABLES[module.__name__].items():
-        getattr(module, table)[MODEL_TYPE] = class_name
+    for model_type, tables in ((MODEL_TYPE, TABLES), (WHISPER_TYPE, WHISPER_TABLES)):
+        for table, class_name in tables[module.__name__].items():
+            getattr(module, table)[model_type] = class_name
     # Each mapping of a module copied the names of all configs, the other way round, when it was made. A mapping made
     # before Echo's config was known lacks it.
     for value in vars(module).values():
         if type(value).__name__ == "_LazyAutoMapping":
             value._reverse_config_mapping[CONFIG_NAME] = MODEL_TYPE
+            value._reverse_config_mapping["EchoWhisperConfig"] = WHISPER_TYPE
 
 
 def add_pipeline(task: dict) -> None:
@@ -90,7 +107,8 @@ class PostImportHook(MetaPathFinder):
 
 def register() -> None:
     """Registers Echo with Transformers, whether it was imported already, in part, or will be later."""
-    sys.modules[f"transformers.models.{MODEL_TYPE}"] = sys.modules[__package__]
+    for model_type in (MODEL_TYPE, WHISPER_TYPE):
+        sys.modules[f"transformers.models.{model_type}"] = sys.modules[__package__]
     if not any(isinstance(finder, PostImportHook) for finder in sys.meta_path):
         sys.meta_path.insert(0, PostImportHook())
     for name in (*TABLES, PIPELINES):

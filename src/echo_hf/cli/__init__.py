@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version
 
+from . import add_pitch
 from . import demo
 from . import diagnose
 from . import evaluate
@@ -28,6 +29,7 @@ COMMANDS = {
     "plot": plot,
     "diagnose": diagnose,
     "demo": demo,
+    "add-pitch": add_pitch,
 }
 
 DESCRIPTION = "Speech recognition whose attention knows the pitch of the voice."
