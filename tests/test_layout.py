@@ -13,11 +13,11 @@ PACKAGE = SOURCE / "echo_hf"
 # From the bottom up. A module imports from its own layer and from those below it.
 LAYERS = (
     ("registration", "*_echo"),
-    ("checkpoint", "metrics"),
+    ("checkpoint", "metrics", "speech_errors"),
     ("data", "inference", "export", "subtitles"),
     ("analysis",),
     ("training", "demo"),
-    ("cli", "cli_add_pitch"),
+    ("cli",),
 )
 MODULES = {
     ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path

@@ -88,7 +88,7 @@ class NaNRefusal(LogitsProcessor):
 
 
 class EchoWhisperPipeline(AutomaticSpeechRecognitionPipeline):
-    """The stock pipeline for a Whisper with pitch, which the library tells to be one by the model type "whisper" alone."""
+    """The stock pipeline for a Whisper with pitch, which the library knows by the model type "whisper" alone."""
 
     def _sanitize_parameters(self, *args, **kwargs):
         self.type = "seq2seq_whisper"

@@ -64,4 +64,4 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-__all__ = ["add_parser", "run_add_pitch"]
+__all__ = ["add_parser", "run"]
