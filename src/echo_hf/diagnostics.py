@@ -324,13 +324,15 @@ class DiagnosticsCallback(TrainerCallback):
         require_tensorboard()
         from .data import EchoDataCollator
         from .plotting import LONGEST_PICTURE
+        from .plotting import MOST_TOKENS
 
         rows = dataset.select(range(min(num_utterances, len(dataset))))
         self.tokenizer = processor.tokenizer
         extractor = processor.feature_extractor
         longest = LONGEST_PICTURE * extractor.sampling_rate // extractor.hop_length
         # The utterance that is drawn; None where all are too long to be.
-        self.drawn = next((row for row in rows if len(row["input_features"]) <= longest), None)
+        fitting = (row for row in rows if len(row["input_features"]) <= longest and len(row["labels"]) <= MOST_TOKENS)
+        self.drawn = next(fitting, None)
         self.batch = EchoDataCollator(processor)([rows[index] for index in range(len(rows))])
         self.writer = None
         self.last_step = None
