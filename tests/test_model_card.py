@@ -10,11 +10,14 @@ from huggingface_hub import ModelCard
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
+from echo_hf import EchoConfig
 from echo_hf.cli.train import _without_token
 from echo_hf.model_card import COMMAND_FILE
 from echo_hf.model_card import MARK
 from echo_hf.model_card import CardArguments
+from echo_hf.model_card import active_mechanisms
 from echo_hf.model_card import build_model_card
+from echo_hf.model_card import name_mechanisms
 from echo_hf.model_card import write_model_card
 from echo_hf.training import DataArguments
 from echo_hf.training import EchoTrainer
@@ -238,3 +241,11 @@ def test_the_trainer_takes_what_the_librarys_trainer_takes(finished):
     assert card.data.datasets == ["jane/digits"] and "mine" in card.data.tags
     assert card.data.eval_results[0].dataset_name == "Digits of Jane" and card.text.lstrip().startswith(MARK)
     assert "# Digits\n" in card.text and 'model="jane/digits-small", trust_remote_code=True' in card.text
+
+
+def test_all_mechanisms_that_are_on_are_named():
+    assert active_mechanisms(EchoConfig.from_preset("baseline")) == {}
+    assert name_mechanisms(EchoConfig.from_preset("baseline")) == "none"
+    assert name_mechanisms(EchoConfig.from_preset("silence")) == "silence_scaling=True"
+    everything = active_mechanisms(EchoConfig.from_preset("all"))
+    assert {*EchoConfig.from_preset("all").pitch_mechanisms, "silence_scaling"} == set(everything)
