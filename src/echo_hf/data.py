@@ -10,11 +10,11 @@ source are left out, the source is computed again.
 
 import hashlib
 import inspect
-import io
 import json
 import math
 import os
 import random
+import stat
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -26,7 +26,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-import soundfile
 import torch
 from datasets import Dataset
 from datasets import IterableDataset
@@ -34,6 +33,7 @@ from datasets.utils.file_utils import xopen
 from filelock import FileLock
 from transformers.utils import logging
 
+from .feature_extraction_echo import open_audio
 from .metrics import has_half_surrogate
 from .transcription import AUDIO_EXTENSIONS
 from .transcription import find_audio_files
@@ -43,6 +43,7 @@ logger = logging.get_logger(__name__)
 # A source that ends so is meant as a file. Names of datasets on the Hub may have dots, too.
 FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".arrow", ".parquet", ".zip", *AUDIO_EXTENSIONS)
 MAX_JOINED_SECONDS = 20.0  # of utterances that a collator joins
+MAX_TEXT_LENGTH = 100_000  # characters of a transcript, more than are said in an hour
 NAMED_AT_MOST = 5  # examples in a message that reports many rows
 
 
@@ -62,7 +63,7 @@ def load_sources(
     Args:
         sources (`str`, `os.PathLike` or a sequence of these): each is one of
             - a manifest: a file of JSON lines, `{"audio": "clips/1.flac", "text": "hello"}`, paths relative to its
-              folder;
+              folder, or a pipe with such lines, paths relative to the current folder;
             - a folder with a `metadata.jsonl` manifest (which may say `file_name` for `audio`), or with audio files
               and beside each a `.txt` of the same name;
             - a folder written by `Dataset.save_to_disk`, or the name of a dataset on the Hub.
@@ -76,7 +77,8 @@ def load_sources(
         the sources' others. A column that has different types in two sources becomes text.
 
     Raises:
-        `ValueError`: a source does not exist, is empty, lacks a column, or has a line that is not JSON.
+        `ValueError`: a source does not exist, is empty, lacks a column, or has a line that is not JSON; or a transcript
+            has more than 100000 characters.
     """
     if isinstance(sources, (str, os.PathLike)):
         sources = [sources]
@@ -85,6 +87,7 @@ def load_sources(
     tables = []
     for source in map(str, sources):
         table = _load_source(source, split, name, audio_column, text_column)
+        _refuse_long_texts(table)
         table = table.remove_columns("source") if "source" in table.column_names else table
         tables.append(table.add_column("source", [source] * len(table)))
     for column in {column for table in tables for column in table.column_names}:
@@ -92,6 +95,19 @@ def load_sources(
         if len(types - {str(datasets.Value("null"))}) > 1:
             tables = [_as_text(table, column) if column in table.column_names else table for table in tables]
     return datasets.concatenate_datasets(tables)
+
+
+def _refuse_long_texts(table: Dataset) -> None:
+    for row, text in enumerate(table["text"]):
+        if problem := _length_problem(text):
+            raise ValueError(f"{table['origin'][row]}: {problem}. Is it the transcript of this recording?")
+
+
+def _length_problem(text: str | None) -> str | None:
+    """Why a transcript is too long to be one, or None."""
+    if text is None or len(text) <= MAX_TEXT_LENGTH:
+        return None
+    return f"the text has {len(text):,} characters, and a transcript has at most {MAX_TEXT_LENGTH:,}"
 
 
 def _as_text(table: Dataset, column: str) -> Dataset:
@@ -105,15 +121,19 @@ def _as_text(table: Dataset, column: str) -> Dataset:
 def _load_source(
     source: str, split: str | None, name: str | None, audio_column: str | None, text_column: str | None
 ) -> Dataset:
+    if "://" in source:
+        raise ValueError(f"{source} is a URL. Download it first, e.g. `curl -L URL --output FILE`.")
     path = Path(source).expanduser()
-    if path.is_file():
+    if path.is_file() or path.is_fifo():
         return _read_manifest(path, audio_column, text_column)
     if path.is_dir() and not (path / "state.json").exists() and not (path / "dataset_dict.json").exists():
-        if (path / "metadata.jsonl").exists():
+        if (path / "metadata.jsonl").is_file():
             return _read_manifest(path / "metadata.jsonl", audio_column, text_column)
         return _read_folder(path)
     if path.is_dir():
         table = datasets.load_from_disk(str(path))
+    elif path.exists():
+        raise ValueError(f"{source} is a terminal or another device. Name a file, a folder or a dataset.")
     elif path.suffix.lower() in FILE_SUFFIXES or path.is_absolute() or len(path.parts) > 2:
         raise ValueError(f"{source}: no such file or folder.")
     else:
@@ -183,7 +203,7 @@ def _read_manifest(path: Path, audio_column: str | None, text_column: str | None
         for column, value in row.items():
             if isinstance(value, str) and has_half_surrogate(value):
                 raise ValueError(f"{origin}: {column!r} has half of a surrogate pair, which is no character.")
-    folder = path.parent.absolute()
+    folder = Path.cwd() if path.is_fifo() else path.parent.absolute()  # a pipe lies in no folder of recordings
     columns = dict.fromkeys(column for row in rows for column in row if column not in (audio_column, text_column))
     return _make_table(
         paths=[str(folder / row[audio_column]) for row in rows],
@@ -389,6 +409,8 @@ def _text_problem(
     """Why a transcript cannot be used, or None."""
     if text is None:
         return "there is no text"
+    if problem := _length_problem(text):
+        return problem
     if not text.strip() and not allow_empty_text:
         return "the text is empty"
     if max_label_length is not None and len(labels) > max_label_length:
@@ -403,17 +425,23 @@ def _inspect(audio: dict[str, Any] | None) -> _AudioFile:
     try:
         if data is None:
             status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):  # to read a pipe may take for ever, and a device may have no end
+                return _AudioFile(path, problem=f"{path} is not a regular file")
             identity = f"{path} {status.st_size} {status.st_mtime_ns}"
         else:
             identity = hashlib.sha256(data).hexdigest()
-        header = soundfile.info(path if data is None else io.BytesIO(data))
     except FileNotFoundError:
         return _AudioFile(path, problem=f"there is no file {path}")
-    except (OSError, RuntimeError, TypeError, ValueError) as error:  # neither bytes nor path; NUL within a path
+    except (OSError, TypeError, ValueError) as error:  # neither bytes nor path; NUL within a path
         return _AudioFile(path, problem=f"the audio cannot be read: {error}")
-    if not header.frames:
+    try:
+        with open_audio(path if data is None else data) as (header, _):
+            num_frames, rate = header.frames, header.samplerate
+    except (OSError, ValueError) as error:
+        return _AudioFile(path, problem=str(error))
+    if not num_frames:
         return _AudioFile(path, problem="the audio is empty")
-    return _AudioFile(path, header.frames / header.samplerate, identity)
+    return _AudioFile(path, num_frames / rate, identity)
 
 
 def _report(origins: list[str], problems: dict[int, str], skip_broken: bool) -> None:
@@ -426,7 +454,7 @@ def _report(origins: list[str], problems: dict[int, str], skip_broken: bool) -> 
 
 
 def _describe(origins: list[str], reasons: dict[int, str]) -> str:
-    return _name(f"{origins[index]}: {reason}" for index, reason in sorted(reasons.items()))
+    return _name(f"{origins[index]}: {reason.rstrip('.')}" for index, reason in sorted(reasons.items()))
 
 
 def _compute_features(
@@ -572,7 +600,7 @@ def _extract_stream(batch: dict[str, list], processor, columns, limits, skip_bro
             file = _AudioFile(audio["path"], problem=f"the audio cannot be fetched: {error}")
     if file.problem is None:
         file = _inspect(audio)
-    labels = processor.tokenizer(text or "")["input_ids"]
+    labels = processor.tokenizer("" if _length_problem(text) else text or "")["input_ids"]
     problem, features = file.problem, None
     is_inside = problem is None and min_seconds <= file.seconds <= max_seconds
     if is_inside:
