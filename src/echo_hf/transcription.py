@@ -1,8 +1,8 @@
 """Inference with a checkpoint: on prepared utterances, in length-sorted batches, or on audio files of any length.
 
-For prepared data there are two controls. A model that listens does badly on both; one that only knows which texts are
-likely does not: `"zeroed"` replaces every feature, F0 too, by 0 at the same length, `"shuffled"` gives every utterance
-the features of another one.
+For prepared data there are two controls: `"zeroed"` replaces every feature, F0 too, by 0 at the same length, and
+`"shuffled"` gives every utterance the features of another one. A model that uses the audio has high error rates with
+both; one that only knows which texts are likely does not.
 
 Transcribing files needs nothing that the package's base install lacks, such as `datasets`.
 """
@@ -56,7 +56,7 @@ PIPE_BLOCK = 1 << 20  # bytes read from it at a time
 
 def load_checkpoint(checkpoint: str | Path | None = None, device: str | None = None, **overrides):
     """
-    A model, ready to recognise, and its processor.
+    A model in evaluation mode on its device, and its processor.
 
     Args:
         checkpoint (`str`, *optional*): folder, or name on the Hub; the checkpoint that comes with the package if not
@@ -248,11 +248,11 @@ def bundled_recordings() -> list[Path]:
 @dataclass(frozen=True)
 class Transcript:
     """
-    What was recognised in one file.
+    What was recognized in one file.
 
     Args:
         path (`Path`): the file.
-        text (`str`, *optional*): what was recognised; `None` if the file could not be used.
+        text (`str`, *optional*): what was recognized; `None` if the file could not be used.
         seconds (`float`, *optional*): its duration.
         chunks (`list[dict]`, *optional*): its segments or words, each with `"text"`, `"start"` and `"end"` (seconds);
             with timestamps.
@@ -283,7 +283,7 @@ def transcribe_files(
     does not keep the others from being transcribed.
 
     Args:
-        pipeline ([`EchoAutomaticSpeechRecognitionPipeline`]): the recogniser.
+        pipeline ([`EchoAutomaticSpeechRecognitionPipeline`]): the pipeline.
         files (`list[Path]`): audio files.
         batch_size (`int`, defaults to 8): segments at a time.
         generate_kwargs (`dict`, *optional*): for `generate()`.
