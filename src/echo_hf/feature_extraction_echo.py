@@ -107,8 +107,12 @@ def open_audio(source) -> Iterator[tuple[Any, str]]:
                 raise ValueError(f"{name} claims a sampling rate of {file.samplerate} Hz. Its header must be wrong.")
             yield file, name
     except soundfile.SoundFileError as error:
+        reason = getattr(error, "error_string", str(error)).removeprefix("Error : ").rstrip(".")
+        if "possibly a pipe" in reason:  # libsndfile's, of a damaged MP3
+            reason = "no audio is found in it"
         raise ValueError(
-            f"Cannot read {name} as audio ({error}). Convert it first, e.g. `ffmpeg -i INPUT -ac 1 OUTPUT.wav`."
+            f"Cannot read {name} as audio: it is damaged, or of a format that soundfile does not know ({reason})."
+            " Convert it first, e.g. `ffmpeg -i INPUT -ac 1 OUTPUT.wav`."
         ) from error
 
 

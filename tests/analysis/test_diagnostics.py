@@ -288,6 +288,9 @@ def test_what_is_too_long_for_a_picture_is_not_drawn(checkpoint, monkeypatch):
         monkeypatch.setattr(figures, "LONGEST_PICTURE", seconds)
         drawn = DiagnosticsCallback(dataset, processor).drawn
         assert (drawn and len(drawn["input_features"])) == expected
+    monkeypatch.setattr(plotting, "LONGEST_PICTURE", 1)
+    monkeypatch.setattr(plotting, "MOST_TOKENS", 2)
+    assert DiagnosticsCallback(dataset, processor).drawn is None
 
 
 def test_training_writes_scalars_and_pictures_for_tensorboard(tmp_path, capsys):

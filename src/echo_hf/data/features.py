@@ -8,10 +8,10 @@ source are left out, the source is computed again.
 
 import hashlib
 import inspect
-import io
 import json
 import math
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ from typing import Any
 
 import datasets
 import numpy as np
-import soundfile
 from datasets import Dataset, IterableDataset
 from datasets.utils.file_utils import xopen
 from filelock import FileLock
 from transformers.utils import logging
 
+from ..feature_extraction_echo import open_audio
 from ..metrics import MAX_CHARACTERS
-from .sources import name_some
+from .sources import length_problem, name_some
 
 logger = logging.get_logger(__name__)
 
@@ -176,10 +176,10 @@ def _text_problem(
     """Why a transcript cannot be used, or None."""
     if text is None:
         return "there is no text"
+    if problem := length_problem(text):
+        return problem
     if not text.strip() and not allow_empty_text:
         return "the text is empty"
-    if len(text) > MAX_CHARACTERS:
-        return f"the text has {len(text):,} characters, and an utterance at most {MAX_CHARACTERS:,}"
     if max_label_length is not None and len(labels) > max_label_length:
         return f"the text has {len(labels)} tokens, the model takes {max_label_length} (`max_target_positions`)"
     return None
@@ -192,17 +192,23 @@ def _inspect(audio: dict[str, Any] | None) -> _AudioFile:
     try:
         if data is None:
             status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):  # to read a pipe may take for ever, and a device may have no end
+                return _AudioFile(path, problem=f"{path} is not a regular file")
             identity = f"{path} {status.st_size} {status.st_mtime_ns}"
         else:
             identity = hashlib.sha256(data).hexdigest()
-        header = soundfile.info(path if data is None else io.BytesIO(data))
     except FileNotFoundError:
         return _AudioFile(path, problem=f"there is no file {path}")
-    except (OSError, RuntimeError, TypeError, ValueError) as error:  # neither bytes nor path; NUL within a path
+    except (OSError, TypeError, ValueError) as error:  # neither bytes nor path; NUL within a path
         return _AudioFile(path, problem=f"the audio cannot be read: {error}")
-    if not header.frames:
+    try:
+        with open_audio(path if data is None else data) as (header, _):
+            num_frames, rate = header.frames, header.samplerate
+    except (OSError, ValueError) as error:
+        return _AudioFile(path, problem=str(error))
+    if not num_frames:
         return _AudioFile(path, problem="the audio is empty")
-    return _AudioFile(path, header.frames / header.samplerate, identity)
+    return _AudioFile(path, num_frames / rate, identity)
 
 
 def _report(origins: list[str], problems: dict[int, str], skip_broken: bool) -> None:
@@ -215,7 +221,7 @@ def _report(origins: list[str], problems: dict[int, str], skip_broken: bool) -> 
 
 
 def _describe(origins: list[str], reasons: dict[int, str]) -> str:
-    return name_some(f"{origins[index]}: {reason}" for index, reason in sorted(reasons.items()))
+    return name_some(f"{origins[index]}: {reason.rstrip('.')}" for index, reason in sorted(reasons.items()))
 
 
 def _compute_features(

@@ -18,7 +18,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..checkpoint import read_json
-from ..configuration_echo import EchoConfig
+from ..configuration_echo import BASELINE, EchoConfig
 from ..metrics import RATES
 
 TRAINING_ARGUMENTS_FILE = "training_args.json"  # in output_dir: all settings of the Trainer but tokens
@@ -70,6 +70,24 @@ class CardArguments:
     card_samples: list[str] | None = field(
         default=None, metadata={"help": "Addresses (https://...) of recordings to try the model on from its page."}
     )
+
+
+def active_mechanisms(config: EchoConfig) -> dict[str, Any]:
+    """
+    The mechanisms that are on, those that read F0 and silence scaling alike.
+
+    Args:
+        config ([`EchoConfig`]): the model's.
+
+    Returns:
+        `dict[str, Any]`: names of their fields, and their values; empty for a plain rotary transformer.
+    """
+    return {name: getattr(config, name) for name, off in BASELINE.items() if getattr(config, name) != off}
+
+
+def name_mechanisms(config: EchoConfig) -> str:
+    """[`active_mechanisms`] as text, such as `theta_mode=mean, silence_scaling=True`, or `none`."""
+    return ", ".join(f"{name}={value}" for name, value in active_mechanisms(config).items()) or "none"
 
 
 def build_model_card(
@@ -210,13 +228,12 @@ def _title(rate: str) -> str:
 
 def _describe_model(config: EchoConfig, summary: dict[str, Any]) -> str:
     size = f" with {summary['parameters'] / 1e6:.1f}M parameters" if summary.get("parameters") else ""
-    mechanisms = [f"`{name}={getattr(config, name)}`" for name in config.pitch_mechanisms]
     groups = ", ".join(f"{name} ({width})" for name, width in config.feature_groups.items())
     return (
         f"A speech recogniser{size}: an Echo encoder-decoder of"
         f" {config.encoder_num_hidden_layers} and {config.decoder_num_hidden_layers} layers for audio at"
         f" {config.sampling_rate} Hz, with {config.vocab_size} tokens. Features: {groups}, a frame every"
-        f" {1000 * config.frame_seconds:g} ms. Pitch mechanisms that are on: {', '.join(mechanisms) or 'none'}."
+        f" {1000 * config.frame_seconds:g} ms. Mechanisms that are on: {name_mechanisms(config)}."
     )
 
 
@@ -307,4 +324,4 @@ def _quote(argument: str) -> str:
     return shlex.quote(argument)
 
 
-__all__ = ["CardArguments", "build_model_card", "write_model_card"]
+__all__ = ["CardArguments", "active_mechanisms", "build_model_card", "name_mechanisms", "write_model_card"]
