@@ -330,14 +330,23 @@ def _train(arguments: list[str]) -> int:
 
     from .training import COMMAND_FILE
     from .training import TRAINING_DEFAULTS
+    from .training import AugmentationArguments
     from .training import CardArguments
     from .training import DataArguments
     from .training import ModelArguments
+    from .training import RunArguments
     from .training import find_last_checkpoint
     from .training import train
 
     parser = HfArgumentParser(
-        [DataArguments, ModelArguments, CardArguments, Seq2SeqTrainingArguments],
+        [
+            DataArguments,
+            ModelArguments,
+            AugmentationArguments,
+            RunArguments,
+            CardArguments,
+            Seq2SeqTrainingArguments,
+        ],
         prog="echo-hf train",
         usage="echo-hf train --train_data DATA [DATA ...] --output_dir FOLDER [--eval_data DATA [DATA ...]] [options]",
         description="Train a speech recogniser, from scratch or from a checkpoint.",
@@ -384,7 +393,7 @@ def _train(arguments: list[str]) -> int:
         del settings[name]
     _settle(settings)
     try:
-        data, model, card, training = parser.parse_dict(settings)
+        data, model, augmentation, run, card, training = parser.parse_dict(settings)
     except (ValueError, ImportError) as error:  # the Trainer's own checks of its options
         parser.error(str(error))
 
@@ -400,7 +409,16 @@ def _train(arguments: list[str]) -> int:
                 unfinished.replace(command_file)
 
     try:
-        summary = train(model, data, training, resume=known.resume, callbacks=[RememberCommand()], card_arguments=card)
+        summary = train(
+            model,
+            data,
+            training,
+            resume=known.resume,
+            callbacks=[RememberCommand()],
+            card_arguments=card,
+            augmentation_arguments=augmentation,
+            run_arguments=run,
+        )
     except KeyboardInterrupt:
         saved = find_last_checkpoint(output_dir) is not None
         hint = f"Go on with: echo-hf train --resume --output_dir {output_dir}" if saved else "Nothing was saved yet."
