@@ -50,7 +50,8 @@ def assert_alike(one: dict, two: dict):
         if isinstance(value, dict):
             assert_alike(value, two[key])
         elif key == "sparsity" or key.endswith("_sparsity") or key == "sparsity_difference":
-            assert two[key] == pytest.approx(value, abs=2e-4)  # a value at the very threshold may fall on either side
+            # A count at a threshold: of thousands of values a few are within rounding of it, and fall on either side.
+            assert two[key] == pytest.approx(value, abs=2e-3)
         elif key == "min":
             assert two[key] == pytest.approx(value, abs=1e-4)
         else:

@@ -95,24 +95,18 @@ def prepare_dataset(
     keep = [index for index in range(len(table)) if index not in problems and index not in outside]
     if not keep:
         raise ValueError(f"None of the {len(table)} utterances can be used: {_describe(origins, problems | outside)}.")
-    sources = table["source"][:] if "source" in table.column_names else [None] * len(table)
-    # Each source by itself, and each time it is named, so that what was computed of it alone serves beside others.
-    times, part_of = Counter(), {}
-    for index in keep:
-        times[sources[index], origins[index]] += 1
-        part_of[index] = sources[index], times[sources[index], origins[index]]
-    features = datasets.concatenate_datasets(
-        [
-            _compute_features(
-                table.select(rows).select_columns(["audio"]),
-                processor.feature_extractor,
-                [files[index].identity for index in rows],
-                num_proc,
-                Path(cache_dir) if cache_dir is not None else Path(datasets.config.HF_DATASETS_CACHE) / "echo_hf",
-            )
-            for rows in (list(part) for _, part in groupby(keep, key=part_of.__getitem__))
-        ]
-    )
+    folder = Path(cache_dir) if cache_dir is not None else Path(datasets.config.HF_DATASETS_CACHE) / "echo_hf"
+    parts = [
+        _compute_features(
+            table.select(rows).select_columns(["audio"]),
+            processor.feature_extractor,
+            [files[index].identity for index in rows],
+            num_proc,
+            folder,
+        )
+        for rows in _rows_by_source(table, keep)
+    ]
+    features = datasets.concatenate_datasets(parts)
     undecodable = {keep[row]: message for row, message in enumerate(features["problem"]) if message}
     _report(origins, undecodable, skip_broken)
 
@@ -168,6 +162,18 @@ def _check_rows(
         elif problem := _text_problem(text, labels[index], max_label_length, allow_empty_text):
             problems[index] = problem
     return files, problems, outside
+
+
+def _rows_by_source(table: Dataset, keep: list[int]) -> list[list[int]]:
+    """The rows to keep, each source by itself, and each time it is named, so that what was computed of it alone serves
+    beside others."""
+    sources = table["source"][:] if "source" in table.column_names else [None] * len(table)
+    origins = table["origin"][:]
+    times, part_of = Counter(), {}
+    for index in keep:
+        times[sources[index], origins[index]] += 1
+        part_of[index] = sources[index], times[sources[index], origins[index]]
+    return [list(part) for _, part in groupby(keep, key=part_of.__getitem__)]
 
 
 def _text_problem(

@@ -142,6 +142,36 @@ def build_model_card(
     name = model_name or folder.resolve().name
     eval_name = arguments.card_eval_name or ", ".join(_names(evaluated)) or "evaluation data"
 
+    data = _describe_metadata(
+        name, arguments, base_model or summary.get("base_model"), rates, train, evaluated, eval_name
+    )
+
+    sections = [
+        f"# {name}",
+        _describe_model(config, summary),
+        "## Use",
+        _describe_use(repo_id or name),
+        "## Training data",
+        _describe_data(train),
+        "## Training",
+        _describe_training(summary, settings, command),
+        "## Evaluation",
+        _describe_evaluation(metrics, rates, evaluated, eval_name, summary),
+    ]
+    # A card of text alone: the templates of huggingface_hub need Jinja, and hold much that nobody fills in.
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{MARK}\n\n" + "\n\n".join(sections) + "\n")
+
+
+def _describe_metadata(
+    name: str,
+    arguments: CardArguments,
+    base_model: str | None,
+    rates: dict[str, float],
+    train: dict[str, Any],
+    evaluated: dict[str, Any],
+    eval_name: str,
+) -> ModelCardData:
+    """What the Hub reads of a card: its YAML, with the results as a `model-index`."""
     data = ModelCardData(
         language=arguments.card_language,
         license=arguments.card_license,
@@ -149,7 +179,7 @@ def build_model_card(
         pipeline_tag=TASK,
         tags=[*TAGS, *(arguments.card_tags or [])],
         datasets=arguments.card_datasets or train.get("from_hub") or None,
-        base_model=base_model or summary.get("base_model"),
+        base_model=base_model,
         metrics=list(rates) or None,
         model_name=name,
         eval_results=[
@@ -169,21 +199,7 @@ def build_model_card(
         del data.__dict__["model_name"]  # which belongs to the results; the Hub knows no such field by itself
     if arguments.card_samples:
         data["widget"] = [{"example_title": url.rpartition("/")[2], "src": url} for url in arguments.card_samples]
-
-    sections = [
-        f"# {name}",
-        _describe_model(config, summary),
-        "## Use",
-        _describe_use(repo_id or name),
-        "## Training data",
-        _describe_data(train),
-        "## Training",
-        _describe_training(summary, settings, command),
-        "## Evaluation",
-        _describe_evaluation(metrics, rates, evaluated, eval_name, summary),
-    ]
-    # A card of text alone: the templates of huggingface_hub need Jinja, and hold much that nobody fills in.
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{MARK}\n\n" + "\n\n".join(sections) + "\n")
+    return data
 
 
 def write_model_card(
