@@ -462,6 +462,7 @@ def test_a_sampling_rate_that_cannot_be_is_refused_wherever_it_is_given(rate, re
     ):
         with pytest.raises(ValueError, match=message):
             given()
+    assert type(EchoFeatureExtractor(sampling_rate=16000.0).sampling_rate) is int
     with pytest.raises(ValueError, match="target_rate must be"):
         resample_audio(GOOD, RATE, rate)
 

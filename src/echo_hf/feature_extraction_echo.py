@@ -363,7 +363,7 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
         is_number = isinstance(self.padding_value, Real) and not isinstance(self.padding_value, bool)
         if not is_number or not np.isfinite(self.padding_value):
             raise ValueError(f"padding_value must be a finite number, got {self.padding_value!r}.")
-        check_sampling_rate(self.sampling_rate)
+        self.sampling_rate = check_sampling_rate(self.sampling_rate)
         check_hop_length(self.hop_length, self.sampling_rate)
         if isinstance(self.n_fft, bool) or not isinstance(self.n_fft, int) or self.n_fft % 2:
             raise ValueError(f"n_fft must be an even whole number, got {self.n_fft!r}.")
