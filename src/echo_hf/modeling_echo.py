@@ -654,12 +654,9 @@ class EchoEncoder(EchoPreTrainedModel):
     def _resize_heads(self, size: int, mean_resizing: bool):
         super()._resize_heads(size, mean_resizing)
         if self.intermediate_head is not None:
-            self.intermediate_head = self._get_resized_lm_head(
-                self.intermediate_head, size, mean_resizing=mean_resizing
-            )
-            self.self_conditioning = self._get_resized_lm_head(
-                self.self_conditioning, size, transposed=True, mean_resizing=mean_resizing
-            )
+            resize = self._get_resized_lm_head
+            self.intermediate_head = resize(self.intermediate_head, size, mean_resizing=mean_resizing)
+            self.self_conditioning = resize(self.self_conditioning, size, transposed=True, mean_resizing=mean_resizing)
 
     def _check_inputs(self, input_features: torch.Tensor, attention_mask: torch.Tensor | None):
         channels = self.config.num_feature_channels
@@ -887,8 +884,7 @@ class EchoDecoder(EchoPreTrainedModel):
         Raises:
             `ValueError`: both or neither of `input_ids` and `inputs_embeds` are given.
         """
-        if past_key_values is None:
-            past_key_values = kwargs.pop("cache", None)  # its name from Transformers 5.24 on
+        past_key_values = kwargs.pop("cache", None) if past_key_values is None else past_key_values
         if self.gradient_checkpointing and self.training and (use_cache or past_key_values is not None):
             logger.warning_once("Gradient checkpointing runs layers twice, and so goes without use_cache.")
             use_cache, past_key_values = False, None
@@ -1029,8 +1025,7 @@ class EchoModel(EchoEncoderModel):
         Returns:
             `Seq2SeqModelOutput` with `last_hidden_state` of shape `(B, L, E)`.
         """
-        if past_key_values is None:
-            past_key_values = kwargs.pop("cache", None)  # its name from Transformers 5.24 on
+        past_key_values = kwargs.pop("cache", None) if past_key_values is None else past_key_values
         if encoder_outputs is None:
             if input_features is None:
                 raise ValueError("Either input_features or encoder_outputs must be given.")
