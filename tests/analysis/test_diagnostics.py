@@ -72,7 +72,7 @@ def test_gate_that_opens_to_voice_alone():
     """Gates see only whether a frame is voiced: silu(2) there and 0 elsewhere, and the feed-forwards give nothing."""
     model = tiny_model(EchoForCTC)
     with torch.no_grad():
-        for layer in model.model["encoder"].layers:
+        for layer in model.model.encoder.layers:
             layer.mlp.gate_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
             layer.mlp.pitch_proj.weight.zero_()
