@@ -30,7 +30,6 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.cache_utils import DynamicCache
 from transformers.cache_utils import EncoderDecoderCache
-from transformers.generation import GenerationMixin
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.loss.loss_ctc import ForCTCLoss
 from transformers.masking_utils import create_bidirectional_mask
@@ -53,6 +52,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_echo import EchoConfig
 from .generation_echo import EchoCTCPrefixLogitsProcessor
+from .generation_echo import EchoGenerationMixin
 
 logger = logging.get_logger(__name__)
 
@@ -1267,7 +1267,7 @@ def shift_tokens_right(labels: torch.Tensor, config: EchoConfig) -> torch.Tensor
     return shifted.masked_fill(shifted == -100, config.pad_token_id)
 
 
-class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
+class EchoForConditionalGeneration(EchoPreTrainedModel, EchoGenerationMixin):
     """Echo with a language-model head, tied to the token embeddings, and with `ctc_loss_weight` a CTC head."""
 
     _auto_class = "AutoModelForSpeechSeq2Seq"
