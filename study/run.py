@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -263,6 +263,7 @@ def main():
     parser.add_argument("--cache", type=Path, required=True, help="folder for features, trunks and locks")
     parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
     parser.add_argument("--parts", nargs="*", default=[part.name for part in PARTS], help="parts to run, in this order")
+    parser.add_argument("--arms", nargs="*", help="arms to run now, of those parts; all if not given")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -273,8 +274,10 @@ def main():
         sys.exit(max(worker.wait() for worker in workers))
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    chosen = {part.name: part for part in PARTS}
-    Study(arguments.speech, arguments.cache, arguments.results).work(tuple(chosen[name] for name in arguments.parts))
+    parts = [part for name in arguments.parts for part in PARTS if part.name == name]
+    if arguments.arms is not None:
+        parts = [replace(part, arms=tuple(arm for arm in part.arms if arm in arguments.arms)) for part in parts]
+    Study(arguments.speech, arguments.cache, arguments.results).work(tuple(parts))
 
 
 if __name__ == "__main__":

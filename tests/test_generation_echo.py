@@ -113,7 +113,10 @@ def test_reordered_beams_and_jumps_have_the_scores_of_their_own_texts():
 
 @pytest.mark.parametrize("weight", [0.4, 1.0])
 def test_finished_rows_score_padding_alone(weight):
-    joint, decoder = processor(random_logits().expand(2, -1, -1), weight=weight, num_hypotheses=2), torch.zeros(2, VOCAB)
+    joint, decoder = (
+        processor(random_logits().expand(2, -1, -1), weight=weight, num_hypotheses=2),
+        torch.zeros(2, VOCAB),
+    )
     joint(torch.tensor([[BOS]] * 2), decoder)
     for texts in ([[BOS, 3], [BOS, EOS]], [[BOS, 3, 4], [BOS, EOS, BLANK]]):
         scores = joint(torch.tensor(texts), decoder)
@@ -254,7 +257,9 @@ def endless_model(number=6):
     ctc_logits[:, BLANK] = 5.0
     for i in range(number):
         ctc_logits[2 + 4 * i, [BLANK, 3 + i % 2]] = torch.tensor([0.0, 5.0])
-    model.ctc_head.forward = lambda hidden_states: ctc_logits[: hidden_states.shape[1]].expand(len(hidden_states), -1, -1)
+    model.ctc_head.forward = lambda hidden_states: ctc_logits[: hidden_states.shape[1]].expand(
+        len(hidden_states), -1, -1
+    )
     next_logits = torch.zeros(12, 12)
     next_logits[:, 3:5] = -3.0
     next_logits[[BOS, 4], 3] = next_logits[3, 4] = 8.0
@@ -299,6 +304,83 @@ def test_assisted_generation_goes_back_too():
     model, inputs = endless_model(), features((200,))
     expected = model.generate(**inputs, ctc_weight=0.4)
     assert torch.equal(model.generate(**inputs, ctc_weight=0.4, assistant_model=endless_model()), expected)
+
+
+def one_token_at_a_time(model, **inputs):
+    """What `generate()` gives where it verifies no drafts."""
+    return model.generate(**inputs, return_dict_in_generate=True).sequences
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_drafts_change_no_token(seed):
+    model, inputs = tiny_model(), features((200, 120, 40))  # no more than DRAFT_ROWS
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():  # heads that are sure of themselves, and seldom of one opinion; few blanks
+        model.ctc_head.weight.copy_(torch.randn(model.ctc_head.weight.shape, generator=generator))
+        model.proj_out.weight.copy_(torch.randn(model.proj_out.weight.shape, generator=generator) * 0.2)
+    for weight in (0.2, 0.6, 1.0):
+        expected = one_token_at_a_time(model, **inputs, ctc_weight=weight)
+        assert torch.equal(model.generate(**inputs, ctc_weight=weight), expected)
+
+
+def test_a_good_draft_takes_one_pass(monkeypatch):
+    model, inputs = endless_model(), features((200, 48))
+    expected, passes, forward = one_token_at_a_time(model, **inputs, ctc_weight=1.0), [], model.forward
+
+    @functools.wraps(forward)
+    def count(**kwargs):
+        passes.append(kwargs["decoder_input_ids"].shape)
+        return forward(**kwargs)
+
+    monkeypatch.setattr(model, "forward", count)
+    assert torch.equal(model.generate(**inputs, ctc_weight=1.0), expected)
+    assert len(passes) == 1 and expected.shape == (2, 8)
+
+
+@pytest.mark.parametrize("settings", [{}, {"attention_mask": None}, {"max_length": 5}, {"max_new_tokens": 1}])
+def test_where_two_tokens_are_too_close_all_is_done_again(settings, monkeypatch):
+    model, inputs = tiny_model(), {**features(), "ctc_weight": 0.5, **settings}
+    expected = one_token_at_a_time(model, **inputs)
+    assert torch.equal(model.generate(**inputs), expected)
+    monkeypatch.setattr("echo_hf.generation_echo.TOO_CLOSE", math.inf)
+    assert torch.equal(model.generate(**inputs), expected)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ctc_weight": 0.0},
+        {"num_beams": 2},
+        {"do_sample": True},
+        {"return_dict_in_generate": True},
+        {"repetition_penalty": 1.1},
+        {"min_length": 3},
+        {"max_time": 60.0},
+        {"eos_token_id": None},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"streamer": True},
+        {"logits_processor": True},
+        {"decoder_input_ids": torch.tensor([[BOS, 3]]), "decoder_attention_mask": torch.ones(1, 2)},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_where_others_have_a_say_no_draft_is_verified(settings, monkeypatch):
+    class Streamer:
+        put = end = lambda *_: None
+
+    def refuse(*_):
+        raise AssertionError("a draft was verified")
+
+    if "streamer" in settings:
+        settings = {"streamer": Streamer()}
+    if "logits_processor" in settings:
+        settings = {"logits_processor": [lambda input_ids, scores: scores]}
+    model = tiny_model()
+    monkeypatch.setattr(model, "_verify_drafts", refuse)
+    assert model.generate(**{**features((40,)), "max_length": 6, "ctc_weight": 0.5, **settings}).__len__() >= 1
+    with pytest.raises(AssertionError, match="a draft"):
+        model.generate(**features((40,)), max_length=6, ctc_weight=0.5)
 
 
 def test_without_an_end_it_goes_on():
