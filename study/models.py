@@ -1,7 +1,7 @@
 """The models of the study: one trunk a seed, from which every arm starts, and how both are trained.
 
-All arms have the same modules, so that they have the same parameters but for the mechanism that they are about. The stem
-of pitch is in all of them; in an arm without pitch as input its first convolution is 0 and stays so.
+All arms have the same modules, so that they have the same parameters but for the mechanism that they are about. The
+stem of pitch is in all of them; in an arm without pitch as input its first convolution is 0 and stays so.
 """
 
 import random
@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from echo_hf.data.augmentation import VoicePerturbation
 
 from echo_hf import EchoConfig, EchoForConditionalGeneration, EchoProcessor
-from echo_hf.presets_echo import PUBLISHED
+from echo_hf.data.augmentation import VoicePerturbation
 from echo_hf.data.collator import EchoDataCollator
+from echo_hf.presets_echo import PUBLISHED
 
 GAINS = (".gain", ".contour_gain", ".bias_strength")  # single numbers that start at 0
 CONDITIONING = {"theta_mode": "contour", "radius_mode": "bounded", "pitch_bias": "gaussian", "pitch_gate": True}
@@ -28,7 +28,7 @@ class Arm:
         hears_input: whether pitch is an input, beside the spectrogram.
         f0: what is done to F0, in training and in testing alike; see `change_f0`.
         continuous: whether pitch is continuous, with a voicing probability in place of decisions.
-        from_trunk: whether it starts from the trunk; if not, it is trained from scratch as the trunk was, then as the other arms.
+        from_trunk: whether it starts from the trunk; if not, it is trained as the trunk was, then as the other arms.
     """
 
     config: dict
@@ -62,8 +62,8 @@ ARMS = {
 class Settings:
     """How trunk and arms are trained. Tuned for the baseline on `dev`, then the same for all arms.
 
-    The trunk is trained with hardly any perturbation, since it leaves CTC's plateau several times as fast so. It is short:
-    a trunk that knows tone from the spectrogram already leaves the arms nothing to learn from pitch.
+    The trunk is trained with hardly any perturbation, since it leaves CTC's plateau several times as fast so. It is
+    short: a trunk that knows tone from the spectrogram already leaves the arms nothing to learn from pitch.
     """
 
     num_mel_bins: int = 80
@@ -170,7 +170,8 @@ def train(
     decay: bool = True,
     log=None,
 ) -> list[float]:
-    """Trains a model in place, with dropout and masks as the settings have them. Order, perturbations and dropout depend on the seed and the step alone, not on the arm.
+    """Trains a model in place, with dropout and masks as the settings have them. Order, perturbations and dropout depend
+    on the seed and the step alone, not on the arm.
 
     Args:
         rows: with `input_features` and `labels`.

@@ -2,9 +2,9 @@
 
     python study/run.py --speech FOLDER --cache FOLDER --workers 2
 
-A run is an arm and a seed of a part of the study. It starts from the trunk of its seed, which the first run that needs it
-trains. Each run appends one row to `study/results.jsonl` and writes its texts to `study/texts/`. Several workers may run
-side by side, one thread each.
+A run is an arm and a seed of a part of the study. It starts from the trunk of its seed, which the first run that needs
+it trains. Each run appends one row to `study/results.jsonl` and writes its texts to `study/texts/`. Several workers may
+run side by side, one thread each.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from corpora import Corpora, change_f0, drop_voicing, read_manifest
-from models import ARMS, Arm, Settings, build_model, learned_scalars, train
-from scoring import TONES, choose_tones, transcribe
 
+from corpora import Corpora, change_f0, drop_voicing, read_manifest
 from echo_hf import EchoFeatureExtractor, EchoProcessor, EchoTokenizer
 from echo_hf.metrics import score
+from models import ARMS, Arm, Settings, build_model, learned_scalars, train
+from scoring import TONES, choose_tones, transcribe
 
 HERE = Path(__file__).parent
 
@@ -217,8 +217,8 @@ class Study:
         return True
 
     def tests(self, part: Part, arm_name: str):
-        """Names and rows of all that an arm is tested on. F0 is changed as in training, and beside it, as controls, where
-        it is real in training."""
+        """Names and rows of all that an arm is tested on. F0 is changed as in training, and beside it, as controls,
+        where it is real in training."""
         arm = ARMS[arm_name]
         hears_pitch = arm.f0 == "real" and (arm.hears_input or arm.config)
         for corpus, split in part.tests:
