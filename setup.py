@@ -14,7 +14,8 @@ PLOT = ["matplotlib>=3.9"]
 DEMO = [*PLOT, "gradio>=6.0"]
 EXPORT = ["onnx>=1.23", "onnxruntime>=1.31", "onnxscript>=0.7"]
 SERVE = ["transformers[serving]", "python-multipart>=0.0.20"]
-TEST = [*TRAIN, *DEMO, *EXPORT, "pytest>=8.0", "ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10", "peft>=0.17"]
+TEST = [*TRAIN, *DEMO, *EXPORT, "pytest>=8.0", "pytest-xdist>=3.6"]
+TEST += ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10", "peft>=0.17"]
 
 setup(
     name="echo-hf",
@@ -30,7 +31,7 @@ setup(
     install_requires=[
         "huggingface_hub>=2.0",
         "numpy>=2.0",
-        # pyworld itself asks for pkg_resources, which setuptools no longer has; this is the same code, mended and built.
+        # pyworld itself asks for pkg_resources, which setuptools no longer has; this is the same code, mended.
         "pyworld-prebuilt>=0.3.6",
         "safetensors>=0.7",
         "soundfile>=0.13",

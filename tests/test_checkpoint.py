@@ -126,7 +126,7 @@ FAULTS = {
     "config of no type": (edit("config.json", dtype="evil"), "config.json: .*evil"),
     "config of fewer layers": (
         add_layer,
-        r"config.json does not .* The weights have model\..*layers\.1.* it does not ask for",
+        r"config.json .*weights have (model\..*layers\.1.* does not ask for|2 layers)",
     ),
     "weights NaN": (spoil_weights, "proj.*weights has NaN or infinite values.*before its training diverged"),
     "index damaged": (write_index, "index.json is damaged: it names no files"),

@@ -2,23 +2,29 @@
 
 import io
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 import echo_hf
 from conftest import voice
 from echo_hf import inference
 from echo_hf.cli import COMMANDS
 from echo_hf.cli import main
+from echo_hf.cli.output import printable
 from echo_hf.cli.output import write
 from echo_hf.cli.train import _settle
 from echo_hf.cli.train import _with_recipe
+from echo_hf.configuration_echo import BASELINE
 from echo_hf.training import build_config
 from test_subtitles import parse_srt
 from test_subtitles import parse_vtt
@@ -59,6 +65,11 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
     return code, captured.out, captured.err
 
 
+def messages(err: str) -> list[str]:
+    """The lines that are ours, without the bars of libraries that were imported before the command ran."""
+    return [line for line in re.split("[\r\n]", err) if line.startswith("echo-hf: ")]
+
+
 # Usage ---------------------------------------------------------------------------------------------------------------
 
 
@@ -97,6 +108,21 @@ def test_help_is_quick_and_imports_no_framework():
         ["transcribe", "--format", "doc"],
         ["transcribe", "--timestamps", "letter"],
         ["transcribe", "--chunk_length_s", "-1"],
+        ["transcribe", "--chunk_length_s", "inf"],
+        ["transcribe", "--batch_size", "1000000000"],
+        ["transcribe", "--num_beams", "0"],
+        ["transcribe", "--num_beams", "1000000"],
+        ["transcribe", "--num_beams", "9" * 5000],
+        ["transcribe", "--ctc_weight", "x"],
+        ["transcribe", "--ctc_weight", "nan"],
+        ["transcribe", "--json", "--format", "srt"],
+        ["transcribe", "--format", "text", "--json"],
+        ["evaluate", "x", "--json", "--format", "markdown"],
+        ["evaluate", "x", "--seed", "-1"],
+        ["plot", "bias", "--output", "x.png", "--strength", "inf"],
+        ["plot", "bias", "--output", "x.png", "--layer", "-1"],
+        ["demo", "--port", "65536"],
+        ["benchmark"],
         ["train"],
         ["train", "--output_dir", "x"],
         ["train", "--output_dir", "x", "--train_data", "y", "--unknown", "1"],
@@ -165,6 +191,67 @@ def test_without_the_extra_for_training_its_name_is_said(capsys, monkeypatch, ma
     assert code == 1 and "needs accelerate, datasets: pip install" in err
 
 
+def test_each_command_is_in_the_table_with_its_parser():
+    assert list(COMMANDS) == ["transcribe", "train", "evaluate", "plot", "diagnose", "demo"]
+    for name, command in COMMANDS.items():
+        assert command.__name__ == f"echo_hf.cli.{name}" and command.add_parser and command.run
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 TB")])
+def test_too_little_memory_is_said_in_one_line(error, capsys, monkeypatch):
+    def run_out(options):
+        raise error
+
+    monkeypatch.setattr(COMMANDS["transcribe"], "run", run_out)
+    code, _, err = run(capsys, "transcribe")
+    assert code == 1 and "not enough memory" in err and "--batch_size" in err and len(messages(err)) == 1
+    with pytest.raises(type(error)):
+        main(["--traceback", "transcribe"])
+
+
+def test_an_error_of_ours_is_not_taken_for_one_of_memory(monkeypatch):
+    monkeypatch.setattr(COMMANDS["transcribe"], "run", lambda options: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError):
+        main(["transcribe"])
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu:x", "nowhere", ""])
+def test_a_device_that_cannot_compute_is_named(device, capsys, recordings, checkpoint):
+    code, out, err = run(capsys, "transcribe", recordings / "a.wav", "--checkpoint", checkpoint, "--device", device)
+    assert code == 1 and out == "" and f"cannot run on {device!r}" in err and len(messages(err)) == 1
+
+
+# What is written -----------------------------------------------------------------------------------------------------
+
+
+def test_control_characters_are_written_as_escapes():
+    assert printable("a\x1b[31m\r\n\x9b\u202eb\u2028") == "a\\x1b[31m\\r\\n\\x9b\\u202eb\\u2028"
+    for text in ("Grüße, \u0928\u092e\u0938\u094d\u0924\u0947, 你好", "caf\udce9.wav", "a b"):
+        assert printable(text) == text
+    assert printable("a\n\tb", keep="\n\t") == "a\n\tb"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems forbid such names")
+def test_names_of_files_cannot_control_a_terminal(capsys, checkpoint, tmp_path):
+    folder = tmp_path / "recordings"
+    write_voice(folder / "red\x1b[31m\nline.wav")
+    (folder / "bad\x1b[2J\necho-hf: error: forged.wav").write_text("no audio")
+    (folder / "other\x1b.m4a").touch()
+    code, out, err = run(capsys, "transcribe", folder, "--checkpoint", checkpoint, "--skip_broken")
+    assert code == 0 and "\x1b" not in out + err
+    assert len(out.splitlines()) == 1 and "red\\x1b[31m\\nline.wav: " in out
+    assert not [line for line in messages(err) if line.startswith("echo-hf: error")]
+    arguments = ("--checkpoint", checkpoint, "--json")
+    _, out, _ = run(capsys, "transcribe", folder / "red\x1b[31m\nline.wav", *arguments)
+    assert json.loads(out)["path"] == str(folder / "red\x1b[31m\nline.wav"), "a program gets the name as it is"
+
+
+def test_a_terminal_gets_no_control_character_of_a_transcript(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    write("beep\x07\n", end="")
+    assert capsys.readouterr().out == "beep\\x07\n"
+
+
 # Transcribe ----------------------------------------------------------------------------------------------------------
 
 
@@ -187,6 +274,68 @@ def test_transcribe_as_json_lines(capsys, recordings, checkpoint):
     code, out, err = run(capsys, "transcribe", recordings / "b.flac", *arguments)
     assert code == 0 and len(json.loads(out)["text"]) == 3
     assert "max_length" not in err
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
+def test_a_pipe_is_transcribed_as_its_file_is(capsys, recordings, long_recording, checkpoint, tmp_path):
+    for path in (recordings / "a.wav", long_recording):
+        pipe = tmp_path / f"pipe {path.stem}"
+        os.mkfifo(pipe)
+        writer = threading.Thread(target=lambda path=path, pipe=pipe: pipe.write_bytes(path.read_bytes()), daemon=True)
+        writer.start()
+        arguments = ("--checkpoint", checkpoint, "--json", "--timestamps", "segment")
+        code, out, err = run(capsys, "transcribe", pipe, *arguments)
+        writer.join(10)
+        expected = json.loads(run(capsys, "transcribe", path, *arguments)[1])
+        assert code == 0 and json.loads(out) == {**expected, "path": str(pipe)} and "WARN" not in err
+
+
+def test_what_is_no_file_of_audio_is_said_so(capsys, checkpoint, tmp_path):
+    for path, message in [
+        ("https://example.com/a.wav", "https://example.com/a.wav is a URL. Download it first"),
+        ("file:///a.wav", "file:///a.wav is a URL"),
+        (os.devnull, "is a terminal or another device"),
+        (tmp_path / "a.wav" / "b.wav", "no such file or folder"),
+    ]:
+        for command in ("transcribe", "diagnose"):
+            code, out, err = run(capsys, command, path, "--checkpoint", checkpoint)
+            assert code == 1 and out == "" and message in err and len(messages(err)) == 1
+
+
+@pytest.mark.parametrize("suffix", ["mp3", "wav", "flac", "ogg", "aiff"])
+def test_a_damaged_file_is_said_to_be_damaged(suffix, capsys, checkpoint, tmp_path):
+    path = tmp_path / f"broken.{suffix}"
+    path.write_bytes(bytes(4000))
+    code, out, err = run(capsys, "transcribe", path, "--checkpoint", checkpoint)
+    assert code == 1 and out == "" and err.count(str(path)) == 2 and "pipe" not in err
+    assert f"Cannot read {path} as audio: it is damaged" in err
+
+
+def test_audio_that_cannot_be_read_is_not_skipped_in_silence(capsys, recordings, checkpoint):
+    for name in ("x.m4a", "sub/y.M4A", "film.mp4", ".hidden.m4a"):
+        (recordings / name).touch()
+    code, out, err = run(capsys, "transcribe", recordings, "--checkpoint", checkpoint)
+    assert code == 0 and len(out.splitlines()) == 5
+    assert f"{recordings}: left out" in err and "2 .m4a (" in err and "x.m4a" in err and "1 .mp4 (film.mp4)" in err
+    assert "hidden" not in err and "notes.txt" not in err and "ffmpeg" in err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="this system has no /dev/fd")
+def test_as_typed_in_a_shell(recordings, checkpoint):
+    command = shlex.join([sys.executable, "-m", "echo_hf.cli", "transcribe", "--checkpoint", str(checkpoint)])
+    done = subprocess.run(
+        ["bash", "-c", f"{command} <(cat a.wav) && cat c.ogg | {command} /dev/stdin && {command} /dev/stdin < b.flac"],
+        env=os.environ | {"PYTHONPATH": str(Path(echo_hf.__file__).parents[1])},
+        cwd=recordings,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0
+    assert messages(done.stderr) == done.stderr.splitlines() and "%" not in done.stderr, "no progress bar in a log"
+    names = [line.partition(": ")[0] for line in done.stdout.splitlines()]
+    assert names[0].startswith("/dev/fd/") and names[1:] == ["/dev/stdin", "/dev/stdin"]
 
 
 @pytest.fixture
@@ -381,6 +530,58 @@ def test_evaluate_on_silence_counts_what_was_invented(capsys, checkpoint, tmp_pa
     assert json.loads(out)["real"]["wer"] is None
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
+def test_evaluate_reads_a_manifest_from_a_pipe_but_no_audio(capsys, manifest, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(manifest.parent)
+    common = ("--checkpoint", checkpoint, "--cache_dir", tmp_path / "cache", "--json")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    threading.Thread(target=lambda: pipe.write_text(manifest.read_text()), daemon=True).start()
+    code, out, _ = run(capsys, "evaluate", pipe, *common)
+    assert code == 0 and json.loads(out)["real"]["utterances"] == 4
+    # Nobody writes into it: to open it would never return.
+    manifest.write_text(manifest.read_text() + json.dumps({"audio": str(pipe), "text": "six"}) + "\n")
+    code, out, err = run(capsys, "evaluate", manifest, *common)
+    assert code == 1 and out == "" and f"{pipe} is not a regular file" in err
+    assert run(capsys, "evaluate", manifest, *common, "--skip_broken")[0] == 0
+
+
+def test_what_is_no_source_of_speech_is_said_so(capsys, recordings, manifest, checkpoint, tmp_path):
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"audio": str(recordings / "a.wav"), "text": "a" * 100_001}) + "\n")
+    for data, message in [
+        ("https://example.com/test.jsonl", "https://example.com/test.jsonl is a URL"),
+        (os.devnull, "is a terminal or another device"),
+        (long, "long.jsonl line 1 ("),
+        (long, "the text has 100,001 characters"),
+    ]:
+        code, out, err = run(capsys, "evaluate", data, "--checkpoint", checkpoint)
+        assert code == 1 and out == "" and message in err and len(messages(err)) == 1
+
+
+def test_output_that_is_not_finite_is_an_error(capsys, manifest, ctc_checkpoint, tmp_path):
+    from safetensors.torch import load_file
+    from safetensors.torch import save_file
+
+    for path in ctc_checkpoint.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["ctc_head.weight"][:] = 3e38  # whose sums are infinite
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    code, out, err = run(capsys, "evaluate", manifest, "--checkpoint", tmp_path, "--cache_dir", tmp_path / "cache")
+    assert code == 1 and out == "" and "NaN or infinite" in err
+
+
+def test_the_mechanisms_that_are_on_are_told(capsys, manifest, checkpoint, tmp_path):
+    common = ("evaluate", manifest, "--checkpoint", checkpoint, "--cache_dir", tmp_path / "cache")
+    told = json.loads(run(capsys, *common, "--json")[1])["mechanisms"]
+    assert told["silence_scaling"] is True and set(told) <= set(BASELINE) and len(told) > 3
+    code, out, err = run(capsys, *common, "--config_overrides", "silence_scaling=false")
+    del told["silence_scaling"]
+    expected = f"mechanisms that are on: {', '.join(f'{name}={value}' for name, value in told.items())}."
+    assert code == 0 and expected in err
+
+
 @pytest.fixture
 def toned_manifest(recordings):
     """Two syllables with their tones, beside the four words of `manifest`."""
@@ -494,9 +695,15 @@ def test_evaluate_with_a_mechanism_switched_off(capsys, manifest, checkpoint, tm
         ("silence=false", "no field 'silence'. Did you mean silence_scaling"),
         ("decoder_intermediate_size=200", "or leave decoder_intermediate_size as it was saved"),
         ("theta_mode=upwards", "cannot be changed by theta_mode='upwards'"),
+        ("theta_mode=3", "theta_mode"),
+        ("dropout=x", "dropout"),
+        ("dropout=2", "dropout"),
+        ('{"feature_groups": [1]}', "feature_groups"),
+        ('{"stem_strides": null}', "stem_strides"),
+        ("encoder_num_hidden_layers=-1", "encoder_num_hidden_layers"),
     ]:
         code, out, err = run(capsys, *common, "--config_overrides", overrides)
-        assert code == 1 and out == "" and message in err
+        assert code == 1 and out == "" and message in err and len(messages(err)) == 1
 
 
 # Train ---------------------------------------------------------------------------------------------------------------

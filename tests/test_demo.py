@@ -79,9 +79,8 @@ def test_page_in_a_browser(monkeypatch, capsys):
             transcribe = page.get_by_role("button", name="Transcribe")
 
             transcribe.click()
-            page.get_by_text("Record something, or drop an audio file, first.").wait_for()
+            page.get_by_text("Drop an audio file, or record something, first.").wait_for()
 
-            page.get_by_role("button", name="Upload file").click()
             page.locator("input[type=file][accept*=audio]").set_input_files(BUNDLED_RECORDINGS / "es.ogg")
             page.get_by_role("button", name="Play", exact=True).wait_for()  # the recording is there
             transcribe.click()
@@ -103,6 +102,20 @@ def test_page_in_a_browser(monkeypatch, capsys):
     assert all(0 <= float(start) < float(end) <= 3.3 for start, end in zip(starts, ends, strict=True))
     assert {urlsplit(url).netloc for url in visited if not url.startswith(("data:", "blob:"))} == {f"127.0.0.1:{port}"}
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_page_takes_files_first_and_hides_where_the_server_keeps_them(tmp_path, ctc_checkpoint):
+    gradio = pytest.importorskip("gradio")
+    demo = build_demo(*load_checkpoint(ctc_checkpoint, "cpu"))
+    (audio,) = (block for block in demo.blocks.values() if isinstance(block, gradio.Audio))
+    assert audio.sources == ["upload", "microphone"]
+    (recognize,) = (function.fn for function in demo.fns.values() if function.api_name == "recognize")
+    path = tmp_path / "secret place" / "speech.wav"
+    path.parent.mkdir()
+    path.write_bytes(bytes(1000))
+    with pytest.raises(gradio.Error) as error:
+        recognize(str(path))
+    assert "Cannot read speech.wav as audio" in error.value.message and "secret" not in error.value.message
 
 
 def test_missing_gradio_is_named(monkeypatch, ctc_checkpoint, capsys):

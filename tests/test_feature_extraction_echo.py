@@ -140,7 +140,7 @@ def test_very_short_audio(frames):
 def test_long_audio_is_transformed_in_pieces(monkeypatch):
     audio = as_float(voice(1.0))
     whole = log_mel_spectrogram(audio, RATE, 160, 400, 80)
-    monkeypatch.setattr(feature_extraction_echo, "SPECTROGRAM_FRAMES", 7)
+    monkeypatch.setattr(feature_extraction_echo, "SPECTROGRAM_SAMPLES", 7 * 400)
     np.testing.assert_allclose(log_mel_spectrogram(audio, RATE, 160, 400, 80), whole, atol=1e-6)
 
 
@@ -462,6 +462,7 @@ def test_a_sampling_rate_that_cannot_be_is_refused_wherever_it_is_given(rate, re
     ):
         with pytest.raises(ValueError, match=message):
             given()
+    assert type(EchoFeatureExtractor(sampling_rate=16000.0).sampling_rate) is int
     with pytest.raises(ValueError, match="target_rate must be"):
         resample_audio(GOOD, RATE, rate)
 

@@ -19,6 +19,14 @@ LAYERS = (
     ("training", "demo"),
     ("cli",),
 )
+SHORT = (
+    "data",
+    "inference",
+    "analysis",
+    "training",
+    "subtitles",
+    "demo",
+)  # no function above 80 lines, no file above 600
 MODULES = {
     ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
@@ -90,6 +98,15 @@ def test_nothing_imports_scripts():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
             assert not scripts.intersection(names), name
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if noun(name) in SHORT])
+def test_nothing_is_too_long_to_read_at_once(name):
+    text = MODULES[name].read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 600
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    long = {node.name: node.end_lineno - node.lineno + 1 for node in functions if node.end_lineno - node.lineno >= 80}
+    assert not long
 
 
 def test_circles_and_lazy_imports_are_seen(tmp_path, monkeypatch):

@@ -14,10 +14,14 @@ from transformers import EncoderDecoderCache
 from transformers import GenerationConfig
 from transformers import StaticCache
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import logging
 
 from echo_hf import modeling_echo
 from echo_hf.configuration_echo import PRESETS
 from echo_hf.configuration_echo import EchoConfig
+from echo_hf.modeling_echo import CACHE_NAME
+from echo_hf.modeling_echo import EchoEncoder
+from echo_hf.modeling_echo import EchoEncoderModel
 from echo_hf.modeling_echo import EchoEncoderOutput
 from echo_hf.modeling_echo import EchoForConditionalGeneration
 from echo_hf.modeling_echo import EchoForCTC
@@ -612,7 +616,7 @@ def test_ctc_loss_holds_intermediate_predictions_in_training_only(cls):
     def loss_and_logits(outputs):
         return (outputs.ctc_loss, outputs.ctc_logits) if model.can_generate() else (outputs.loss, outputs.logits)
 
-    encoder = model.get_encoder() if model.can_generate() else model.model["encoder"]
+    encoder = model.get_encoder() if model.can_generate() else model.model.encoder
     plain, last = loss_and_logits(model(**inputs, labels=LABELS))
     assert encoder(**inputs).intermediate_logits is None
     trained, same = loss_and_logits(model.train()(**inputs, labels=LABELS))
@@ -896,6 +900,23 @@ def test_the_parts_take_the_cache_by_both_names(name):
             assert_steps_equal_the_whole(part, cache, name, **options)
 
 
+def test_the_library_warns_of_nothing(monkeypatch):
+    """Its names change, such as that of the cache in 5.24."""
+    told = []
+    for name in ("transformers.utils.generic", "transformers.utils.deprecation", "transformers.modeling_layers"):
+        logger = logging.get_logger(name)
+        monkeypatch.setattr(type(logger), "warning_once", lambda self, message, *rest: told.append(message))
+        monkeypatch.setattr(type(logger), "warning", lambda self, message, *rest: told.append(message))
+    model, inputs = tiny_model(), make_inputs()
+    for options in ({}, {"num_beams": 2}, {"ctc_weight": 0.5, "return_dict_in_generate": True}):
+        model.generate(**inputs, max_length=6, **options)
+    model(**inputs, labels=LABELS)
+    assert model(**inputs, decoder_input_ids=LABELS[:, :1], use_cache=True).get(CACHE_NAME).get_seq_length() == 1
+    model(**inputs, labels=LABELS, return_dict=False)
+    mean_cross_attention(model, LABELS[:, :1], **inputs)
+    assert not told
+
+
 @pytest.mark.slow
 def test_compiled_forward_equals_eager_forward():
     model, inputs = tiny_model(), make_inputs()
@@ -1167,9 +1188,15 @@ def test_embeddings_are_tied_and_can_be_resized():
     torch.testing.assert_close(grown(**inputs, labels=LABELS).ctc_logits[..., :67], before)
     untied = tiny_model(tie_word_embeddings=False)
     assert untied.proj_out.weight is not untied.model.decoder.embed_tokens.weight
-    encoder = EchoForCTC(untied.config)
+    with torch.no_grad():
+        assert untied(**inputs, labels=LABELS).logits.shape[-1] == 67
+    encoder = EchoForCTC(tiny_config(self_conditioning_layers=[2]))
     encoder.resize_token_embeddings(75, pad_to_multiple_of=8)
     assert encoder.config.vocab_size == 80 == encoder(**inputs, labels=LABELS).logits.shape[-1]
+    assert encoder.get_encoder().intermediate_head.out_features == 80
+    bare = tiny_model(cls=EchoModel, self_conditioning_layers=[2])
+    bare.resize_token_embeddings(75)
+    assert bare.encoder.self_conditioning.in_features == 75 == bare.decoder.embed_tokens.num_embeddings
 
 
 def test_ctc_model_shares_checkpoints_with_the_hybrid_model(tmp_path):
@@ -1183,6 +1210,27 @@ def test_ctc_model_shares_checkpoints_with_the_hybrid_model(tmp_path):
     assert torch.equal(outputs.logits[real], hybrid.ctc_logits[real])
     assert (outputs.logits[~real].argmax(-1) == 0).all()
     torch.testing.assert_close(outputs.loss, hybrid.ctc_loss)
+
+
+def test_both_heads_stand_on_models_of_their_own(tmp_path):
+    hybrid, ctc = tiny_model(), tiny_model(cls=EchoForCTC)
+    assert {name for name, _ in ctc.named_parameters()} < {name for name, _ in hybrid.named_parameters()}
+    inputs = make_inputs()
+    for model in (hybrid, ctc):
+        assert isinstance(model.base_model, EchoEncoderModel) and model.base_model.config is model.config
+        assert isinstance(model.get_encoder(), EchoEncoder) and model.get_encoder() is model.base_model.encoder
+        model.base_model.save_pretrained(tmp_path / type(model).__name__)
+        expected = model.get_encoder()(**inputs).last_hidden_state
+        for cls in (EchoEncoderModel, type(model.base_model)):
+            loaded, info = cls.from_pretrained(tmp_path / type(model).__name__, output_loading_info=True)
+            assert not info["missing_keys"] and not info["unexpected_keys"]
+            assert torch.equal(loaded.get_encoder()(**inputs).last_hidden_state, expected)
+    assert torch.equal(ctc.base_model(**inputs).last_hidden_state, expected)
+    ctc.freeze_encoder()
+    assert [name for name, parameter in ctc.named_parameters() if parameter.requires_grad] == [
+        "ctc_head.weight",
+        "ctc_head.bias",
+    ]
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
@@ -1218,6 +1266,21 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(parameter.grad, expected[name], msg=name)
         model.zero_grad()
+
+
+def test_gradient_checkpointing_goes_without_a_cache():
+    model, inputs = tiny_model().train(), make_inputs()
+    tokens = torch.tensor([[1, 5, 6, 7]] * 3)
+    expected = model(**inputs, decoder_input_ids=tokens, use_cache=False).logits
+    expected.sum().backward()
+    gradient = model.model.decoder.layers[0].self_attn.k_proj.weight.grad.clone()
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    outputs = model(**inputs, decoder_input_ids=tokens, use_cache=True)
+    assert outputs.get(CACHE_NAME) is None
+    outputs.logits.sum().backward()
+    torch.testing.assert_close(outputs.logits, expected)
+    torch.testing.assert_close(model.model.decoder.layers[0].self_attn.k_proj.weight.grad, gradient)
 
 
 def test_device_map_and_dtype_loading(tmp_path):

@@ -1,11 +1,13 @@
 """Pitch: known answers on synthetic voices, and each published formula against a plain transcription of it."""
 
+import itertools
 import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 
 from echo_hf import autocorrelation_echo
 from echo_hf import pitch_echo
@@ -243,6 +245,61 @@ def test_autocorrelation_is_no_worse_than_dio(name, test_signals):
     assert result["vde"] <= dio["vde"] + 0.002 and result["vde"] < 0.025  # two frames more, of a thousand
     # DIO with StoneMask is exact to 0.4 cents on clean voice. Nobody hears two cents, a fiftieth of a semitone.
     assert result["cents"] < 2.0 or result["cents"] <= dio["cents"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_path_is_the_best_of_all(seed):
+    """Against every path there is, one by one."""
+    generator = np.random.default_rng(seed)
+    lag = generator.uniform(10.0, 200.0, (6, 3))
+    score = -np.sort(-generator.uniform(0.0, 1.0, (6, 3)), axis=1)
+    score[seed % 6] *= seed % 2  # some have a frame without voice
+
+    def value(path):
+        total = sum(score[frame, choice] for frame, choice in enumerate(path))
+        for frame, (here, there) in enumerate(zip(path, path[1:])):
+            octaves = min(1.0, abs(np.log2(lag[frame, here] / lag[frame + 1, there])))
+            total -= autocorrelation_echo.JUMP_COST * octaves * min(score[frame, 0], score[frame + 1, 0])
+        return total
+
+    best = max(itertools.product(range(3), repeat=6), key=value)
+    found = autocorrelation_echo.best_path(torch.from_numpy(lag), torch.from_numpy(score))[:, 0].tolist()
+    voiced = score[:, 0] > 0  # where all candidates have a score of 0, it does not matter which
+    np.testing.assert_array_equal(np.array(found)[voiced], np.array(best)[voiced])
+
+
+def test_the_path_mends_an_octave_error_and_leaves_a_leap():
+    lag = torch.tensor([[40.0, 80.0]] * 30)
+    score = torch.tensor([[0.9, 0.8]] * 30)
+    swapped = slice(10, 14)  # where the octave below fits a little better
+    lag[swapped] = lag[swapped].flip(1)
+    chosen = lag.gather(1, autocorrelation_echo.best_path(lag, score))
+    assert (chosen == 40.0).all()
+    score[20:, 1] = 0.0  # from here on it is the only one there is
+    lag[20:] = lag[20:].flip(1)
+    chosen = lag.gather(1, autocorrelation_echo.best_path(lag, score))[:, 0]
+    assert (chosen[:20] == 40.0).all() and (chosen[20:] == 80.0).all()
+
+
+def test_short_runs_of_voice_and_leaps_within_are_none():
+    f0 = torch.full((20,), 100.0)
+    f0[15:] = 200.0  # after a leap of an octave three frames are left, which are too few
+    voiced = torch.zeros(20, dtype=torch.bool)
+    voiced[[1, 4, 5, 6, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17]] = True
+    kept = autocorrelation_echo._in_long_runs(voiced, f0, 4)
+    assert kept.nonzero()[:, 0].tolist() == [8, 9, 10, 11, 12, 13, 14]
+    assert autocorrelation_echo._in_long_runs(voiced, f0, 2).tolist() == [v and i != 1 for i, v in enumerate(voiced)]
+    assert not autocorrelation_echo._in_long_runs(voiced[:2], f0[:2], 4).any()
+
+
+def test_autocorrelation_keeps_the_octave_where_every_other_period_is_weaker():
+    """As in a voice that creaks: the period is doubled for a while, within a steady contour."""
+    f0 = np.full(32000, 200.0)
+    audio = voice(f0, harmonics=20)
+    creak = np.where(np.abs(np.arange(32000) - 16000) < 400, 0.15, 0.0)  # 50 ms
+    audio = audio * (1.0 + creak * np.sin(2 * np.pi * 100.0 * np.arange(32000) / 16000))
+    tracked = estimate_f0(audio, 16000, 160, "autocorrelation")[5:-5]
+    assert np.all(np.abs(tracked / 200.0 - 1.0) < 0.02)
 
 
 def hum(frequency, equal=False):

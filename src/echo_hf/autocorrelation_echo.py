@@ -1,8 +1,8 @@
 """F0 of a whole batch by normalized autocorrelation, in PyTorch and on any device.
 
 F0 is the lag at which the waveform best resembles itself. Each frame of the waveform, at a lower sampling rate, goes
-through `normalized_correlation`, `pick_peak` and `refine_lag`. The names of dimensions: N frames, W samples of a
-window, K lags.
+through `normalized_correlation`, `find_peaks` and `refine_lag`; `best_path` then chooses among the peaks of each. The
+names of dimensions: N frames, W samples of a window, K lags, C candidates.
 """
 
 import math
@@ -25,11 +25,16 @@ BANDWIDTH = 3.2  # times the highest F0: the harmonics it hears (1600 Hz), which
 FILTER_SECONDS = 0.006  # length of the filter before the sampling rate is lowered
 LAG_STEPS = 2  # lags to a sample of the lower rate
 OCTAVE_COST = 0.05  # correlation that a lag twice as long must be better by; a period fits twice as well as once
-OUTSIDE_OCTAVES = 0.05  # by which lags under the range are favored: a tone fits its own and their multiples alike
+OUTSIDE_OCTAVES = 0.2  # by which lags under the range are favored: a tone fits its own and their multiples alike
 NEIGHBOUR_WEIGHT = 0.25  # of the frame before and of that after, where a lag is chosen
+CANDIDATES = 5  # peaks of a frame among which the path chooses
+JUMP_COST = 1.0  # of a jump by an octave or more from one frame to the next, as a share of how periodic both are
+PATH_FRAMES = 16  # to either side that a frame looks for the best path
 VOICED_CORRELATION = 0.45  # at least, of a voiced frame; white noise reaches 0.35
 PEAK_RANGE = 50.0  # dB; quieter than this under the largest sample of the utterance is unvoiced
-ONSET_RANGE = 10.0  # dB; so is what is quieter than this under the loudest frame up to two away: it is not yet there
+ONSET_RANGE = 15.0  # dB; so is what is quieter than this under the loudest frame up to two away: it is not yet there
+SHORTEST_RUN = 0.04  # seconds that a voice lasts at least; what is shorter is no voice
+LARGEST_STEP = 0.25  # octaves from one frame to the next within a run
 ENERGY_SECONDS = 0.01  # in the middle of a frame, whose energy it is judged by
 LEAST_OVERLAP = 0.01  # share of the frame's energy by which its correlation is divided at least
 CORRELATION_FRAMES = 512  # held at a time on the CPU, to stay in its cache
@@ -102,10 +107,9 @@ def correlation_tables(sampling_rate: int, f0_min: float, f0_max: float, device:
     cosines[[0, -1]] /= 2.0
 
     shortest = max(2, int(SHORTEST_LAG_PERIODS / f0_max * rate * LAG_STEPS))
-    # Lags under the range gain little over the shortest in it, or a strong harmonic would win.
-    candidates = np.arange(shortest, lags * LAG_STEPS)
-    octaves = np.log2(np.maximum(candidates, rate * LAG_STEPS / f0_max))
-    octaves -= OUTSIDE_OCTAVES * (candidates < 0.95 * rate * LAG_STEPS / f0_max)
+    # Octaves over the shortest lag in the range. Lags under it gain little, or a strong harmonic would win.
+    candidates = np.arange(shortest, lags * LAG_STEPS) / (rate * LAG_STEPS / f0_max)
+    octaves = np.log2(np.maximum(candidates, 1.0)) - OUTSIDE_OCTAVES * (candidates < 0.95)
     arrays = (filters, window, cosines, bias, OCTAVE_COST * octaves)
     tensors = [torch.from_numpy(array.astype(np.float32)).to(device) for array in arrays]
     return CorrelationTables(decimation, rate, half_filter, width, lags, n_fft, shortest, *tensors)
@@ -121,10 +125,10 @@ def track_autocorrelation(
 ) -> list[np.ndarray]:
     """F0 of several utterances at once, as the lag at which the waveform best resembles itself.
 
-    The mean over the normalized correlations of a frame and its neighbors is searched for the highest peak, less a
-    cost that grows with the octave; a parabola through the frame's own correlation refines it. Lags outside the range
-    compete too, and a frame they win is unvoiced: so are mains hum and tones. Only F0's harmonics up to 1600 Hz are
-    heard, so the fundamental itself need not be there.
+    The mean over the normalized correlations of a frame and its neighbors is searched for the highest peaks, less a
+    cost that grows with the octave; a parabola through the frame's own correlation refines them, and a path over the
+    frames around chooses one. Lags outside the range compete too, and a frame they win is unvoiced: so are mains hum
+    and tones. Only F0's harmonics up to 1600 Hz are heard, so the fundamental itself need not be there.
 
     All utterances lie behind one another in one waveform, with silence between them, and every frame hears its own
     window and its neighbors': there is no padding to mask, and no utterance has to do with another.
@@ -158,11 +162,20 @@ def track_autocorrelation(
         voiced = (strength > VOICED_CORRELATION) & (f0 >= f0_min) & (f0 <= f0_max)
         voiced &= energy > 10.0 ** (-ONSET_RANGE / 10.0) * nearby
         voiced &= energy > torch.from_numpy(thresholds).to(device)
-        # A voiced frame alone is none: 10 ms are one or two periods.
-        beside = nn.functional.pad(voiced, (1, 1))
-        f0 = torch.where(voiced & (beside[:-2] | beside[2:]), f0, 0.0).cpu().double().numpy()
+        f0 = torch.where(_in_long_runs(voiced, f0, round(SHORTEST_RUN * 1000.0 / frame_period)), f0, 0.0)
+        f0 = f0.cpu().double().numpy()
     ends = np.cumsum(np.array(counts) + 2)
     return [f0[end - count : end] for end, count in zip(ends, counts)]
+
+
+def _in_long_runs(voiced: torch.Tensor, f0: torch.Tensor, shortest: int) -> torch.Tensor:
+    """Which frames `(N,)` belong to a run of at least `shortest` voiced frames whose F0 does not jump."""
+    shortest = max(2, shortest)
+    steps = (f0[1:] / f0[:-1]).log2_().abs_()
+    joined = (voiced[1:] & voiced[:-1] & (steps < LARGEST_STEP)).float()  # each frame with the next
+    joined = nn.functional.pad(joined[None], (shortest - 1, shortest - 1))
+    begins = 1.0 - nn.functional.max_pool1d(1.0 - joined, shortest - 1, 1)  # (1, N + shortest - 1)
+    return nn.functional.max_pool1d(begins, shortest, 1)[0] > 0.0
 
 
 def _lay_out(
@@ -204,7 +217,7 @@ def _strongest_lags(
     """Lag (in steps of 1 / LAG_STEPS samples), correlation there, and energy of frames; each `(N,)`."""
     half = round(ENERGY_SECONDS / 2 * tables.rate)
     middle = slice(tables.width // 2 - half, tables.width // 2 + half)
-    lag, strength, energy = [], [], []
+    lag, strength, scores, energy = [], [], [], []
     block = CORRELATION_FRAMES if windows.device.type == "cpu" else ACCELERATOR_FRAMES
     for start in range(0, len(centres), block):
         stop = min(start + block, len(centres))
@@ -219,10 +232,13 @@ def _strongest_lags(
         smooth = correlation * (1.0 - 2.0 * NEIGHBOUR_WEIGHT)
         smooth[1:].add_(correlation[:-1], alpha=NEIGHBOUR_WEIGHT)
         smooth[:-1].add_(correlation[1:], alpha=NEIGHBOUR_WEIGHT)
-        index, height = pick_peak(smooth[inner], tables)
+        index, height, score = find_peaks(smooth[inner], tables)
         strength.append(height)
+        scores.append(score)
         lag.append(refine_lag(correlation[inner], index))
-    return torch.cat(lag), torch.cat(strength), torch.cat(energy)
+    lag, strength = torch.cat(lag), torch.cat(strength)
+    best = best_path(lag, torch.cat(scores))
+    return lag.gather(1, best)[:, 0], strength.gather(1, best)[:, 0], torch.cat(energy)
 
 
 def normalized_correlation(frames: torch.Tensor, tables: CorrelationTables) -> torch.Tensor:
@@ -262,15 +278,16 @@ def normalized_correlation(frames: torch.Tensor, tables: CorrelationTables) -> t
     return correlation / scale
 
 
-def pick_peak(smooth: torch.Tensor, tables: CorrelationTables) -> tuple[torch.Tensor, torch.Tensor]:
-    """The highest peak of each frame's correlation, less a cost that grows with the octave.
+def find_peaks(smooth: torch.Tensor, tables: CorrelationTables) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The highest peaks of each frame's correlation, less a cost that grows with the octave.
 
     Args:
         smooth: shape `(N, K)`, correlations averaged over neighboring frames.
         tables: of the sampling rate and the range of F0.
 
     Returns:
-        Index of its lag, shape `(N,)`, and its height, shape `(N,)`: 0 where no peak is worth its cost.
+        Of each of C candidates, the highest first, each of shape `(N, C)`: index of its lag; its height; and its score,
+        the height less its cost. Height and score are 0 where there are not so many peaks, or none worth its cost.
     """
     shortest = tables.shortest
     here, below, above = smooth[:, shortest:-1], smooth[:, shortest - 1 : -2], smooth[:, shortest + 1 :]
@@ -280,26 +297,53 @@ def pick_peak(smooth: torch.Tensor, tables: CorrelationTables) -> tuple[torch.Te
     height = (above - below).square_().mul_(0.25).div_(sine).addcmul_(here, here).sqrt_()
     is_peak = (here > below) & (here >= above) & (here > 0.0)
     # A peak that its cost brings to 0 is too low to be voiced, so 0 stands for no peak.
-    best, index = (height - tables.costs).mul_(is_peak).max(dim=1, keepdim=True)
-    height = torch.where(best > 0.0, height.gather(1, index), 0.0)
-    return (index + shortest)[:, 0], height[:, 0]
+    score, index = (height - tables.costs).mul_(is_peak).topk(CANDIDATES, dim=1)
+    height = torch.where(score > 0.0, height.gather(1, index), 0.0)
+    return index + shortest, height, score.clamp_(min=0.0)
+
+
+def best_path(lag: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
+    """The candidate of each frame on the best path through it: scores are summed, less a cost of jumps.
+
+    Viterbi's recursion (https://doi.org/10.1109/PROC.1973.9030) from either side of each frame, over so many frames
+    only that a recording's end does not depend on its start: all frames take a step of it at a time.
+
+    Args:
+        lag: shape `(N, C)`, of each candidate.
+        score: shape `(N, C)`.
+
+    Returns:
+        Shape `(N, 1)`: the index of a candidate.
+    """
+    # Frames last, (C, N): what is contiguous is fast.
+    octaves, score = lag.t().log2().contiguous(), score.t().contiguous()
+    # Jumps cost as much as the less periodic of the two frames is worth: nothing where there is no voice.
+    worth = torch.minimum(score[0, :-1], score[0, 1:])  # the highest scores come first
+    jump = (octaves[:, None, :-1] - octaves[None, :, 1:]).abs_().clamp_(max=1.0)  # (C from, C to, N - 1)
+    jump *= JUMP_COST * worth
+    is_linked = (worth > 0.0).to(score.dtype)  # or sums from before, of another utterance, would decide how it rounds
+    past, future = torch.zeros_like(score), torch.zeros_like(score)
+    for _ in range(PATH_FRAMES):
+        past[:, 1:] = ((past + score)[:, None, :-1] - jump).amax(dim=0).mul_(is_linked)
+        future[:, :-1] = ((future + score)[None, :, 1:] - jump).amax(dim=1).mul_(is_linked)
+    return (past + score + future).argmax(dim=0)[:, None]
 
 
 def refine_lag(correlation: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Where a parabola through each frame's own peak, at most a step from the neighbors' peak, is highest.
+    """Where a parabola through each frame's own peaks, at most a step from the neighbors' peaks, is highest.
 
     Args:
         correlation: shape `(N, K)`, of each frame alone.
-        index: shape `(N,)`, of the lag that was picked.
+        index: shape `(N, C)`, of the lags that were picked.
 
     Returns:
-        Shape `(N,)`: lags in steps, with fractions.
+        Shape `(N, C)`: lags in steps, with fractions.
     """
-    index = index[:, None]
     around = torch.arange(-2, 3, device=index.device)
-    values = correlation.gather(1, (index + around).clamp(0, correlation.shape[1] - 1))
-    shift = values[:, 1:4].argmax(dim=1, keepdim=True)
-    below, here, above = values.gather(1, shift + around[2:]).unbind(dim=1)
+    near = (index[:, :, None] + around).clamp_(0, correlation.shape[1] - 1)
+    values = correlation.gather(1, near.flatten(1)).view(near.shape)
+    shift = values[..., 1:4].argmax(dim=2, keepdim=True)
+    below, here, above = values.gather(2, shift + around[2:]).unbind(dim=2)
     curvature = (2.0 * here - above - below).clamp(min=1e-6)
     offset = ((above - below) / (2.0 * curvature)).clamp(-0.5, 0.5)
-    return (index + shift)[:, 0] - 1 + offset
+    return index + shift[..., 0] - 1 + offset

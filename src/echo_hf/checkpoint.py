@@ -273,7 +273,7 @@ def _check_token_ids(path: str, saved: dict[str, Any], vocab_size: int) -> None:
 
 def _load_model(checkpoint: str | Path, config: EchoConfig, model_class, overrides: dict[str, Any]):
     saved_class = EchoForCTC if (config.architectures or [""])[0] == "EchoForCTC" else EchoForConditionalGeneration
-    with _unreported(), _explained(f"The model of {checkpoint} cannot be loaded"):
+    with _unreported(), _explained(f"The model of {checkpoint} ({CONFIG} and its weights) cannot be loaded"):
         model, report = (model_class or saved_class).from_pretrained(
             checkpoint, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
@@ -318,4 +318,13 @@ def _unreported() -> Iterator[None]:
         reporter.removeFilter(is_error)
 
 
-__all__ = ["check_fit", "check_safetensors", "load_model_and_processor", "parse_object", "parse_overrides", "read_json"]
+__all__ = [
+    "CheckpointError",
+    "check_fit",
+    "check_safetensors",
+    "load_model_and_processor",
+    "parse_object",
+    "parse_overrides",
+    "read_json",
+    "read_object",
+]

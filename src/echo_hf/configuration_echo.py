@@ -20,6 +20,10 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation.configuration_utils import GenerationConfig
 
+from .presets_echo import BASELINE
+from .presets_echo import PRESETS
+from .presets_echo import SIZES
+
 # Where echo_hf is not installed, the library copies a file of a checkpoint together with what it imports relatively,
 # and looks for that in the text. So with this file come all, and a model saved again takes all the code along.
 if TYPE_CHECKING:
@@ -69,55 +73,7 @@ def attach_pipeline(package: str) -> None:
 
 attach_module(__name__)
 
-# All pitch mechanisms off: a plain rotary transformer. Every preset starts from here.
-BASELINE = {
-    "theta_mode": "none",
-    "radius_mode": "unit",
-    "pitch_bias": "none",
-    "silence_scaling": False,
-    "pitch_gate": False,
-    "pitch_stem": False,
-    "token_pitch": "none",
-}
-
-# What pitch may do, each by itself.
-MECHANISMS = {
-    "theta": {"theta_mode": "phase"},
-    "radius": {"radius_mode": "bounded"},
-    "bias": {"pitch_bias": "gaussian"},
-    "silence": {"silence_scaling": True},
-    "gate": {"pitch_gate": True},
-    "pitch_input": {"pitch_stem": True},
-    "token_pitch": {"token_pitch": "mean"},
-}
-
-# Of both settings of the published prototype: its first mel frequencies and a learned theta.
-PUBLISHED = {
-    "rotary_frequencies": "mel",
-    "rotary_theta": 10000.0,
-    "mel_corner_frequency": 700.0,
-    "mel_max_frequency": 8000.0,
-    "learn_theta": True,
-}
-
-PRESETS = {
-    "baseline": {},
-    **MECHANISMS,
-    "all": {name: value for mechanism in MECHANISMS.values() for name, value in mechanism.items()},
-    "published_mean_sigmoid": {"theta_mode": "mean", "radius_mode": "sigmoid", **PUBLISHED},
-    "published_frame_raw": {"theta_mode": "frame", "radius_mode": "raw", **PUBLISHED},
-}
-
-# Sizes by about the number of parameters they give with the byte vocabulary: layers, width, heads and inner width of a
-# deep encoder and a shallow decoder; narrower too in the large sizes, as all of its weights are read once a token.
-SIZES = {
-    "2m": {"encoder": (5, 144, 4, 384), "decoder": (1, 144, 4, 384)},
-    "5m": {"encoder": (6, 208, 4, 560), "decoder": (2, 208, 4, 560)},
-    "10m": {"encoder": (8, 256, 4, 688), "decoder": (2, 256, 4, 688)},
-    "27m": {"encoder": (11, 384, 6, 1024), "decoder": (2, 256, 4, 688)},
-    "80m": {"encoder": (17, 576, 9, 1536), "decoder": (3, 384, 6, 1024)},
-}
-
+SIDES = ("encoder", "decoder")
 
 # The smallest and the largest value of each number. The largest are far from anything useful; what they refuse is a
 # damaged or malicious config, before anything is allocated.
@@ -126,17 +82,12 @@ BOUNDS = {
     "sampling_rate": (1, 1_000_000),
     "hop_length": (1, 1_000_000),
     "stem_num_layers": (0, 1000),
-    "encoder_hidden_size": (1, 65_536),
-    "decoder_hidden_size": (1, 65_536),
-    "encoder_num_hidden_layers": (1, 1000),
-    "decoder_num_hidden_layers": (1, 1000),
-    "encoder_num_attention_heads": (1, 4096),
-    "decoder_num_attention_heads": (1, 4096),
-    "encoder_num_key_value_heads": (1, 4096),
-    "decoder_num_key_value_heads": (1, 4096),
+    **{f"{side}_hidden_size": (1, 65_536) for side in SIDES},
+    **{f"{side}_intermediate_size": (1, 262_144) for side in SIDES},
+    **{f"{side}_num_hidden_layers": (1, 1000) for side in SIDES},
+    **{f"{side}_num_attention_heads": (1, 4096) for side in SIDES},
+    **{f"{side}_num_key_value_heads": (1, 4096) for side in SIDES},
     "encoder_kernel_size": (1, 1001),
-    "encoder_intermediate_size": (1, 262_144),
-    "decoder_intermediate_size": (1, 262_144),
     "max_target_positions": (1, 100_000),
     "initializer_range": (0, 10),
     "rms_norm_eps": (1e-7, 1),  # exported graphs drop a smaller one
@@ -517,7 +468,7 @@ class EchoConfig(PreTrainedConfig):
                 f"stem_strides must be at most {MAX_STRIDES} numbers with a product of at most"
                 f" {MAX_FRAMES_PER_ENCODER_FRAME}, got {self.stem_strides}."
             )
-        for side in ("encoder", "decoder"):
+        for side in SIDES:
             width, heads = getattr(self, f"{side}_hidden_size"), getattr(self, f"{side}_num_attention_heads")
             key_value_heads = getattr(self, f"{side}_num_key_value_heads")
             if width % heads or (width // heads) % 2 or width // heads < 4:

@@ -1,9 +1,10 @@
-"""A page on this machine to speak to a checkpoint and see what it heard. Needs gradio: `pip install ".[demo]"`.
+"""A page on this machine to try a checkpoint on. Needs gradio: `pip install ".[demo]"`.
 
 Nothing leaves the machine: no link is shared, no usage is reported, and the page asks no other server for fonts.
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 import soundfile
@@ -19,7 +20,7 @@ HOST, PORT = "127.0.0.1", 7860
 
 def build_demo(model, processor):
     """
-    The page: audio from the microphone or a file in; text, F0 on the spectrogram and the times of words out.
+    The page: audio from a file or the microphone in; text, F0 on the spectrogram and the times of words out.
 
     Args:
         model: [`EchoForConditionalGeneration`] or [`EchoForCTC`].
@@ -46,25 +47,27 @@ def build_demo(model, processor):
 
     def recognize(audio: str | None) -> tuple[str, Any, list[list[Any]]]:
         if audio is None:
-            raise gradio.Error("Record something, or drop an audio file, first.", print_exception=False)
+            raise gradio.Error("Drop an audio file, or record something, first.", print_exception=False)
         try:
             result = pipeline(audio, return_timestamps="word")
             draws = has_pitch and soundfile.info(audio).duration <= LONGEST_PICTURE
             figure = plot_pitch(audio, processor.feature_extractor, words=result["chunks"]) if draws else None
         except ValueError as error:
-            raise gradio.Error(str(error), print_exception=False) from error
+            # The page's reader knows the file by its name, not by where the server keeps it.
+            message = str(error).replace(audio, Path(audio).name)
+            raise gradio.Error(message, print_exception=False) from error
         rows = [[chunk["text"].strip(), *(round(time, 2) for time in chunk["timestamp"])] for chunk in result["chunks"]]
         return result["text"], figure, rows
 
     with gradio.Blocks(title="Echo", analytics_enabled=False) as demo:
         gradio.Markdown(
             "# Echo\n"
-            "Record your voice or drop an audio file. What is written is what this checkpoint hears; how far to trust"
-            " it, its model card tells."
+            "Drop an audio file or record your voice. The text is what this checkpoint recognizes; its model card says"
+            " how accurate it is."
         )
         with gradio.Row():
             with gradio.Column(scale=1):
-                audio = gradio.Audio(sources=["microphone", "upload"], type="filepath", label="speech", buttons=[])
+                audio = gradio.Audio(sources=["upload", "microphone"], type="filepath", label="speech", buttons=[])
                 button = gradio.Button("Transcribe", variant="primary")
                 if BUNDLED_RECORDINGS.is_dir():
                     examples = [[str(path)] for path in find_audio_files(BUNDLED_RECORDINGS)]

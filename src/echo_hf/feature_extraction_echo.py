@@ -55,7 +55,7 @@ SMALLEST_DEVIATION = 1e-3  # of the envelope's code (natural logarithm of power)
 MAX_CHANNELS = 8  # of a recording, which are averaged
 MAX_WIDTH = 1024  # channels of a feature group
 BLOCK_FRAMES = 1 << 19  # samples a channel read from a file at a time, 11 s at 48 kHz
-SPECTROGRAM_FRAMES = 4096  # frames transformed at a time; the spectra of an hour of audio would take 1 GB
+SPECTROGRAM_SAMPLES = 1 << 16  # under the windows that are transformed at a time, which so stay in the cache
 AUDIO_KEYS = ("array", "raw", "bytes", "path")  # of a dict that holds audio, the first that is not None
 F0_GROUPS = ("phase", "envelope", "aperiodicity", "voicing", "pitch")  # groups that are made from F0
 
@@ -107,8 +107,12 @@ def open_audio(source) -> Iterator[tuple[Any, str]]:
                 raise ValueError(f"{name} claims a sampling rate of {file.samplerate} Hz. Its header must be wrong.")
             yield file, name
     except soundfile.SoundFileError as error:
+        reason = getattr(error, "error_string", str(error)).removeprefix("Error : ").rstrip(".")
+        if "possibly a pipe" in reason:  # libsndfile's, of a damaged MP3
+            reason = "no audio is found in it"
         raise ValueError(
-            f"Cannot read {name} as audio ({error}). Convert it first, e.g. `ffmpeg -i INPUT -ac 1 OUTPUT.wav`."
+            f"Cannot read {name} as audio: it is damaged, or of a format that soundfile does not know ({reason})."
+            " Convert it first, e.g. `ffmpeg -i INPUT -ac 1 OUTPUT.wav`."
         ) from error
 
 
@@ -260,8 +264,9 @@ def log_mel_spectrogram(
     frames = np.lib.stride_tricks.sliding_window_view(padded, n_fft)[::hop_length][:num_frames]
     filters = _mel_filters(sampling_rate, n_fft, num_mels)
     log_mel = np.empty((num_frames, num_mels), dtype=np.float32)
-    for start in range(0, num_frames, SPECTROGRAM_FRAMES):
-        part = slice(start, start + SPECTROGRAM_FRAMES)
+    block = max(1, SPECTROGRAM_SAMPLES // n_fft)
+    for start in range(0, num_frames, block):
+        part = slice(start, start + block)
         spectrum = np.fft.rfft(frames[part] * window)  # complex128 (frames, n_fft // 2 + 1)
         mel_power = (spectrum.real**2 + spectrum.imag**2) @ filters
         log_mel[part] = np.log10(np.maximum(mel_power, MEL_POWER_FLOOR))
@@ -364,7 +369,7 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
         is_number = isinstance(self.padding_value, Real) and not isinstance(self.padding_value, bool)
         if not is_number or not np.isfinite(self.padding_value):
             raise ValueError(f"padding_value must be a finite number, got {self.padding_value!r}.")
-        check_sampling_rate(self.sampling_rate)
+        self.sampling_rate = check_sampling_rate(self.sampling_rate)
         check_hop_length(self.hop_length, self.sampling_rate)
         if isinstance(self.n_fft, bool) or not isinstance(self.n_fft, int) or self.n_fft % 2:
             raise ValueError(f"n_fft must be an even whole number, got {self.n_fft!r}.")

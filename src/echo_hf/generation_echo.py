@@ -4,13 +4,25 @@ The decoder alone may lose its place in long speech, repeat itself, or stop too 
 the speech a transcript so far accounts for. So `generate()` takes both, for greedy search, beams and sampling alike.
 """
 
+from numbers import Integral
+from numbers import Real
+from typing import Any
 from typing import NamedTuple
 
 import torch
+from transformers import GenerationConfig
 from transformers import LogitsProcessor
+
+from .configuration_echo import WHISPER_SETTINGS
 
 # Log-probability of what cannot be. Finite, as differences of infinities are not numbers.
 IMPOSSIBLE = -1e10
+
+MAX_HYPOTHESES = 1000  # of an utterance in generate()
+TOKEN_SETTINGS = (  # settings of generate() that hold one or several tokens
+    *("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id"),
+    *("forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"),
+)
 
 
 def find_cut_off(ids: torch.Tensor, generation_config) -> torch.Tensor:
@@ -27,6 +39,49 @@ def find_cut_off(ids: torch.Tensor, generation_config) -> torch.Tensor:
     if generation_config.eos_token_id is None:
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     return ~torch.isin(ids, torch.as_tensor(generation_config.eos_token_id, device=ids.device)).any(-1)
+
+
+def drop_whisper_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """
+    Settings of generate() without those of Whisper, which Echo has no use for.
+
+    Raises:
+        `ValueError`: one of those is switched on.
+    """
+    given = {name: settings[name] for name in WHISPER_SETTINGS if settings.get(name) is not None}
+    foreign = [name for name, value in given.items() if torch.is_tensor(value) or value not in (False, "", [])]
+    if foreign:
+        raise ValueError(
+            f"generate() of Echo takes no {', '.join(foreign)}: it writes the language that it hears, as it was"
+            " trained to. Leave them out, in model.generation_config too. Times come from the pipeline:"
+            " return_timestamps=True, or 'word'."
+        )
+    return {name: value for name, value in settings.items() if name not in WHISPER_SETTINGS}
+
+
+def check_generation_config(generation_config: GenerationConfig, vocab_size: int):
+    """
+    Checks the settings of generate() that would fail deep inside it, or not at all.
+
+    Raises:
+        `ValueError`: one of them has a value that cannot work; the message names it.
+    """
+    for name in ("num_beams", "num_return_sequences"):
+        value = getattr(generation_config, name)
+        if value is not None and not (isinstance(value, Integral) and 1 <= value <= MAX_HYPOTHESES):
+            raise ValueError(f"{name} must be a whole number from 1 to {MAX_HYPOTHESES}, got {value!r}.")
+    weight = generation_config.ctc_weight
+    if weight is not None and not (isinstance(weight, Real) and 0 <= weight <= 1):
+        raise ValueError(f"ctc_weight must be a number from 0, the decoder alone, to 1, got {weight!r}.")
+    for name in TOKEN_SETTINGS:
+        value = getattr(generation_config, name)
+        tokens = value.tolist() if hasattr(value, "tolist") else value  # of an array or a tensor
+        tokens = [] if tokens is None else tokens if isinstance(tokens, list | tuple) else [tokens]
+        if not all(isinstance(token, Integral) and 0 <= token < vocab_size for token in tokens):
+            raise ValueError(
+                f"{name} of the generation config must be of the vocabulary, from 0 to {vocab_size - 1}, or None; got"
+                f" {value!r}."
+            )
 
 
 def log_cumulative_products(factors: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:

@@ -1,14 +1,16 @@
-"""Recognising with a finished checkpoint: prepared utterances in length-sorted batches, or audio files of any length.
+"""Inference with a checkpoint: on prepared utterances, in length-sorted batches, or on audio files of any length.
 
-For prepared data there are two controls. A model that listens does badly on both; one that only knows which texts are
-likely does not: `"zeroed"` replaces every feature, F0 too, by 0 at the same length, `"shuffled"` gives every utterance
-the features of another one.
+For prepared data there are two controls: `"zeroed"` replaces every feature, F0 too, by 0 at the same length, and
+`"shuffled"` gives every utterance the features of another one. A model that uses the audio has high error rates with
+both; one that only knows which texts are likely does not.
 
 Transcribing files needs nothing that the package's base install lacks, such as `datasets`.
 """
 
 import os
+import stat
 import sys
+from collections import defaultdict
 from collections.abc import Iterable
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from .checkpoint import load_model_and_processor
 from .feature_extraction_echo import open_audio
@@ -31,6 +34,8 @@ from .segmentation_echo import read_blocks
 if TYPE_CHECKING:
     from datasets import Dataset
 
+logger = logging.get_logger(__name__)
+
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED_CHECKPOINT = ASSETS / "checkpoint"
 BUNDLED_RECORDINGS = ASSETS / "recordings"
@@ -39,11 +44,19 @@ CONTROLS = ("zeroed", "shuffled")
 
 # Formats that soundfile reads by itself, in folders; a file that is named is tried whatever it is called.
 AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64")
+# Audio, and video with sound, that it does not read.
+OTHER_EXTENSIONS = (
+    *(".m4a", ".m4b", ".aac", ".wma", ".amr", ".3gp", ".webm", ".weba", ".mka", ".ape", ".wv", ".ac3", ".dts", ".ra"),
+    *(".mp4", ".m4v", ".mov", ".mkv", ".avi", ".wmv", ".flv", ".mpg", ".mpeg"),
+)
+NAMED_AT_MOST = 5  # files in a message that reports many
+LARGEST_PIPE = 1 << 31  # bytes of a pipe, all of which are held in memory
+PIPE_BLOCK = 1 << 20  # bytes read from it at a time
 
 
 def load_checkpoint(checkpoint: str | Path | None = None, device: str | None = None, **overrides):
     """
-    A model, ready to recognise, and its processor.
+    A model in evaluation mode on its device, and its processor.
 
     Args:
         checkpoint (`str`, *optional*): folder, or name on the Hub; the checkpoint that comes with the package if not
@@ -66,9 +79,11 @@ def load_checkpoint(checkpoint: str | Path | None = None, device: str | None = N
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = accelerator.type if accelerator is not None else "cpu"
     try:
-        return model.to(device).eval(), processor
-    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without that device
-        raise ValueError(f"The model cannot run on {device!r}: {error}") from error
+        model = model.to(device).eval()
+        torch.ones(1, device=device).item()  # which a device without data, "meta", does not have
+    except (RuntimeError, AssertionError, ImportError) as error:  # AssertionError: PyTorch is built without the device
+        raise ValueError(f"The model cannot run on {device!r}: {' '.join(str(error).split())}") from error
+    return model, processor
 
 
 def make_pipeline(model, processor: EchoProcessor) -> EchoAutomaticSpeechRecognitionPipeline:
@@ -122,7 +137,10 @@ def recognize(
     texts, cut_off = [""] * len(dataset), 0
     features = dataset.select_columns(["input_features"])
     for start in tqdm(
-        range(0, len(positions), batch_size), desc=f"Recognising ({control or 'as recorded'})", leave=False
+        range(0, len(positions), batch_size),
+        desc=f"Recognizing ({control or 'as recorded'})",
+        leave=False,
+        disable=None,  # where standard error is no terminal
     ):
         batch_positions = positions[start : start + batch_size]
         rows = [np.asarray(features[int(row)]["input_features"], np.float32) for row in source[batch_positions]]
@@ -138,8 +156,11 @@ def recognize(
             batch_texts = processor.batch_decode(ids, skip_special_tokens=True)
         else:
             with torch.inference_mode():
-                paths = model(**batch).logits.argmax(-1)
+                logits = model(**batch).logits
             frames = model._get_feat_extract_output_lengths(batch["attention_mask"].sum(-1)).tolist()
+            if not all(torch.isfinite(row[:length]).all() for row, length in zip(logits, frames)):
+                raise ValueError("The model's output has NaN or infinite values. Take another checkpoint.")
+            paths = logits.argmax(-1)
             batch_texts = [processor.decode_ctc(path[:length]) for path, length in zip(paths, frames)]
         for position, text in zip(batch_positions, batch_texts):
             texts[position] = text
@@ -149,32 +170,65 @@ def recognize(
 def find_audio_files(folder: str | os.PathLike) -> list[Path]:
     """Audio files in a folder and the folders in it, by their extension, in the order of their paths.
 
-    Those are left out whose name, or a folder's, begins with a dot: some systems put notes beside files so, under names
-    like theirs.
+    Files and folders whose name begins with a dot are left out: some systems put notes beside files under such names. A
+    warning tells which audio is left out because soundfile does not read it.
     """
     folder = Path(folder)
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_EXTENSIONS and path.is_file())
-    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    found, others = [], []
+    for path in folder.rglob("*"):
+        extension = path.suffix.lower()
+        if extension not in AUDIO_EXTENSIONS and extension not in OTHER_EXTENSIONS:
+            continue
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            (found if extension in AUDIO_EXTENSIONS else others).append(path)
+    if others:
+        _warn_of_unread(folder, sorted(others))
+    return sorted(found)
+
+
+def _warn_of_unread(folder: Path, paths: list[Path]) -> None:
+    by_extension = defaultdict(list)
+    for path in paths:
+        by_extension[path.suffix.lower()].append(str(path.relative_to(folder)))
+    named = "; ".join(
+        f"{len(names)} {extension} ({', '.join(names[:NAMED_AT_MOST])}{', ...' if len(names) > NAMED_AT_MOST else ''})"
+        for extension, names in by_extension.items()
+    )
+    logger.warning(
+        f"{folder}: left out, since soundfile does not read such files: {named}. Convert them first, e.g."
+        " `ffmpeg -i INPUT -ac 1 OUTPUT.wav`."
+    )
 
 
 def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
     """
-    Audio files that paths stand for: a file for itself, a folder for the audio files in it and below; each once.
+    Audio files that paths stand for: a file or a pipe for itself, a folder for the audio files in it and below; each
+    once.
 
     Raises:
-        `ValueError`: there is no such file or folder, or no audio in a folder; the message names it.
+        `ValueError`: there is no such file or folder, or no audio in a folder; or it is a URL or a device. The message
+            names it.
     """
     files = []
-    for path in map(Path, paths):
+    for given in paths:
+        if "://" in str(given):
+            raise ValueError(f"{given} is a URL. Download it first, e.g. `curl -L URL --output FILE`.")
+        path = Path(given)
         if path.is_dir():
             found = find_audio_files(path)
             if not found:
                 raise ValueError(f"{path}: no audio files in this folder ({', '.join(sorted(AUDIO_EXTENSIONS))}).")
             files += found
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise ValueError(f"{path}: no such file or folder.")
+            continue
+        try:
+            mode = path.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ValueError(f"{path}: no such file or folder.") from error
+        except (OSError, ValueError) as error:  # ValueError: NUL within a name
+            raise ValueError(f"{path}: cannot be opened ({error}).") from error
+        if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+            raise ValueError(f"{path} is a terminal or another device. Name a file, or send audio through a pipe.")
+        files.append(path)
     return list(dict.fromkeys(files))
 
 
@@ -194,11 +248,11 @@ def bundled_recordings() -> list[Path]:
 @dataclass(frozen=True)
 class Transcript:
     """
-    What was recognised in one file.
+    What was recognized in one file.
 
     Args:
         path (`Path`): the file.
-        text (`str`, *optional*): what was recognised; `None` if the file could not be used.
+        text (`str`, *optional*): what was recognized; `None` if the file could not be used.
         seconds (`float`, *optional*): its duration.
         chunks (`list[dict]`, *optional*): its segments or words, each with `"text"`, `"start"` and `"end"` (seconds);
             with timestamps.
@@ -229,7 +283,7 @@ def transcribe_files(
     does not keep the others from being transcribed.
 
     Args:
-        pipeline ([`EchoAutomaticSpeechRecognitionPipeline`]): the recogniser.
+        pipeline ([`EchoAutomaticSpeechRecognitionPipeline`]): the pipeline.
         files (`list[Path]`): audio files.
         batch_size (`int`, defaults to 8): segments at a time.
         generate_kwargs (`dict`, *optional*): for `generate()`.
@@ -258,15 +312,16 @@ def transcribe_files(
 
         waiting: list[tuple[Path, np.ndarray | str]] = []  # with samples, or why there are none
         for path in files:
-            bar.set_postfix_str(path.name, refresh=False)
+            bar.set_postfix_str("".join(c if c.isprintable() else "?" for c in path.name), refresh=False)
             try:
-                samples = _read_short(path, rate, chunk_length_s)
+                source = open_pipe(path)
+                samples = read_short(source, rate, chunk_length_s)
             except (OSError, ValueError) as error:
                 samples = str(error)
             if samples is None:
                 yield from finish(waiting)
                 waiting = []
-                transcript = _transcribe_long(pipeline, path, options, bar)
+                transcript = _transcribe_long(pipeline, path, source, options, bar)
                 bar.clear()
                 yield transcript
                 continue
@@ -303,10 +358,29 @@ def _claimed_seconds(path: Path) -> float:
         return 0.0
 
 
-def _read_short(path: Path, rate: int, longest: float) -> np.ndarray | None:
-    """Samples of a file at `rate` (Hz), or None if it is longer than `longest` seconds (0: no file is)."""
+def open_pipe(path: Path) -> Path | bytes:
+    """
+    What to read audio from: the path of a file, or all bytes of a pipe, which can be read only once.
+
+    Raises:
+        `ValueError`: more than 2 GiB come through the pipe.
+    """
+    if not path.is_fifo():
+        return path
+    blocks, num_bytes = [], 0
+    with open(path, "rb") as pipe:
+        while block := pipe.read(PIPE_BLOCK):
+            blocks.append(block)
+            num_bytes += len(block)
+            if num_bytes > LARGEST_PIPE:
+                raise ValueError(f"More than {LARGEST_PIPE >> 20} MiB come through {path}. Write them to a file first.")
+    return b"".join(blocks)
+
+
+def read_short(source: Path | bytes, rate: int, longest: float) -> np.ndarray | None:
+    """Samples of [`open_pipe`]'s source at `rate` (Hz), or None if it is longer than `longest` seconds (0: none is)."""
     blocks, num_samples = [np.zeros(0, np.float32)], 0
-    for block in read_blocks(path, rate):
+    for block in read_blocks(source, rate):
         blocks.append(block)
         num_samples += len(block)
         if longest and num_samples > longest * rate:
@@ -336,7 +410,7 @@ def _transcribe_together(pipeline, waiting: list[tuple[Path, np.ndarray | str]],
             yield _transcript(path, len(samples) / rate, result)
 
 
-def _transcribe_long(pipeline, path: Path, options, bar) -> Transcript:
+def _transcribe_long(pipeline, path: Path, source: Path | bytes, options, bar) -> Transcript:
     seconds = 0.0
 
     def progress(more: float):
@@ -345,7 +419,7 @@ def _transcribe_long(pipeline, path: Path, options, bar) -> Transcript:
         bar.advance(more)
 
     try:
-        result = pipeline(str(path), progress=progress, **options)
+        result = pipeline(str(source) if isinstance(source, Path) else source, progress=progress, **options)
     except (OSError, ValueError) as error:
         return Transcript(path, error=str(error))
     return _transcript(path, seconds, result)

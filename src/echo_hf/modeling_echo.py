@@ -1,7 +1,7 @@
-"""Echo: a speech recogniser whose attention knows the pitch of the voice.
+"""Echo: a speech recognizer whose attention knows the pitch of the voice.
 
 An encoder-decoder in the manner of Whisper and Moonshine. What differs from a plain rotary transformer is confined to
-a few small parts, each switched by one field of the config and each doing nothing when it is off:
+a few small parts. Each is switched by one field of the config and does nothing when it is off:
 
     EchoRotaryEmbedding   F0 moves the rotary frequency (theta) and sets the rotary radius
     EchoAttention         frames of similar pitch attend more to each other (bias); silent keys are scaled to near zero
@@ -9,11 +9,11 @@ a few small parts, each switched by one field of the config and each doing nothi
     EchoStem              pitch as an input of its own, beside the spectrogram
     token_pitch           pitch that accompanies each token of the decoder
 
-Beside pitch, and off by default: convolutions in the encoder's layers (`encoder_kernel_size`), and an encoder that
-hears its own intermediate predictions (`self_conditioning_layers`).
+Two more parts do not concern pitch, and are off by default: convolutions in the encoder's layers
+(`encoder_kernel_size`), and an encoder that sees its own intermediate predictions (`self_conditioning_layers`).
 
 F0 arrives inside `input_features`, as its last channel, in Hz with 0 for unvoiced frames. Here `f0` is always in Hz,
-`pitch` always normalised.
+`pitch` always normalized.
 
 Dimensions: B batch, T input frames (10 ms), S encoder frames (40 ms), L tokens, H heads, K key-value heads, D head
 dimension, C = D / 2 rotary pairs, E hidden size.
@@ -23,9 +23,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral
-from numbers import Real
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -34,10 +32,8 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.cache_utils import DynamicCache
 from transformers.cache_utils import EncoderDecoderCache
-from transformers.generation import GenerationConfig
 from transformers.generation import GenerationMixin
 from transformers.integrations.sdpa_attention import repeat_kv
-from transformers.loss.loss_ctc import ForCTCLoss
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -57,12 +53,31 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_echo import WHISPER_SETTINGS
+from .conditioning_echo import PITCH_CHANNELS
+from .conditioning_echo import EchoPitch
+from .conditioning_echo import EchoPitchProjection
+from .conditioning_echo import EchoRotaryEmbedding
+from .conditioning_echo import align_f0
+from .conditioning_echo import find_silence
+from .conditioning_echo import gaussian_bias_channels
+from .conditioning_echo import laplacian_bias
+from .conditioning_echo import mask_frames
+from .conditioning_echo import masked_mean
+from .conditioning_echo import normalize_f0
+from .conditioning_echo import pitch_per_token
+from .conditioning_echo import precise_dtype
+from .conditioning_echo import rotate
+from .conditioning_echo import standardize_f0
 from .configuration_echo import EchoConfig
 from .configuration_echo import check_dtype
 from .configuration_echo import attach_module
 from .configuration_echo import attach_pipeline
 from .generation_echo import EchoCTCPrefixLogitsProcessor
+from .generation_echo import check_generation_config
+from .generation_echo import drop_whisper_settings
+from .loss_echo import cross_entropy
+from .loss_echo import ctc_loss
+from .loss_echo import ignore_padding
 
 attach_module(__name__)
 if __name__.startswith("transformers_modules."):
@@ -70,16 +85,7 @@ if __name__.startswith("transformers_modules."):
 
 logger = logging.get_logger(__name__)
 
-MEL_THETA = 220.0  # theta at which the mel frequencies are what they are named
-MEL_UNIT = 1000.0  # mel frequencies are given in thousands
-
 STEM_KERNEL_SIZE = 9  # encoder frames, 360 ms, that a layer behind the stem sees
-PITCH_CHANNELS = 3  # voiced, contour, register: what the network sees of F0
-REGISTER_CENTRE = 150.0  # Hz, between low and high voices
-REGISTER_WIDTH = 0.5  # natural log units; e ** 0.5 is about nine semitones
-CONTOUR_FLOOR = 0.1  # natural log units; keeps a monotone's tiny wobble from being blown up to a contour
-SPREAD_FLOOR = 1e-3  # Hz; F0 that varies less is constant but for rounding
-INTERMEDIATE_WEIGHT = 0.3  # share of the CTC loss that is of predictions within the encoder, where it makes any
 # Lists of layers in the weights, and the fields of the config that give their lengths.
 LAYER_FIELDS = {
     r"encoder\.layers": "encoder_num_hidden_layers",
@@ -88,13 +94,8 @@ LAYER_FIELDS = {
 }
 DEFAULT_CTC_WEIGHT = 0.5  # in generate()
 LONG_AUDIO = 30.0  # seconds; generate() warns of more, of which 448 tokens may hold a part only
-MAX_HYPOTHESES = 1000  # of an utterance in generate()
-TOKEN_SETTINGS = (  # settings of generate() that hold one or several tokens
-    *("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id"),
-    *("forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"),
-)
-
-TOKEN_PITCH_MIN, TOKEN_PITCH_LOW, TOKEN_PITCH_HIGH = 100.0, 71.0, 500.0  # Hz, as published
+# The name of the cache in the library's outputs: "cache" from Transformers 5.24 on.
+CACHE_NAME = "cache" if "cache" in Seq2SeqModelOutput.__dataclass_fields__ else "past_key_values"
 
 
 @dataclass
@@ -133,21 +134,6 @@ class EchoSeq2SeqLMOutput(Seq2SeqLMOutput):
     ctc_logits: torch.Tensor | None = None
 
 
-def precise_dtype(device: torch.device) -> torch.dtype:
-    """The dtype that angles are made in: float64, or float32 where the device has no float64 (MPS)."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the last dimension of what `mask` holds, kept as a dimension: `(..., N)` to `(..., 1)`."""
-    return (values * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
-
-
-def mask_frames(lengths: torch.Tensor, num_frames: int) -> torch.Tensor:
-    """Which of `num_frames` frames are real where `lengths` of them are, `(B,)` to `(B, num_frames)`, boolean."""
-    return torch.arange(num_frames, device=lengths.device)[None] < lengths[:, None]
-
-
 def has_values(tensor: torch.Tensor) -> bool:
     """Whether a check may look at the tensor's values: not in a graph that is being traced or captured, and not on the
     meta device."""
@@ -168,108 +154,28 @@ def check_right_padding(attention_mask: torch.Tensor):
         )
 
 
-def align_f0(
-    f0: torch.Tensor, lengths: torch.Tensor, encoder_lengths: torch.Tensor, encoder_frames: int
-) -> torch.Tensor:
-    """F0 at the encoder's frames, by nearest index, so that the contour keeps its character.
-
-    `index_i = min(floor(i * F / S), F - 1)` with the utterance's own F and S, so that padding changes nothing.
+class EchoEncoderLayerInputs(NamedTuple):
+    """What all layers of the encoder are given beside the hidden states, in the order of their arguments. Gradient
+    checkpointing follows gradients (of a learned radius, in `cos` and `sin`) into positional tensors only.
 
     Args:
-        f0 (`torch.Tensor` of shape `(B, T)`): Hz.
-        lengths (`torch.Tensor` of shape `(B,)`): F, real input frames.
-        encoder_lengths (`torch.Tensor` of shape `(B,)`): S, real encoder frames.
-        encoder_frames (`int`): encoder frames of the padded batch.
-
-    Returns:
-        `torch.Tensor` of shape `(B, encoder_frames)`: Hz; 0 beyond an utterance's end.
+        attention_mask (`torch.Tensor`, *optional*): as the attention implementation wants it.
+        cos, sin (`torch.Tensor` of shape `(B or 1, 1, S, C)`): of [`EchoRotaryEmbedding`].
+        silence (`torch.Tensor` of shape `(B, S)`, *optional*): which frames are silent.
+        standardized_f0 (`torch.Tensor` of shape `(B, S)`, *optional*): for the gaussian bias.
+        position_bias (`torch.Tensor` of shape `(B, 1, S, S)`, *optional*): the laplacian bias.
+        pitch (`torch.Tensor` of shape `(B, S, 3)`): normalized, for the gates.
+        encoder_mask (`torch.Tensor` of shape `(B, S)`): 1 for real frames, for the convolutions.
     """
-    frames = torch.arange(encoder_frames, device=f0.device)[None]
-    index = frames * lengths[:, None] // encoder_lengths[:, None].clamp(min=1)
-    index = torch.minimum(index, lengths[:, None] - 1).clamp(min=0)
-    return f0.gather(1, index) * (frames < encoder_lengths[:, None])
 
-
-def normalize_f0(f0: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Pitch as the network sees it.
-
-    Channel 0, voiced: 1 or 0. Channel 1, contour: `(ln f0 - mean) / max(std, 0.1)` over the utterance's voiced frames.
-    Channel 2, register: `(ln f0 - ln 150) / 0.5`. All 0 where unvoiced.
-
-    Args:
-        f0 (`torch.Tensor` of shape `(B, T)`): Hz, 0 = unvoiced.
-        mask (`torch.Tensor` of shape `(B, T)`): 1 for real frames.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T, 3)`, float32.
-    """
-    voiced = ((f0 > 0) & (mask > 0)).float()
-    log_f0 = torch.where(voiced > 0, f0, 1.0).float().log()
-    deviation = log_f0 - masked_mean(log_f0, voiced)
-    spread = masked_mean(deviation.square(), voiced).sqrt().clamp(min=CONTOUR_FLOOR)
-    register = (log_f0 - math.log(REGISTER_CENTRE)) / REGISTER_WIDTH
-    return torch.stack((voiced, voiced * deviation / spread, voiced * register), dim=-1)
-
-
-def standardize_f0(f0: torch.Tensor, mask: torch.Tensor, correction: int = 0) -> torch.Tensor:
-    """F0 as the pitch bias compares it: `(f0 - mean) / max(std, 0.001)` over the real frames, unvoiced ones (0 Hz)
-    included.
-
-    The floor does for a constant F0 what the published `std + 1e-8` is meant to do. An epsilon that small is dropped by
-    ONNX optimizers, and 0 / 0 is left.
-
-    Args:
-        f0 (`torch.Tensor` of shape `(B, S)`): Hz.
-        mask (`torch.Tensor` of shape `(B, S)`): 1 for real frames.
-        correction (`int`): what is taken from the number of frames when the variance is divided by it: 0, or 1 as
-            published.
-
-    Returns:
-        `torch.Tensor` of shape `(B, S)`, float32; 0 in padding.
-    """
-    mask = mask.float()
-    deviation = (f0.float() - masked_mean(f0.float(), mask)) * mask
-    variance = deviation.square().sum(-1, keepdim=True) / (mask.sum(-1, keepdim=True) - correction).clamp(min=1)
-    return deviation / variance.sqrt().clamp(min=SPREAD_FLOOR)
-
-
-def pitch_per_token(
-    f0: torch.Tensor, lengths: torch.Tensor, frames_per_token: float, method: str = "mean"
-) -> torch.Tensor:
-    """Pitch of each span of a fixed token rate: what the decoder is told of F0, in training and in generation alike.
-
-    Token i holds the frames k with `i * R <= k <= (i + 1) * R`, R frames a token, at least one. Their mean, median or
-    last F0; below 100 Hz becomes 0; else `(f0 - 71) / (500 - 71)`.
-
-    Args:
-        f0 (`torch.Tensor` of shape `(B, T)`): Hz.
-        lengths (`torch.Tensor` of shape `(B,)`): real input frames.
-        frames_per_token (`float`): R.
-        method (`str`): `"mean"`, `"median"` or `"last"`.
-
-    Returns:
-        `torch.Tensor` of shape `(B, N)`, `N = ceil(T / R)`, float32; 0 for tokens beyond an utterance's end.
-    """
-    tokens = torch.arange(math.ceil(f0.shape[1] / frames_per_token), device=f0.device, dtype=torch.float32)
-    last_frame = (lengths[:, None] - 1).clamp(min=0)  # (B, 1)
-    start = torch.minimum((tokens * frames_per_token).ceil().long()[None], last_frame)  # (B, N)
-    end = torch.minimum(((tokens + 1) * frames_per_token).floor().long()[None], last_frame)
-    end = torch.maximum(end, start)
-    # Every span gets as many places as the longest can have; the places behind its end are left out.
-    place = start[..., None] + torch.arange(math.floor(frames_per_token) + 2, device=f0.device)  # (B, N, W)
-    inside = place <= end[..., None]
-    place = torch.minimum(place, end[..., None])
-    spans = f0.float().gather(1, place.flatten(1)).view_as(place)
-    if method == "mean":
-        value = masked_mean(spans, inside).squeeze(-1)
-    elif method == "median":
-        ordered = spans.masked_fill(~inside, torch.inf).sort(dim=-1).values
-        count = inside.sum(-1, keepdim=True)
-        value = (ordered.gather(2, (count - 1) // 2) + ordered.gather(2, count // 2)).squeeze(-1) / 2
-    else:
-        value = spans[..., -1]  # places behind the end repeat the last frame
-    heard = (value >= TOKEN_PITCH_MIN) & (tokens[None] * frames_per_token < lengths[:, None])
-    return torch.where(heard, (value - TOKEN_PITCH_LOW) / (TOKEN_PITCH_HIGH - TOKEN_PITCH_LOW), 0.0)
+    attention_mask: torch.Tensor | None
+    cos: torch.Tensor
+    sin: torch.Tensor
+    silence: torch.Tensor | None
+    standardized_f0: torch.Tensor | None
+    position_bias: torch.Tensor | None
+    pitch: torch.Tensor
+    encoder_mask: torch.Tensor
 
 
 class EchoStem(nn.Module):
@@ -305,15 +211,14 @@ class EchoZeroLinear(nn.Linear):
 
 
 class EchoConvolutionLayer(nn.Module):
-    """Lets a frame hear its neighbours before attention does: `x + down(gelu(up(convolution(norm(x)))))`, with a
+    """Lets a frame hear its neighbors before attention does: `x + down(gelu(up(convolution(norm(x)))))`, with a
     depthwise convolution that sees padding as zeros (a block of ConvNeXt, https://huggingface.co/papers/2201.03545, in
-    time). In short trials on an hour of speech the CTC loss left the blank's plateau sooner with four of them behind
-    the stem; no word error rate was compared.
+    time).
 
     Args:
         kernel_size (`int`): encoder frames that it sees, an odd number.
-        within (`bool`): whether it is part of an encoder layer: with dropout, and doing nothing until it has learned,
-            so that a model which gets convolutions starts as the one without.
+        within (`bool`): whether it is part of an encoder layer. It then has dropout and starts at 0, so that a model
+            that is given convolutions starts as the one without.
     """
 
     def __init__(self, config: EchoConfig, kernel_size: int, within: bool = False):
@@ -331,117 +236,6 @@ class EchoConvolutionLayer(nn.Module):
         near = self.norm(hidden_states) * attention_mask[..., None].to(hidden_states.dtype)
         near = self.convolution(near.transpose(1, 2)).transpose(1, 2)
         return hidden_states + self.dropout(self.down_proj(self.activation(self.up_proj(near))))
-
-
-class EchoRotaryEmbedding(nn.Module):
-    r"""Cosines and sines of the rotary angles, with the radius folded in.
-
-    Frequencies of channel pair c of `C = d / 2`, in rad a frame:
-
-        standard   omega_c = theta ** (-2c / d)                                  (https://huggingface.co/papers/2104.09864)
-        mel        omega_c = theta / 220 * m_c,   m_c = K * (10 ** (x_c / 2595) - 1) / 1000,
-                   x_c evenly spaced from 0 to 2595 * log10(1 + M / K)
-
-    How F0 moves theta, and the angle of frame t:
-
-        none       theta_t = theta                    angle = t * omega_c
-        mean       theta_t = theta + mean f0          angle = t * omega_c                      (mean of input frames)
-        frame      theta_t = theta + f0_t             angle = t * omega_c(theta_t)             (not relative)
-        phase      theta_t = theta + f0_t             angle = sum of omega_c(theta_s), s <= t  (relative)
-
-    The radius multiplies both channels of each pair, in queries and keys alike:
-
-        unit       1
-        sigmoid    sigmoid(f0_t)
-        raw        f0_t
-        bounded    1 + 0.5 * tanh(gain * contour_t), with a learned gain that starts at 0
-
-    theta is `rotary_theta`, times `exp(log_theta)` with `learn_theta`; `log_theta` starts at 0.
-
-    The published mel frequencies reach 363 rad a frame: at frame 1500 float32 is off by 0.03 rad and bfloat16 is noise.
-    So angles are made in float64, omega reduced to [0, 2 pi) first, which changes nothing for whole-number positions.
-    """
-
-    def __init__(self, config: EchoConfig, head_dim: int, theta_mode: str = "none", radius_mode: str = "unit"):
-        super().__init__()
-        self.config = config
-        self.head_dim = head_dim
-        self.theta_mode = theta_mode
-        self.radius_mode = radius_mode
-        if config.learn_theta:
-            self.log_theta = nn.Parameter(torch.zeros(1))
-        if radius_mode == "bounded":
-            self.gain = nn.Parameter(torch.zeros(1))
-
-    def frequencies(self, theta: torch.Tensor) -> torch.Tensor:
-        """omega, in rad a frame, `(...)` to `(..., C)`, in theta's dtype."""
-        pairs = torch.arange(self.head_dim // 2, device=theta.device, dtype=theta.dtype)
-        if self.config.rotary_frequencies == "standard":
-            return theta[..., None] ** (-2.0 * pairs / self.head_dim)
-        corner, top = self.config.mel_corner_frequency, self.config.mel_max_frequency
-        mel = pairs * (math.log10(1.0 + top / corner) / max(self.head_dim // 2 - 1, 1))  # x_c / 2595
-        return theta[..., None] / MEL_THETA * (corner * (10.0**mel - 1.0) / MEL_UNIT)
-
-    def theta(self, device: torch.device, f0: torch.Tensor | None, mean_f0: torch.Tensor | None) -> torch.Tensor:
-        """Theta of each frame, `(B or 1, S or 1)`."""
-        dtype = precise_dtype(device)
-        theta = torch.tensor([[self.config.rotary_theta]], device=device, dtype=dtype)  # (1, 1)
-        if self.config.learn_theta:
-            theta = theta * self.log_theta.to(dtype).exp()
-        if self.theta_mode == "mean":
-            theta = theta + mean_f0.to(dtype)
-        elif self.theta_mode in ("frame", "phase"):
-            theta = theta + f0.to(dtype)
-        return theta
-
-    def angles(self, position_ids: torch.Tensor, f0: torch.Tensor | None, mean_f0: torch.Tensor | None) -> torch.Tensor:
-        """Rotary angles in [0, 2 pi), `(B or 1, S, C)`."""
-        omega = self.frequencies(self.theta(position_ids.device, f0, mean_f0)) % (2 * math.pi)
-        if self.theta_mode == "phase":
-            return omega.cumsum(dim=1) % (2 * math.pi)
-        return position_ids[..., None].to(omega.dtype) * omega % (2 * math.pi)
-
-    def radius(self, f0: torch.Tensor, pitch: torch.Tensor) -> torch.Tensor | None:
-        """Rotary radius, `(B, S, 1)`, float32, or None for 1."""
-        if self.radius_mode == "sigmoid":
-            return f0.float().sigmoid()[..., None]
-        if self.radius_mode == "raw":
-            return f0.float()[..., None]
-        if self.radius_mode == "bounded":
-            return 1.0 + 0.5 * torch.tanh(self.gain.float() * pitch[..., 1:2])
-        return None
-
-    def forward(
-        self,
-        position_ids: torch.Tensor,
-        dtype: torch.dtype,
-        f0: torch.Tensor | None = None,
-        pitch: torch.Tensor | None = None,
-        mean_f0: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Args:
-            position_ids (`torch.Tensor` of shape `(B or 1, S)`): whole-number positions.
-            dtype (`torch.dtype`): of the result.
-            f0 (`torch.Tensor` of shape `(B, S)`, *optional*): Hz.
-            pitch (`torch.Tensor` of shape `(B, S, 3)`, *optional*): normalised.
-            mean_f0 (`torch.Tensor` of shape `(B, 1)`, *optional*): Hz, of all real input frames, unvoiced ones (0 Hz)
-                included; read with `theta_mode="mean"`.
-
-        Returns:
-            Two `torch.Tensor` of shape `(B or 1, 1, S, C)`: radius times cosine, radius times sine.
-        """
-        angles = self.angles(position_ids, f0, mean_f0).float()
-        cos, sin = angles.cos(), angles.sin()
-        if (radius := self.radius(f0, pitch)) is not None:
-            cos, sin = cos * radius, sin * radius
-        return cos.to(dtype)[:, None], sin.to(dtype)[:, None]
-
-
-def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns the pairs (x0, x1), (x2, x3), ... of `(B, H, S, 2C)` as complex numbers times `radius * exp(i * angle)`."""
-    real, imaginary = states[..., 0::2], states[..., 1::2]
-    return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1).flatten(-2)
 
 
 def eager_attention_forward(
@@ -476,27 +270,21 @@ class EchoAttention(nn.Module):
 
         z_j * (R_i q_i) . (R_j k_j) / sqrt(D)  +  bias_ij
 
-    R rotates (not in cross-attention). `z_j` scales silent keys, "leveraging silence": 1, or for a silent frame the
-    learned `clamp(softplus(silence_logit), low, high)`. Padding is no silence: it is masked. The published form scales
-    pad tokens in the decoder's self-attention too; there a pad token never stands before a real one, and the causal
-    mask hides it already, so Echo leaves that out.
+    R rotates (not in cross-attention). `z_j` is 1, or for a silent frame the learned
+    `clamp(softplus(silence_logit), low, high)`. Padding is not silence: it is masked. The published form scales pad
+    tokens in the decoder's self-attention too; there the causal mask hides them already.
 
-    The pitch bias (encoder only), with f the standardised F0:
-
-        laplacian   bias_ij = exp(-|f_i - f_j|)                as published, the variance of f divided by n - 1;
-                                                               a matrix (B, 1, S, S), handed in
-        gaussian    bias_ij = s_h * (2 f_i f_j - f_j ** 2)     which softmax cannot tell from -s_h * (f_i - f_j) ** 2
-
-    The gaussian is the dot product of `s_h * (2 f_i, -1)` and `(f_j, f_j ** 2)`: two channels of queries and keys. They
-    take the place of the head's last rotary pair, so that every width stays and any attention kernel serves. `s_h` is
-    learned, one a head, and starts at 0. Scaling a key's channels is scaling its score, so no kind of mechanism but the
-    laplacian needs a matrix of frames by frames.
+    The bias is of pitch, in the encoder only: [`laplacian_bias`], a matrix that is handed in, or
+    [`gaussian_bias_channels`], which take the place of the head's last rotary pair, so that every width stays and any
+    attention kernel serves. Their strength is learned, one a head, and starts at 0. Scaling a key's channels is scaling
+    its score, so no mechanism but the laplacian needs a matrix of frames by frames.
     """
 
     def __init__(self, config: EchoConfig, layer_idx: int, side: str, is_cross_attention: bool = False):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
+        self.is_cross_attention = is_cross_attention
         self.is_causal = side == "decoder" and not is_cross_attention
         hidden_size = getattr(config, f"{side}_hidden_size")
         self.num_heads = getattr(config, f"{side}_num_attention_heads")
@@ -522,20 +310,23 @@ class EchoAttention(nn.Module):
         """z of a silent key, shape `(1,)`, float32."""
         return nn.functional.softplus(self.silence_logit.float()).clamp(*self.config.silence_scale_range)
 
-    def project(self, projection: nn.Linear, states: torch.Tensor, channels: int) -> torch.Tensor:
-        """`(B, S, E)` to `(B, heads, S, channels)`."""
-        return projection(states).view(*states.shape[:2], -1, channels).transpose(1, 2)
-
     def append_pitch(
         self, query: torch.Tensor, key: torch.Tensor, f: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends the two channels of the gaussian bias. f: `(B, S)`, standardised F0, float32."""
-        f = f[:, None]  # (B, 1, S)
+        """Appends the two channels of the gaussian bias. f: `(B, S)`, standardized F0, float32."""
         # The kernel multiplies every channel by the scaling; the bias stands outside it.
-        strength = self.bias_strength.float()[None, :, None, None] / self.scaling  # (1, H, 1, 1)
-        query_pitch = strength * torch.stack((2 * f, -torch.ones_like(f)), dim=-1)  # (B, H, S, 2)
-        key_pitch = torch.stack((f, f * f), dim=-1).expand(-1, key.shape[1], -1, -1)  # (B, K, S, 2)
-        return torch.cat((query, query_pitch.to(query.dtype)), -1), torch.cat((key, key_pitch.to(key.dtype)), -1)
+        of_queries, of_keys = gaussian_bias_channels(f, self.bias_strength.float() / self.scaling)
+        of_keys = of_keys.expand(-1, key.shape[1], -1, -1)
+        return torch.cat((query, of_queries.to(query.dtype)), -1), torch.cat((key, of_keys.to(key.dtype)), -1)
+
+    def _split_heads(self, states: torch.Tensor, channels: int) -> torch.Tensor:
+        """`(B, S, heads * channels)` to `(B, heads, S, channels)`."""
+        return states.view(*states.shape[:2], -1, channels).transpose(1, 2)
+
+    def _scale_silence(self, key: torch.Tensor, silence: torch.Tensor) -> torch.Tensor:
+        """Keys `(B, K, S, D)`, those of silent frames, `(B, S)`, scaled to near zero."""
+        factor = torch.where(silence, self.silence_factor(), 1.0)
+        return key * factor[:, None, :, None].to(key.dtype)
 
     def forward(
         self,
@@ -547,59 +338,47 @@ class EchoAttention(nn.Module):
         standardized_f0: torch.Tensor | None = None,
         position_bias: torch.Tensor | None = None,
         key_value_states: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
         eager: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(B, L, E)`): queries, and keys and values in self-attention.
-            attention_mask: as the chosen attention wants it; made by the library's mask functions.
-            cos, sin (`torch.Tensor` of shape `(B or 1, 1, L, C)`, *optional*): of [`EchoRotaryEmbedding`]; not in
-                cross-attention. Apart, since checkpointing follows gradients (the radius may learn) only into tensors.
-            silence (`torch.Tensor` of shape `(B, S)`, *optional*): which keys are silent.
-            standardized_f0 (`torch.Tensor` of shape `(B, S)`, *optional*): for the gaussian bias.
-            position_bias (`torch.Tensor` of shape `(B, 1, S, S)`, *optional*): the laplacian bias.
+            attention_mask, cos, sin, silence, standardized_f0, position_bias: see [`EchoEncoderLayerInputs`].
             key_value_states (`torch.Tensor` of shape `(B, S, E)`, *optional*): the encoder's, in cross-attention.
             past_key_values (`EncoderDecoderCache`, *optional*): keys and values of past tokens.
             eager (`bool`): whether to attend eagerly, whatever implementation was chosen, to get the weights.
 
         Returns:
-            `(B, L, E)` and the weights `(B, H, L, S)` where the chosen attention gives them.
+            `(B, L, E)` and the weights `(B, H, L, S)` where the attention implementation gives them.
         """
-        query = self.project(self.q_proj, hidden_states, self.content_dim)
-        is_cross_attention = key_value_states is not None
-        cached = False
-        if past_key_values is not None:
-            cached = is_cross_attention and past_key_values.is_updated.get(self.layer_idx)
-            if is_cross_attention:
-                past_key_values.is_updated[self.layer_idx] = True
-                past_key_values = past_key_values.cross_attention_cache
-            else:
-                past_key_values = past_key_values.self_attention_cache
-
+        query = self._split_heads(self.q_proj(hidden_states), self.content_dim)
+        cache = cached = None
+        if past_key_values is not None and self.is_cross_attention:
+            cache, cached = past_key_values.cross_attention_cache, past_key_values.is_updated.get(self.layer_idx)
+            past_key_values.is_updated[self.layer_idx] = True
+        elif past_key_values is not None:
+            cache = past_key_values.self_attention_cache
         if cached:
-            key = past_key_values.layers[self.layer_idx].keys
-            value = past_key_values.layers[self.layer_idx].values
+            key, value = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
         else:
-            states = key_value_states if is_cross_attention else hidden_states
-            key = self.project(self.k_proj, states, self.content_dim)
-            value = self.project(self.v_proj, states, self.head_dim)
+            states = key_value_states if self.is_cross_attention else hidden_states
+            key = self._split_heads(self.k_proj(states), self.content_dim)
+            value = self._split_heads(self.v_proj(states), self.head_dim)
 
         if cos is not None:
             cos, sin = cos[..., : self.content_dim // 2], sin[..., : self.content_dim // 2]
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if silence is not None and not cached:
-            factor = torch.where(silence, self.silence_factor(), 1.0)
-            key = key * factor[:, None, :, None].to(key.dtype)
+            key = self._scale_silence(key, silence)
         if standardized_f0 is not None:
             query, key = self.append_pitch(query, key, standardized_f0)
-        if past_key_values is not None and not cached:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None and not cached:
+            key, value = cache.update(key, value, self.layer_idx)
 
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            "eager" if eager else self.config._attn_implementation, eager_attention_forward
-        )
+        implementation = "eager" if eager else self.config._attn_implementation
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         if position_bias is not None:
             kwargs["position_bias"] = position_bias.to(query.dtype)
         output, weights = attention(
@@ -614,18 +393,6 @@ class EchoAttention(nn.Module):
             **kwargs,
         )
         return self.o_proj(output.reshape(*hidden_states.shape[:2], -1)), weights
-
-
-class EchoPitchProjection(nn.Module):
-    """A linear map of pitch without bias, `(..., pitch_channels)` to `(..., size)`, that starts at 0, so that what it
-    is added to starts as if it were not there. No `nn.Linear`: quantisation takes those, and fails at one column."""
-
-    def __init__(self, pitch_channels: int, size: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(size, pitch_channels))
-
-    def forward(self, pitch: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(pitch.to(self.weight.dtype), self.weight)
 
 
 class EchoOutputHead(nn.Linear):
@@ -753,7 +520,7 @@ class EchoDecoderLayer(GradientCheckpointingLayer):
 
 
 class EchoPreTrainedModel(PreTrainedModel):
-    """Weight initialisation and what the library asks to know of an Echo model."""
+    """Weight initialization and what the library asks to know of an Echo model."""
 
     config_class = EchoConfig
     config: EchoConfig
@@ -834,20 +601,26 @@ class EchoPreTrainedModel(PreTrainedModel):
             multiple = pad_to_multiple_of or 1
             size = self.config.vocab_size if new_num_tokens is None else new_num_tokens
             size = self.config.vocab_size = math.ceil(size / multiple) * multiple
-        # What else has a row, or a column, for each token.
-        for module in list(self.modules()):
-            for name, transposed in (("ctc_head", False), ("intermediate_head", False), ("self_conditioning", True)):
-                head = getattr(module, name, None)
-                if head is not None and head.weight.shape[transposed] != size:
-                    head = self._get_resized_lm_head(head, size, transposed=transposed, mean_resizing=mean_resizing)
-                    setattr(module, name, head)
+        self._resize_heads(size, mean_resizing)
         return embeddings
+
+    def _resize_heads(self, size: int, mean_resizing: bool):
+        """Gives what is not tied to the embeddings and has a row, or a column, for each token the new number of them.
+        Each class sees to its own, and to the models within it."""
+        for child in self.children():
+            if isinstance(child, EchoPreTrainedModel):
+                child._resize_heads(size, mean_resizing)
 
     def _get_feat_extract_output_lengths(self, input_lengths: torch.Tensor) -> torch.Tensor:
         """Encoder frames of that many input frames: `ceil(T / stride)`, stride after stride."""
         for stride in self.config.stem_strides:
             input_lengths = (input_lengths + stride - 1) // stride
         return input_lengths
+
+    def _get_feature_vector_attention_mask(self, encoder_frames: int, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Mask of the encoder's frames, `(B, encoder_frames)`, from that of the input frames, `(B, T)`."""
+        lengths = self._get_feat_extract_output_lengths(attention_mask.sum(-1))
+        return mask_frames(lengths, encoder_frames).to(attention_mask.dtype)
 
 
 class EchoEncoder(EchoPreTrainedModel):
@@ -883,6 +656,13 @@ class EchoEncoder(EchoPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.stems["spectrogram"].convolutions[0]
+
+    def _resize_heads(self, size: int, mean_resizing: bool):
+        super()._resize_heads(size, mean_resizing)
+        if self.intermediate_head is not None:
+            resize = self._get_resized_lm_head
+            self.intermediate_head = resize(self.intermediate_head, size, mean_resizing=mean_resizing)
+            self.self_conditioning = resize(self.self_conditioning, size, transposed=True, mean_resizing=mean_resizing)
 
     def _check_inputs(self, input_features: torch.Tensor, attention_mask: torch.Tensor | None):
         channels = self.config.num_feature_channels
@@ -930,12 +710,71 @@ class EchoEncoder(EchoPreTrainedModel):
             spectrogram = spectrogram.masked_fill(torch.from_numpy(mask).to(spectrogram.device)[:, None], 0.0)
         return spectrogram
 
-    def _silence(self, spectrogram: torch.Tensor, attention_mask: torch.Tensor, encoder_frames: int) -> torch.Tensor:
-        """Encoder frames all of whose input frames are silent, `(B, S)`, bool."""
-        loudness = spectrogram.amax(-1) * attention_mask  # (B, T)
-        stride = math.prod(self.config.stem_strides)
-        loudness = nn.functional.pad(loudness, (0, encoder_frames * stride - loudness.shape[1]))
-        return loudness.view(-1, encoder_frames, stride).amax(-1) <= self.config.silence_threshold
+    def _read_pitch(
+        self, features: torch.Tensor | None, attention_mask: torch.Tensor, encoder_mask: torch.Tensor
+    ) -> EchoPitch:
+        """F0 in all its forms, of the pitch channel `(B, T, 1)`, or of 0 Hz throughout without one. It stays in float32
+        whatever the model's dtype: bfloat16 keeps only 8 bits of it."""
+        frame_f0 = attention_mask.float() * (0.0 if features is None else features[..., 0].float())
+        f0 = align_f0(frame_f0, attention_mask.sum(-1), encoder_mask.sum(-1), encoder_mask.shape[1])
+        mean_f0 = masked_mean(frame_f0.to(precise_dtype(frame_f0.device)), attention_mask)
+        return EchoPitch(frame_f0, mean_f0, f0, normalize_f0(f0, encoder_mask))
+
+    def _embed(
+        self,
+        groups: dict[str, torch.Tensor],
+        pitch: EchoPitch,
+        attention_mask: torch.Tensor,
+        encoder_mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """Channel groups `(B, T, channels)` to hidden states `(B, S, E)`: SpecAugment in training, a stem for each
+        group, their learned blend, and convolutions over neighboring frames."""
+        inputs = dict(groups)
+        if self.training and self.config.apply_spec_augment:
+            inputs["spectrogram"] = self._spec_augment(groups["spectrogram"], attention_mask)
+        if "phase" in groups:
+            inputs["phase"] = torch.cat((groups["phase"].cos(), groups["phase"].sin()), dim=-1)
+        if self.config.pitch_stem:
+            inputs["pitch"] = normalize_f0(pitch.frame_f0, attention_mask)
+        hidden_states = None
+        for i, (name, stem) in enumerate(self.stems.items()):
+            stemmed = stem(inputs[name].to(stem.convolutions[0].weight.dtype), attention_mask)
+            hidden_states = stemmed if i == 0 else torch.lerp(hidden_states, stemmed, self.blend[i - 1].sigmoid())
+        for layer in self.stem_layers:
+            hidden_states = layer(hidden_states, encoder_mask)
+        return self.dropout(hidden_states)
+
+    def _prepare_layers(
+        self, hidden_states: torch.Tensor, pitch: EchoPitch, silence: torch.Tensor | None, encoder_mask: torch.Tensor
+    ) -> EchoEncoderLayerInputs:
+        """What pitch does to attention, and the mask: once for all layers."""
+        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+        cos, sin = self.rotary_emb(positions, hidden_states.dtype, pitch.f0, pitch.normalized, pitch.mean_f0)
+        standardized_f0 = position_bias = None
+        if self.config.pitch_bias == "gaussian":
+            standardized_f0 = standardize_f0(pitch.f0, encoder_mask)
+        elif self.config.pitch_bias == "laplacian":
+            position_bias = laplacian_bias(pitch.f0, encoder_mask)
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=encoder_mask)
+        return EchoEncoderLayerInputs(
+            mask, cos, sin, silence, standardized_f0, position_bias, pitch.normalized, encoder_mask
+        )
+
+    def _run_layers(
+        self, hidden_states: torch.Tensor, shared: EchoEncoderLayerInputs, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Hidden states behind the last layer, and the logits, `(B, S, vocab_size)`, of each intermediate prediction:
+
+        x = x + self_conditioning(softmax(intermediate_head(norm(x))))
+        """
+        intermediate_logits = []
+        for number, layer in enumerate(self.layers, 1):
+            hidden_states = layer(hidden_states, *shared, **kwargs)
+            if number in (self.config.self_conditioning_layers or ()):
+                logits = self.intermediate_head(self.norm(hidden_states))
+                hidden_states = hidden_states + self.self_conditioning(logits.softmax(-1))
+                intermediate_logits.append(logits)
+        return hidden_states, intermediate_logits
 
     @merge_with_config_defaults
     @capture_outputs
@@ -961,66 +800,28 @@ class EchoEncoder(EchoPreTrainedModel):
         self._check_inputs(input_features, attention_mask)
         if attention_mask is None:
             attention_mask = torch.ones(input_features.shape[:2], device=input_features.device, dtype=torch.long)
-        attention_mask = attention_mask.long()  # `torch.ones` are floats, whose sum is no place to look at
-        config = self.config
-        groups = dict(zip(config.feature_groups, input_features.split(self.group_widths, dim=-1)))
-        lengths = attention_mask.sum(-1)  # (B,)
-        encoder_lengths = self._get_feat_extract_output_lengths(lengths)
+        attention_mask = attention_mask.long()  # a mask of floats has a sum that cannot index
         encoder_frames = self._get_feat_extract_output_lengths(input_features.shape[1])
-        frames = torch.arange(encoder_frames, device=input_features.device)[None]  # (1, S)
-        encoder_mask = mask_frames(encoder_lengths, encoder_frames).to(attention_mask.dtype)  # (B, S)
+        encoder_mask = self._get_feature_vector_attention_mask(encoder_frames, attention_mask)  # (B, S)
+        groups = dict(zip(self.config.feature_groups, input_features.split(self.group_widths, dim=-1)))
 
-        # F0 stays in float32 whatever the model's dtype: bfloat16 keeps only 8 bits of it.
-        frame_f0 = (
-            groups["pitch"][..., 0].float() if "pitch" in groups else input_features.new_zeros(input_features.shape[:2])
-        )
-        frame_f0 = frame_f0 * attention_mask
-        f0 = align_f0(frame_f0, lengths, encoder_lengths, encoder_frames)  # (B, S)
-        pitch = normalize_f0(f0, encoder_mask)  # (B, S, 3)
-        spectrogram = groups["spectrogram"]
-        silence = self._silence(spectrogram, attention_mask, encoder_frames) if config.silence_scaling else None
-        token_pitch = None
-        if config.token_pitch != "none":
-            frames_per_token = 1.0 / (config.tokens_per_second * config.frame_seconds)
-            token_pitch = pitch_per_token(frame_f0, lengths, frames_per_token, config.token_pitch)
+        pitch = self._read_pitch(groups.get("pitch"), attention_mask, encoder_mask)
+        silence = token_pitch = None
+        if self.config.silence_scaling:
+            stride, threshold = math.prod(self.config.stem_strides), self.config.silence_threshold
+            silence = find_silence(groups["spectrogram"], attention_mask, encoder_frames, stride, threshold)
+        if self.config.token_pitch != "none":
+            frames_per_token = 1.0 / (self.config.tokens_per_second * self.config.frame_seconds)
+            lengths = attention_mask.sum(-1)
+            token_pitch = pitch_per_token(pitch.frame_f0, lengths, frames_per_token, self.config.token_pitch)
 
-        if self.training and config.apply_spec_augment:
-            groups["spectrogram"] = self._spec_augment(spectrogram, attention_mask)
-        if "phase" in groups:
-            groups["phase"] = torch.cat((groups["phase"].cos(), groups["phase"].sin()), dim=-1)
-        if config.pitch_stem:
-            groups["pitch"] = normalize_f0(frame_f0, attention_mask)
-        hidden_states = None
-        for i, (name, stem) in enumerate(self.stems.items()):
-            stemmed = stem(groups[name].to(stem.convolutions[0].weight.dtype), attention_mask)
-            hidden_states = stemmed if i == 0 else torch.lerp(hidden_states, stemmed, self.blend[i - 1].sigmoid())
-        for layer in self.stem_layers:
-            hidden_states = layer(hidden_states, encoder_mask)
-        hidden_states = self.dropout(hidden_states)
-
-        # As published, the mean is of the input frames. In float64, which is the dtype that it is added to theta in.
-        mean_f0 = masked_mean(frame_f0.to(precise_dtype(frame_f0.device)), attention_mask)
-        cos, sin = self.rotary_emb(frames, hidden_states.dtype, f0, pitch, mean_f0)
-        standardized_f0 = position_bias = None
-        if config.pitch_bias == "gaussian":
-            standardized_f0 = standardize_f0(f0, encoder_mask)
-        elif config.pitch_bias == "laplacian":
-            position = standardize_f0(f0, encoder_mask, correction=1)
-            position_bias = torch.exp(-(position[:, None, :, None] - position[:, None, None, :]).abs())  # (B, 1, S, S)
-        mask = create_bidirectional_mask(config=config, inputs_embeds=hidden_states, attention_mask=encoder_mask)
-
-        intermediate_logits = []
-        shared = (mask, cos, sin, silence, standardized_f0, position_bias, pitch, encoder_mask)
-        for number, layer in enumerate(self.layers, 1):
-            hidden_states = layer(hidden_states, *shared, **kwargs)
-            if config.self_conditioning_layers and number in config.self_conditioning_layers:
-                logits = self.intermediate_head(self.norm(hidden_states))
-                hidden_states = hidden_states + self.self_conditioning(logits.softmax(-1))
-                intermediate_logits.append(logits)
+        hidden_states = self._embed(groups, pitch, attention_mask, encoder_mask)
+        shared = self._prepare_layers(hidden_states, pitch, silence, encoder_mask)
+        hidden_states, intermediate_logits = self._run_layers(hidden_states, shared, **kwargs)
         return EchoEncoderOutput(
             last_hidden_state=self.norm(hidden_states),
             attention_mask=encoder_mask,
-            f0=f0,
+            f0=pitch.f0,
             silence=silence,
             token_pitch=token_pitch,
             intermediate_logits=torch.stack(intermediate_logits, 1) if self.training and intermediate_logits else None,
@@ -1089,8 +890,10 @@ class EchoDecoder(EchoPreTrainedModel):
         Raises:
             `ValueError`: both or neither of `input_ids` and `inputs_embeds` are given.
         """
-        if past_key_values is None:
-            past_key_values = kwargs.pop("cache", None)  # its name from Transformers 5.24 on
+        past_key_values = kwargs.pop("cache", None) if past_key_values is None else past_key_values
+        if self.gradient_checkpointing and self.training and (use_cache or past_key_values is not None):
+            logger.warning_once("Gradient checkpointing runs layers twice, and so goes without use_cache.")
+            use_cache, past_key_values = False, None
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("The decoder takes exactly one of decoder_input_ids and decoder_inputs_embeds.")
         if inputs_embeds is None:
@@ -1127,19 +930,59 @@ class EchoDecoder(EchoPreTrainedModel):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
-        )
+        cache = {CACHE_NAME: past_key_values if use_cache else None}
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.norm(hidden_states), **cache)
 
 
-class EchoModel(EchoPreTrainedModel):
-    """Encoder and decoder without a head."""
+class EchoEncoderModel(EchoPreTrainedModel):
+    """The encoder without a head: the base of [`EchoForCTC`], and of [`EchoModel`], which adds the decoder."""
 
-    _auto_class = "AutoModel"
+    _keys_to_ignore_on_load_unexpected = [r"decoder\."]
 
     def __init__(self, config: EchoConfig):
         super().__init__(config)
         self.encoder = EchoEncoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.get_input_embeddings()
+
+    def freeze_encoder(self):
+        """Stops the encoder from learning; its weights keep their values in training."""
+        self.encoder.requires_grad_(False)
+
+    def forward(
+        self,
+        input_features: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> EchoEncoderOutput:
+        """As [`EchoEncoder.forward`]."""
+        return self.encoder(input_features, attention_mask=attention_mask, **kwargs)
+
+
+class EchoModel(EchoEncoderModel):
+    """Encoder and decoder without a head.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from echo_hf import EchoConfig, EchoModel
+
+    >>> model = EchoModel(EchoConfig.from_preset("all", size="2m"))
+    >>> input_features = torch.zeros(1, 100, 81)  # one second: 80 mel channels and F0
+    >>> outputs = model(input_features, decoder_input_ids=torch.tensor([[1, 35]]))
+    >>> list(outputs.last_hidden_state.shape), list(outputs.encoder_last_hidden_state.shape)
+    ([1, 2, 144], [1, 25, 144])
+
+    ```"""
+
+    _auto_class = "AutoModel"
+    _keys_to_ignore_on_load_unexpected = None
+
+    def __init__(self, config: EchoConfig):
+        super().__init__(config)
         self.decoder = EchoDecoder(config)
         self.post_init()
 
@@ -1149,10 +992,6 @@ class EchoModel(EchoPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module):
         self.decoder.embed_tokens = value
 
-    def freeze_encoder(self):
-        """Stops the encoder from learning; its weights keep their values in training."""
-        self.encoder.requires_grad_(False)
-
     def get_encoder_mask(self, encoder_outputs, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
         """Which of the encoder's frames are real, `(B, S)`: as the encoder tells; or, for states of another making, by
         the mask of the input frames that they came from, `(B, T)`. `None` if nothing tells."""
@@ -1160,8 +999,7 @@ class EchoModel(EchoPreTrainedModel):
         if encoder_mask is not None or attention_mask is None:
             return encoder_mask
         check_right_padding(attention_mask)
-        lengths = self._get_feat_extract_output_lengths(attention_mask.sum(-1))
-        return mask_frames(lengths, encoder_outputs[0].shape[1]).to(attention_mask.dtype)
+        return self._get_feature_vector_attention_mask(encoder_outputs[0].shape[1], attention_mask)
 
     @can_return_tuple
     def forward(
@@ -1183,26 +1021,17 @@ class EchoModel(EchoPreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 for real frames.
             decoder_input_ids (`torch.LongTensor` of shape `(B, L)`): tokens, the first `decoder_start_token_id`.
             decoder_attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 1 for real tokens.
-            encoder_outputs (`EchoEncoderOutput`, *optional*): in place of `input_features`.
+            encoder_outputs ([`EchoEncoderOutput`] or `tuple`, *optional*): the encoder's, in place of `input_features`.
+            past_key_values (`EncoderDecoderCache`, *optional*): keys and values of the tokens before these. Both
+                this name and `cache`, which Transformers has from 5.24 on, are taken.
+            decoder_inputs_embeds (`torch.Tensor` of shape `(B, L, E)`, *optional*): in place of `decoder_input_ids`.
+            decoder_position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): places of the tokens in the text.
+            use_cache (`bool`, *optional*): whether the cache is returned; the config's if not given.
 
         Returns:
             `Seq2SeqModelOutput` with `last_hidden_state` of shape `(B, L, E)`.
-
-        Example:
-
-        ```python
-        >>> import torch
-        >>> from echo_hf import EchoConfig, EchoModel
-
-        >>> model = EchoModel(EchoConfig.from_preset("all", size="2m"))
-        >>> input_features = torch.zeros(1, 100, 81)  # one second: 80 mel channels and F0
-        >>> outputs = model(input_features, decoder_input_ids=torch.tensor([[1, 35]]))
-        >>> list(outputs.last_hidden_state.shape), list(outputs.encoder_last_hidden_state.shape)
-        ([1, 2, 144], [1, 25, 144])
-
-        ```"""
-        if past_key_values is None:
-            past_key_values = kwargs.pop("cache", None)  # its name from Transformers 5.24 on
+        """
+        past_key_values = kwargs.pop("cache", None) if past_key_values is None else past_key_values
         if encoder_outputs is None:
             if input_features is None:
                 raise ValueError("Either input_features or encoder_outputs must be given.")
@@ -1232,7 +1061,7 @@ class EchoModel(EchoPreTrainedModel):
         )
         return Seq2SeqModelOutput(
             last_hidden_state=decoder_outputs.last_hidden_state,
-            past_key_values=decoder_outputs.past_key_values,
+            **{CACHE_NAME: getattr(decoder_outputs, CACHE_NAME)},
             decoder_hidden_states=decoder_outputs.hidden_states,
             decoder_attentions=decoder_outputs.attentions,
             cross_attentions=decoder_outputs.cross_attentions,
@@ -1242,103 +1071,22 @@ class EchoModel(EchoPreTrainedModel):
         )
 
 
-def ignore_padding(labels: torch.Tensor, config: EchoConfig) -> torch.Tensor:
-    """Labels with pad tokens, like -100, left out of every loss."""
-    return labels.masked_fill(labels == config.pad_token_id, -100)
-
-
-def ctc_loss(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    encoder_mask: torch.Tensor,
-    config: EchoConfig,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    intermediate_logits: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """CTC loss a token (Graves et al., https://doi.org/10.1145/1143844.1143891), the pad token as blank; 30% of it are
-    that of intermediate predictions, where there are any (Lee and Watanabe, https://huggingface.co/papers/2102.03216).
-
-    Args:
-        logits (`torch.Tensor` of shape `(B, S, vocab_size)`)
-        labels (`torch.LongTensor` of shape `(B, L)`): -100 is ignored, and so are begin and end of sequence, no sounds.
-        encoder_mask (`torch.Tensor` of shape `(B, S)`): 1 for real frames.
-        num_items_in_batch (*optional*): number of label tokens to divide the sum by, with gradient accumulation; those
-            that are not -100, if not given.
-        intermediate_logits (`torch.Tensor` of shape `(B, N, S, vocab_size)`, *optional*): of [`EchoEncoderOutput`]; the
-            mean of their N losses counts.
-
-    Returns:
-        `torch.Tensor` of shape `()`. An utterance with too few frames for its labels counts 0.
-    """
-    if num_items_in_batch is None:  # counted as the Trainer does
-        num_items_in_batch = (labels != -100).sum().clamp(min=1)
-    for token in (config.bos_token_id, *config.ends_of_sequence):
-        if token is not None:
-            labels = labels.masked_fill(labels == token, -100)
-    settings = {"blank_token_id": config.pad_token_id, "reduction": "sum", "zero_infinity": True}
-    total = ForCTCLoss(logits, labels, encoder_mask.sum(-1), **settings)
-    if intermediate_logits is not None:
-        number = intermediate_logits.shape[1]
-        labels, lengths = labels.repeat_interleave(number, 0), encoder_mask.sum(-1).repeat_interleave(number)
-        between = ForCTCLoss(intermediate_logits.flatten(0, 1), labels, lengths, **settings) / number
-        total = torch.lerp(total, between, INTERMEDIATE_WEIGHT)
-    return _divide(total, num_items_in_batch)
-
-
-def _divide(total: torch.Tensor, num_items_in_batch: torch.Tensor | int) -> torch.Tensor:
-    # The Trainer's number need not be on the device of the logits, and replicas of `DataParallel` know of none.
-    return total / (num_items_in_batch.to(total.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch)
-
-
-def shift_tokens_right(labels: torch.Tensor, config: EchoConfig) -> torch.Tensor:
-    """Decoder inputs for the labels: one step later, begun with `decoder_start_token_id`, -100 as padding."""
-    shifted = labels.new_full(labels.shape, config.decoder_start_token_id)
-    shifted[:, 1:] = labels[:, :-1]
-    return shifted.masked_fill(shifted == -100, config.pad_token_id)
-
-
-def refuse_whisper_settings(settings: dict[str, Any]):
-    """
-    Raises:
-        `ValueError`: there is a setting of Whisper's generate() that is switched on and that Echo has no use for.
-    """
-    given = {name: settings[name] for name in WHISPER_SETTINGS if settings.get(name) is not None}
-    foreign = [name for name, value in given.items() if torch.is_tensor(value) or value not in (False, "", [])]
-    if foreign:
-        raise ValueError(
-            f"generate() of Echo takes no {', '.join(foreign)}: it writes the language that it hears, as it was"
-            " trained to. Leave them out, in model.generation_config too. Times come from the pipeline:"
-            " return_timestamps=True, or 'word'."
-        )
-
-
-def check_generation_config(generation_config: GenerationConfig, vocab_size: int):
-    """
-    Checks the settings of generate() that would fail deep inside it, or not at all.
-
-    Raises:
-        `ValueError`: one of them has a value that cannot work; the message names it.
-    """
-    for name in ("num_beams", "num_return_sequences"):
-        value = getattr(generation_config, name)
-        if value is not None and not (isinstance(value, Integral) and 1 <= value <= MAX_HYPOTHESES):
-            raise ValueError(f"{name} must be a whole number from 1 to {MAX_HYPOTHESES}, got {value!r}.")
-    weight = generation_config.ctc_weight
-    if weight is not None and not (isinstance(weight, Real) and 0 <= weight <= 1):
-        raise ValueError(f"ctc_weight must be a number from 0, the decoder alone, to 1, got {weight!r}.")
-    for name in TOKEN_SETTINGS:
-        value = getattr(generation_config, name)
-        tokens = value.tolist() if hasattr(value, "tolist") else value  # of an array or a tensor
-        tokens = [] if tokens is None else tokens if isinstance(tokens, list | tuple) else [tokens]
-        if not all(isinstance(token, Integral) and 0 <= token < vocab_size for token in tokens):
-            raise ValueError(
-                f"{name} of the generation config must be of the vocabulary, from 0 to {vocab_size - 1}, or None; got"
-                f" {value!r}."
-            )
-
-
 class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
-    """Echo with a language-model head, tied to the token embeddings, and with `ctc_loss_weight` a CTC head."""
+    """Echo with a language-model head, tied to the token embeddings, and with `ctc_loss_weight` a CTC head.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from echo_hf import EchoConfig, EchoForConditionalGeneration
+
+    >>> model = EchoForConditionalGeneration(EchoConfig.from_preset("all", size="2m"))
+    >>> input_features = torch.zeros(1, 100, 81)
+    >>> outputs = model(input_features, labels=torch.tensor([[35, 36, 2]]))
+    >>> list(outputs.logits.shape)
+    [1, 3, 259]
+
+    ```"""
 
     _auto_class = "AutoModelForSpeechSeq2Seq"
     _tied_weights_keys = {"proj_out.weight": "model.decoder.embed_tokens.weight"}
@@ -1358,10 +1106,10 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def adjust_generation_fn(self, *args, **kwargs):
-        made = self.generation_config
+        default = self.generation_config
         super().adjust_generation_fn(*args, **kwargs)
         if self.generation_config._from_model_config:  # the checkpoint has none, such as that of an EchoForCTC
-            self.generation_config = made
+            self.generation_config = default
 
     def get_output_embeddings(self) -> nn.Module:
         return self.proj_out
@@ -1369,24 +1117,41 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module):
         self.proj_out = new_embeddings
 
+    def _resize_heads(self, size: int, mean_resizing: bool):
+        super()._resize_heads(size, mean_resizing)
+        if self.ctc_head is not None:
+            self.ctc_head = self._get_resized_lm_head(self.ctc_head, size, mean_resizing=mean_resizing)
+
     def freeze_encoder(self):
         """Stops the encoder from learning; its weights keep their values in training."""
         self.model.freeze_encoder()
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """Decoder inputs for labels `(B, L)`, for collators that ask the model for them."""
-        return shift_tokens_right(labels, self.config)
+        """
+        Decoder inputs for labels `(B, L)`: one step later, begun with `decoder_start_token_id`, -100 as padding.
+
+        Raises:
+            `ValueError`: the labels are longer than `max_target_positions`.
+        """
+        if labels.shape[1] > self.config.max_target_positions:
+            raise ValueError(
+                f"Labels of {labels.shape[1]} tokens are longer than max_target_positions,"
+                f" {self.config.max_target_positions}, at which generate() stops. Leave long utterances out, or raise"
+                " max_target_positions."
+            )
+        inputs = labels.new_full(labels.shape, self.config.decoder_start_token_id)
+        inputs[:, 1:] = labels[:, :-1]
+        return inputs.masked_fill(inputs == -100, self.config.pad_token_id)
 
     def train(self, mode: bool = True) -> "EchoForConditionalGeneration":
         if mode:  # said here, and not at the first evaluation, which may be hours later
-            refuse_whisper_settings(vars(self.generation_config))
+            drop_whisper_settings(vars(self.generation_config))
         return super().train(mode)
 
     def _prepare_generation_config(self, generation_config, **kwargs):
         # Before the library merges them: it takes a name that stands in the model's own settings for known.
-        refuse_whisper_settings({**vars(self.generation_config), **vars(generation_config or self.generation_config)})
-        refuse_whisper_settings(kwargs)
-        kwargs = {name: value for name, value in kwargs.items() if name not in WHISPER_SETTINGS}
+        drop_whisper_settings({**vars(self.generation_config), **vars(generation_config or self.generation_config)})
+        kwargs = drop_whisper_settings(kwargs)
         weight = kwargs.pop("ctc_weight", getattr(generation_config, "ctc_weight", None))
         if weight is None:
             weight = getattr(self.generation_config, "ctc_weight", None)  # none in settings of another making
@@ -1446,19 +1211,6 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
             mask = torch.ones(logits.shape[:2], device=logits.device, dtype=torch.long)
         return logits, mask
 
-    def _cross_entropy(
-        self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
-    ) -> torch.Tensor:
-        """Cross-entropy a token. `logits[:, t]` predicts `labels[:, t]`: the shift is in the decoder's inputs."""
-        loss = nn.functional.cross_entropy(
-            logits.float().flatten(0, 1),
-            labels.to(logits.device).flatten(),
-            ignore_index=-100,
-            reduction="mean" if num_items_in_batch is None else "sum",
-            label_smoothing=self.config.label_smoothing if self.training else 0.0,
-        )
-        return loss if num_items_in_batch is None else _divide(loss, num_items_in_batch)
-
     @can_return_tuple
     def forward(
         self,
@@ -1476,20 +1228,12 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
     ) -> EchoSeq2SeqLMOutput:
         """
         Args:
-            input_features (`torch.Tensor` of shape `(B, T, channels)`): see [`EchoEncoder.forward`].
-            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 for real frames.
-            decoder_input_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): made from `labels` when not given.
-            decoder_attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 1 for real tokens.
-            encoder_outputs ([`EchoEncoderOutput`] or `tuple`, *optional*): the encoder's, in place of `input_features`.
-            past_key_values (`Cache`, *optional*): keys and values of the tokens before these.
-            decoder_inputs_embeds (`torch.Tensor` of shape `(B, L, D)`, *optional*): in place of `decoder_input_ids`.
-            decoder_position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): places of the tokens in the text.
-            use_cache (`bool`, *optional*): whether `past_key_values` are returned; the config's if not given, and not
-                with labels.
             labels (`torch.LongTensor` of shape `(B, L)`, *optional*): tokens with the end of sequence and without its
-                begin, at most `max_target_positions`; -100 and pad are ignored.
+                begin, at most `max_target_positions`; -100 and pad are ignored. `decoder_input_ids` are made of them
+                when not given, and no cache is made.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*): label tokens that the sums of the losses are
                 divided by; those of `labels` if not given.
+            others: see [`EchoModel.forward`].
 
         Raises:
             `ValueError`: there is nothing to decode, the labels are too long, or the shapes do not fit the config.
@@ -1497,34 +1241,13 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
         Returns:
             [`EchoSeq2SeqLMOutput`] with `logits` of shape `(B, L, vocab_size)`. With labels, `loss` is
             `(1 - w) * ce_loss + w * ctc_loss`, `w = ctc_loss_weight`.
-
-        Example:
-
-        ```python
-        >>> import torch
-        >>> from echo_hf import EchoConfig, EchoForConditionalGeneration
-
-        >>> model = EchoForConditionalGeneration(EchoConfig.from_preset("all", size="2m"))
-        >>> input_features = torch.zeros(1, 100, 81)
-        >>> outputs = model(input_features, labels=torch.tensor([[35, 36, 2]]))
-        >>> list(outputs.logits.shape)
-        [1, 3, 259]
-
-        ```"""
-        if past_key_values is None:
-            past_key_values = kwargs.pop("cache", None)  # its name from Transformers 5.24 on
+        """
+        past_key_values = kwargs.pop("cache", None) if past_key_values is None else past_key_values
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         if labels is not None:
-            if labels.shape[1] > self.config.max_target_positions:
-                raise ValueError(
-                    f"Labels of {labels.shape[1]} tokens are longer than max_target_positions,"
-                    f" {self.config.max_target_positions}, at which generate() stops. Leave long utterances out, or"
-                    " raise max_target_positions."
-                )
-            if use_cache is None:
-                use_cache = False
+            use_cache = bool(use_cache)
             if decoder_input_ids is None and decoder_inputs_embeds is None:
-                decoder_input_ids = shift_tokens_right(labels, self.config)
+                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             raise ValueError(
                 "There is nothing to decode: give labels, decoder_input_ids or decoder_inputs_embeds. (A Trainer with a"
@@ -1543,11 +1266,9 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.proj_out(outputs.last_hidden_state)
-
         result = EchoSeq2SeqLMOutput(
-            logits=logits,
-            past_key_values=outputs.past_key_values,
+            logits=self.proj_out(outputs.last_hidden_state),
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             decoder_hidden_states=outputs.decoder_hidden_states,
             decoder_attentions=outputs.decoder_attentions,
             cross_attentions=outputs.cross_attentions,
@@ -1556,16 +1277,28 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
             encoder_attentions=outputs.encoder_attentions,
         )
         if labels is not None:
-            labels = ignore_padding(labels, self.config)
-            result.ce_loss = result.loss = self._cross_entropy(logits, labels, num_items_in_batch)
-            if self.ctc_head is not None:
-                result.ctc_logits, encoder_mask = self._score_frames(encoder_outputs, attention_mask)
-                intermediate_logits = getattr(encoder_outputs, "intermediate_logits", None)
-                result.ctc_loss = ctc_loss(
-                    result.ctc_logits, labels, encoder_mask, self.config, num_items_in_batch, intermediate_logits
-                )
-                result.loss = torch.lerp(result.ce_loss, result.ctc_loss, self.config.ctc_loss_weight)
+            self._add_losses(result, labels, encoder_outputs, attention_mask, num_items_in_batch)
         return result
+
+    def _add_losses(
+        self,
+        result: EchoSeq2SeqLMOutput,
+        labels: torch.LongTensor,
+        encoder_outputs: EchoEncoderOutput | tuple,
+        attention_mask: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | int | None,
+    ):
+        """Fills in `loss` and its parts, in place."""
+        labels = ignore_padding(labels, self.config)
+        smoothing = self.config.label_smoothing if self.training else 0.0
+        result.ce_loss = result.loss = cross_entropy(result.logits, labels, smoothing, num_items_in_batch)
+        if self.ctc_head is not None:
+            result.ctc_logits, encoder_mask = self._score_frames(encoder_outputs, attention_mask)
+            intermediate_logits = getattr(encoder_outputs, "intermediate_logits", None)
+            result.ctc_loss = ctc_loss(
+                result.ctc_logits, labels, encoder_mask, self.config, num_items_in_batch, intermediate_logits
+            )
+            result.loss = torch.lerp(result.ce_loss, result.ctc_loss, self.config.ctc_loss_weight)
 
 
 def mean_cross_attention(
@@ -1609,17 +1342,17 @@ class EchoForCTC(EchoPreTrainedModel):
 
     def __init__(self, config: EchoConfig):
         super().__init__(config)
-        # A dictionary of one, so that the weights have the names they have in EchoForConditionalGeneration.
-        self.model = nn.ModuleDict({"encoder": EchoEncoder(config)})
+        self.model = EchoEncoderModel(config)
         self.ctc_head = EchoOutputHead(config.encoder_hidden_size, config.vocab_size)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model["encoder"].get_input_embeddings()
-
     def freeze_encoder(self):
         """Stops the encoder from learning; its weights keep their values in training."""
-        self.model["encoder"].requires_grad_(False)
+        self.model.freeze_encoder()
+
+    def _resize_heads(self, size: int, mean_resizing: bool):
+        super()._resize_heads(size, mean_resizing)
+        self.ctc_head = self._get_resized_lm_head(self.ctc_head, size, mean_resizing=mean_resizing)
 
     @can_return_tuple
     def forward(
@@ -1641,7 +1374,7 @@ class EchoForCTC(EchoPreTrainedModel):
             predict the blank.
         """
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        outputs = self.model["encoder"](input_features, attention_mask=attention_mask, **kwargs)
+        outputs = self.model(input_features, attention_mask=attention_mask, **kwargs)
         logits = self.ctc_head(outputs.last_hidden_state)
         loss = None
         if labels is not None:
@@ -1661,6 +1394,7 @@ class EchoForCTC(EchoPreTrainedModel):
 __all__ = [
     "EchoEncoder",
     "EchoDecoder",
+    "EchoEncoderModel",
     "EchoModel",
     "EchoForConditionalGeneration",
     "EchoForCTC",

@@ -50,7 +50,8 @@ def assert_alike(one: dict, two: dict):
         if isinstance(value, dict):
             assert_alike(value, two[key])
         elif key == "sparsity" or key.endswith("_sparsity") or key == "sparsity_difference":
-            assert two[key] == pytest.approx(value, abs=2e-4)  # a value at the very threshold may fall on either side
+            # A count at a threshold: of thousands of values a few are within rounding of it, and fall on either side.
+            assert two[key] == pytest.approx(value, abs=2e-3)
         elif key == "min":
             assert two[key] == pytest.approx(value, abs=1e-4)
         else:
@@ -71,7 +72,7 @@ def test_gate_that_opens_to_voice_alone():
     """Gates see only whether a frame is voiced: silu(2) there and 0 elsewhere, and the feed-forwards give nothing."""
     model = tiny_model(EchoForCTC)
     with torch.no_grad():
-        for layer in model.model["encoder"].layers:
+        for layer in model.model.encoder.layers:
             layer.mlp.gate_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
             layer.mlp.pitch_proj.weight.zero_()
@@ -288,6 +289,9 @@ def test_what_is_too_long_for_a_picture_is_not_drawn(checkpoint, monkeypatch):
         monkeypatch.setattr(figures, "LONGEST_PICTURE", seconds)
         drawn = DiagnosticsCallback(dataset, processor).drawn
         assert (drawn and len(drawn["input_features"])) == expected
+    monkeypatch.setattr(plotting, "LONGEST_PICTURE", 1)
+    monkeypatch.setattr(plotting, "MOST_TOKENS", 2)
+    assert DiagnosticsCallback(dataset, processor).drawn is None
 
 
 def test_training_writes_scalars_and_pictures_for_tensorboard(tmp_path, capsys):

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from conftest import voice
@@ -311,13 +312,22 @@ def test_command_draws_curves_and_words(tmp_path, ctc_checkpoint):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["utterance", "--output", "x.doc"], "png, svg, pdf"),
+        (["utterance", "--output", "x.doc"], ".png, .svg, .pdf"),
         (["curves", "--output", "x.png"], "trainer_state.json"),
         (["pitch", "nowhere.wav", "--output", "x.png"], "nowhere.wav"),
         (["pitch", "--theta_mode", "frame", "--output", "x.png"], "theta_mode"),
-        (["pitch", "--layer", "0", "--output", "x.png"], "--layer says nothing"),
+        (["pitch", "--layer", "0", "--output", "x.png"], "--layer does not apply"),
+        (["alignment", "--text", "a " * 130, "--output", "x.png"], "at most 120 tokens"),
     ],
 )
 def test_command_says_what_it_cannot_draw(arguments, message, capsys):
     assert main(["plot", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_an_alignment_is_of_no_more_than_a_segment(tmp_path, checkpoint, capsys):
+    path = tmp_path / "long.wav"
+    soundfile.write(path, np.tile(voice(1.0), 34), 16000)
+    arguments = ["plot", "alignment", str(path), "--checkpoint", str(checkpoint), "--output", str(tmp_path / "x.png")]
+    assert main(arguments) == 1
+    assert f"{path} is longer than 20 s" in capsys.readouterr().err and not (tmp_path / "x.png").exists()

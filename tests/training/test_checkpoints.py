@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from echo_hf import EchoForConditionalGeneration
-from echo_hf.training import DataArguments, build_model_and_processor, checkpoints, find_last_checkpoint, train
+from echo_hf.training import (
+    DataArguments,
+    RunArguments,
+    build_model_and_processor,
+    checkpoints,
+    find_last_checkpoint,
+    train,
+)
 from echo_hf.training.checkpoints import CheckpointAveraging
 from tiny_training import Interrupt, model_arguments, trainer_arguments, write_six_tones
 
@@ -29,11 +36,18 @@ def test_last_checkpoint_is_the_newest_complete_one(tmp_path):
 
 def test_weights_are_averaged_over_the_last_checkpoints_also_after_an_interruption(manifest, tmp_path):
     """Not those before, and what was saved before an interruption counts as what was saved after it."""
-    data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"), average_checkpoints=3)
+    data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"))
+    averaging = {"run_arguments": RunArguments(average_checkpoints=3)}
     settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 4}
     with pytest.raises(KeyboardInterrupt):
-        train(model_arguments(), data, trainer_arguments(tmp_path / "run", **settings), callbacks=[Interrupt()])
-    train(model_arguments(), data, trainer_arguments(tmp_path / "run", **settings), resume=True)
+        train(
+            model_arguments(),
+            data,
+            trainer_arguments(tmp_path / "run", **settings),
+            callbacks=[Interrupt()],
+            **averaging,
+        )
+    train(model_arguments(), data, trainer_arguments(tmp_path / "run", **settings), resume=True, **averaging)
     folders = [tmp_path / "run" / f"checkpoint-{step}" for step in (3, 4, 5)]
     weights = [EchoForConditionalGeneration.from_pretrained(folder).state_dict() for folder in folders]
     averaged = EchoForConditionalGeneration.from_pretrained(tmp_path / "run").state_dict()
@@ -47,11 +61,12 @@ def test_weights_are_averaged_over_the_last_checkpoints_also_after_an_interrupti
 
 
 def test_too_few_checkpoints_to_average_leave_the_last_weights(manifest, tmp_path, monkeypatch):
-    data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"), average_checkpoints=3)
+    data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"))
+    averaging = {"run_arguments": RunArguments(average_checkpoints=3)}
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "save_total_limit": None}
     warnings = []
     monkeypatch.setattr(checkpoints.logger, "warning", warnings.append)
-    train(model_arguments(), data, trainer_arguments(tmp_path / "run", **settings))
+    train(model_arguments(), data, trainer_arguments(tmp_path / "run", **settings), **averaging)
     assert any("only 2 checkpoints were saved" in warning for warning in warnings)
     last = (tmp_path / "run" / "checkpoint-4" / "model.safetensors").read_bytes()
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == last
@@ -99,8 +114,9 @@ def test_averaging_that_cannot_be_is_an_error(manifest, tmp_path, count, setting
         train_data=[str(manifest)],
         eval_data=[str(manifest)],
         cache_dir=str(tmp_path / "cache"),
-        average_checkpoints=count,
     )
     settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "eval_steps": 1, **settings}
     with pytest.raises(ValueError, match=message):
-        train(model_arguments(), data, trainer_arguments(tmp_path / "run", **settings))
+        train(
+            model_arguments(), data, trainer_arguments(tmp_path / "run", **settings), run_arguments=RunArguments(count)
+        )

@@ -9,9 +9,18 @@ import pytest
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import close_session
 
+from echo_hf import EchoConfig
 from echo_hf.cli.train import _without_token
 from echo_hf.training import DataArguments, EchoTrainer, train
-from echo_hf.training.model_card import COMMAND_FILE, MARK, CardArguments, build_model_card, write_model_card
+from echo_hf.training.model_card import (
+    COMMAND_FILE,
+    MARK,
+    CardArguments,
+    active_mechanisms,
+    build_model_card,
+    name_mechanisms,
+    write_model_card,
+)
 from hub_server import Hub
 from tiny_training import model_arguments, trainer_arguments, write_six_tones
 
@@ -235,3 +244,11 @@ def test_the_trainer_takes_what_the_librarys_trainer_takes(finished):
     assert card.data.datasets == ["jane/digits"] and "mine" in card.data.tags
     assert card.data.eval_results[0].dataset_name == "Digits of Jane" and card.text.lstrip().startswith(MARK)
     assert "# Digits\n" in card.text and 'model="jane/digits-small", trust_remote_code=True' in card.text
+
+
+def test_all_mechanisms_that_are_on_are_named():
+    assert active_mechanisms(EchoConfig.from_preset("baseline")) == {}
+    assert name_mechanisms(EchoConfig.from_preset("baseline")) == "none"
+    assert name_mechanisms(EchoConfig.from_preset("silence")) == "silence_scaling=True"
+    everything = active_mechanisms(EchoConfig.from_preset("all"))
+    assert {*EchoConfig.from_preset("all").pitch_mechanisms, "silence_scaling"} == set(everything)

@@ -11,8 +11,10 @@ from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, pipeline
 from echo_hf import EchoConfig, EchoForConditionalGeneration, EchoTokenizer
 from echo_hf.data import EchoDataCollator, PreparedData, load_sources, prepare_dataset
 from echo_hf.training import (
+    AugmentationArguments,
     DataArguments,
     ModelArguments,
+    RunArguments,
     build_model_and_processor,
     find_last_checkpoint,
     run,
@@ -118,9 +120,11 @@ def test_every_part_of_the_loss_is_trained(manifest, tmp_path):
 def test_utterances_are_joined_within_the_limits_of_a_run(manifest, tmp_path, monkeypatch):
     made, make = [], EchoDataCollator.__call__
     monkeypatch.setattr(EchoDataCollator, "__call__", lambda self, rows: made.append(make(self, rows)) or made[-1])
-    data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"), join=1.0, max_seconds=1.0)
+    data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"), max_seconds=1.0)
     settings = {"per_device_train_batch_size": 4, "max_steps": 10}
-    summary = train(model_arguments(), data, trainer_arguments(tmp_path / "run", **settings))
+    augmentation = AugmentationArguments(join=1.0)
+    arguments = trainer_arguments(tmp_path / "run", **settings)
+    summary = train(model_arguments(), data, arguments, augmentation_arguments=augmentation)
     assert np.isfinite(summary["train_loss"])
     # Joined to 1 s and 12 tokens at most; in this vocabulary "high low" has 10, and three texts have more.
     seconds = [batch["attention_mask"].sum(-1).max() / 100 for batch in made]
@@ -131,23 +135,31 @@ def test_utterances_are_joined_within_the_limits_of_a_run(manifest, tmp_path, mo
 @pytest.mark.parametrize("save_steps", [2, 3])
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(manifest, tmp_path, save_steps):
     """To the bit of chance: perturbation, masks and dropout go on where they were, also within an epoch."""
-    data = DataArguments(
-        train_data=[str(manifest)],
-        cache_dir=str(tmp_path / "cache"),
-        tempo_perturbation=0.2,
-        voice_perturbation=0.2,
-        channel_perturbation=0.2,
-        join=0.5,
+    data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"))
+    augmentation = AugmentationArguments(
+        tempo_perturbation=0.2, voice_perturbation=0.2, channel_perturbation=0.2, join=0.5
     )
     chance = "dropout=0.2,apply_spec_augment=true"
     arguments = model_arguments(config_overrides=f"{TINY},{chance}")
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": save_steps}  # an epoch has 3 steps
-    train(arguments, data, trainer_arguments(tmp_path / "straight", **settings))
+    train(arguments, data, trainer_arguments(tmp_path / "straight", **settings), augmentation_arguments=augmentation)
     with pytest.raises(KeyboardInterrupt):
-        train(arguments, data, trainer_arguments(tmp_path / "broken", **settings), callbacks=[Interrupt()])
+        train(
+            arguments,
+            data,
+            trainer_arguments(tmp_path / "broken", **settings),
+            callbacks=[Interrupt()],
+            augmentation_arguments=augmentation,
+        )
     last = f"checkpoint-{save_steps}"
     assert find_last_checkpoint(tmp_path / "broken").name == last
-    summary = train(arguments, data, trainer_arguments(tmp_path / "broken", **settings), resume=True)
+    summary = train(
+        arguments,
+        data,
+        trainer_arguments(tmp_path / "broken", **settings),
+        resume=True,
+        augmentation_arguments=augmentation,
+    )
     assert (summary["resumed_from"], summary["steps"]) == (last, 6)
     straight = EchoForConditionalGeneration.from_pretrained(tmp_path / "straight").state_dict()
     resumed = EchoForConditionalGeneration.from_pretrained(tmp_path / "broken").state_dict()
@@ -166,12 +178,15 @@ def test_clips_without_speech_are_trained_on_with_an_empty_text(manifest, tmp_pa
     np.testing.assert_array_equal(both.dataset[0]["input_features"], data.dataset[0]["input_features"])
     again = run.add_non_speech(data, 0.4, processor, seed=3, cache_dir=tmp_path / "other")
     np.testing.assert_array_equal(both.dataset[-1]["input_features"], again.dataset[-1]["input_features"])
-    settings = DataArguments(train_data=[str(manifest)], non_speech_share=0.5, f0_drop=0.5, cache_dir=str(tmp_path))
+    settings = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path))
+    augmentation = AugmentationArguments(non_speech_share=0.5, f0_drop=0.5)
     spoken = data.dataset.add_column("language", ["en"] * 6)
     told = PreparedData(spoken.with_format("numpy", ["input_features"], output_all_columns=True), [], 1.0)
     languages = run.add_non_speech(told, 0.4, processor, seed=3, cache_dir=tmp_path).dataset["language"]
     assert languages[:] == ["en"] * 6 + [None] * 3  # which utterances are joined hangs on it
-    summary = train(model_arguments(attn_implementation="eager"), settings, trainer_arguments(tmp_path / "run"))
+    arguments = trainer_arguments(tmp_path / "run")
+    model = model_arguments(attn_implementation="eager")
+    summary = train(model, settings, arguments, augmentation_arguments=augmentation)
     assert summary["train"]["utterances"] == 9 and summary["train"]["without_speech"] == 3
     assert np.isfinite(summary["train_loss"])
     assert "attn_implementation" not in (tmp_path / "run" / "config.json").read_text()
@@ -180,18 +195,19 @@ def test_clips_without_speech_are_trained_on_with_an_empty_text(manifest, tmp_pa
 def test_settings_that_cannot_be_are_refused_before_features_are_computed(manifest, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "prepare_dataset", lambda *_, **__: pytest.fail("features were computed"))
     for options, settings, message in (
-        ({"non_speech_share": 1.5}, {}, r"non_speech_share must be in \[0, 1\], got 1.5"),
+        (AugmentationArguments(non_speech_share=1.5), {}, r"non_speech_share must be in \[0, 1\], got 1.5"),
         (
-            {"average_checkpoints": 3},
+            RunArguments(average_checkpoints=3),
             {"save_strategy": "steps", "save_total_limit": 2},
             "average_checkpoints is 3, and save_total_limit keeps 2",
         ),
-        ({"voice_perturbation": 1.5}, {}, r"voice must be in \[0, 1\], got 1.5"),
-        ({"join": -0.5}, {}, r"join must be in \[0, 1\], got -0.5"),
+        (AugmentationArguments(voice_perturbation=1.5), {}, r"voice must be in \[0, 1\], got 1.5"),
+        (AugmentationArguments(join=-0.5), {}, r"join must be in \[0, 1\], got -0.5"),
     ):
-        data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"), **options)
+        data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"))
+        name = "run_arguments" if isinstance(options, RunArguments) else "augmentation_arguments"
         with pytest.raises(ValueError, match=message):
-            train(model_arguments(), data, trainer_arguments(tmp_path / "run", **settings))
+            train(model_arguments(), data, trainer_arguments(tmp_path / "run", **settings), **{name: options})
 
 
 def test_resuming_keeps_the_tokenizer_of_the_weights(manifest, tmp_path):
@@ -231,3 +247,20 @@ def test_training_on_what_is_evaluated_is_said(manifest, monkeypatch):
     assert messages == []
     run._warn_of_overlap(table.select([0, 1]), table.select([1, 2]))
     assert "1 of 2 recordings to evaluate on are trained on too" in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "bf16", "warns"),
+    [
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False, "cpu_name": "bf16"}, True, True),
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, False, False),
+        ({"avx2": True, "avx512_bf16": True, "amx_bf16": False}, True, False),
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": True}, True, False),
+    ],
+)
+def test_bfloat16_on_a_processor_without_it_is_said_to_be_slow(capabilities, bf16, warns, tmp_path, monkeypatch):
+    messages = []
+    monkeypatch.setattr(run.logger, "warning", messages.append)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    run.check_settings(trainer_arguments(tmp_path, bf16=bf16), AugmentationArguments(), RunArguments())
+    assert [("no instructions for bfloat16" in message) for message in messages] == [True] * warns

@@ -25,6 +25,7 @@ from .figures import (
 )
 
 THETA_MODES = ("none", "mean", "frame", "phase")
+MOST_TOKENS = 120  # rows of a picture of the alignment; more cannot be read
 ROTARY_PAIRS = 4  # channel pairs whose angles are drawn
 ROUNDING = 1e-9  # rad; below it angles made in float64 are the same
 
@@ -270,7 +271,8 @@ def plot_alignment(
 
     Raises:
         `ImportError`: matplotlib is not installed.
-        `ValueError`: the features are not one utterance, the model has no decoder, or no token was written.
+        `ValueError`: the features are not one utterance, the model has no decoder, no token was written, or more than
+            120 were, which is more than a picture has room for.
     """
     new_figure(1, 1)  # so that a missing matplotlib is told before the model runs
     if not model.can_generate():
@@ -288,6 +290,11 @@ def plot_alignment(
                 ids = [token for token in tokenizer(text)["input_ids"] if token != config.bos_token_id]
             if not [token for token in ids if token not in tokenizer.all_special_ids]:
                 raise ValueError("The model wrote nothing for this utterance; give a text to align.")
+            if len(ids) > MOST_TOKENS:
+                raise ValueError(
+                    f"A picture of the alignment shows at most {MOST_TOKENS} tokens, and the text has {len(ids)}. Cut"
+                    " out a part of the recording."
+                )
             inputs = torch.tensor([[config.decoder_start_token_id, *ids[:-1]]], device=features.device)
             weights = mean_cross_attention(model, inputs, input_features=features)[0].cpu().numpy()  # (L, S)
     finally:
@@ -295,7 +302,7 @@ def plot_alignment(
     seconds = config.inputs_to_logits_ratio / config.sampling_rate
     duration = weights.shape[1] * seconds
     labels = [_show_token(tokenizer, token) for token in ids]
-    figure = new_figure(9, min(max(3.0, 1.3 + 0.17 * len(ids) + (0.5 if words else 0.0)), 40.0))
+    figure = new_figure(9, max(3.0, 1.3 + 0.17 * len(ids) + (0.5 if words else 0.0)))
     axis = figure.subplots()
     # Each row by its own brightest: a token that looks far around would otherwise be dark all over.
     image = axis.imshow(

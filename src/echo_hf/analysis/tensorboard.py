@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..data.collator import EchoDataCollator
-from . import figures, plotting
+from . import attention, figures, plotting
 from .diagnostics import EchoDiagnostics
 
 
@@ -37,8 +37,10 @@ class DiagnosticsCallback(TrainerCallback):
         self.tokenizer = processor.tokenizer
         extractor = processor.feature_extractor
         longest = figures.LONGEST_PICTURE * extractor.sampling_rate // extractor.hop_length
-        # The utterance that is drawn; None where all are too long to be.
-        self.drawn = next((row for row in rows if len(row["input_features"]) <= longest), None)
+        fitting = (
+            row for row in rows if len(row["input_features"]) <= longest and len(row["labels"]) <= attention.MOST_TOKENS
+        )
+        self.drawn = next(fitting, None)  # None where all are too long to be drawn
         self.batch = EchoDataCollator(processor)([rows[index] for index in range(len(rows))])
         self.writer = None
         self.last_step = None

@@ -2,11 +2,10 @@
 
 import json
 
-from .options import add_both
+from .options import add_batch_size
 from .options import add_checkpoint
 from .options import add_device
 from .options import add_skip_broken
-from .options import count
 from .options import new_parser
 from .options import skip_or_stop
 from .output import write
@@ -34,7 +33,7 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("paths", nargs="*", help="files and folders (the recordings that come with the package)")
     add_checkpoint(parser)
-    add_both(parser, "batch_size", type=count, default=8, help="recordings at a time")
+    add_batch_size(parser, 8)
     add_device(parser)
     add_skip_broken(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
@@ -45,6 +44,8 @@ def run(options) -> int:
     import torch
 
     from ..analysis.diagnostics import EchoDiagnostics
+    from ..training.model_card import active_mechanisms
+    from ..training.model_card import name_mechanisms
     from ..inference import bundled_recordings
     from ..inference import expand_paths
     from ..inference import load_checkpoint
@@ -65,5 +66,8 @@ def run(options) -> int:
     figures = diagnostics.to_dict()
     if not figures["frames"]:
         raise ValueError("The recordings are silent throughout, so that the model was not run.")
-    write(json.dumps(figures) if options.json else diagnostics.table())
+    if options.json:
+        write(json.dumps({"mechanisms": active_mechanisms(model.config), **figures}))
+    else:
+        write(f"{diagnostics.table()}\n\nMechanisms that are on: {name_mechanisms(model.config)}")
     return 0

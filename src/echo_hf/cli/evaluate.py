@@ -101,6 +101,8 @@ def run(options) -> int:
     from ..checkpoint import parse_overrides
     from ..data import load_sources
     from ..data import prepare_dataset
+    from ..training.model_card import active_mechanisms
+    from ..training.model_card import name_mechanisms
     from ..inference import load_checkpoint
 
     refuse_folder(options.output)
@@ -124,10 +126,15 @@ def run(options) -> int:
         model, processor, options.data, prepared, options.control, options.batch_size, options.seed, **decoding
     )
     if options.format == "json":
-        about = {"checkpoint": str(options.checkpoint or "bundled"), "config_overrides": overrides}
+        about = {
+            "checkpoint": str(options.checkpoint or "bundled"),
+            "config_overrides": overrides,
+            "mechanisms": active_mechanisms(model.config),
+        }
         write(to_json(report, about))
     else:
         write(to_markdown(report) if options.format == "markdown" else to_text(report))
+        tell(f"mechanisms that are on: {name_mechanisms(model.config)}.")
         _tell_more(report)
     if options.output:  # last, so that a full disk leaves the figures
         write_predictions(report, Path(options.output))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from .output import tell
 
-MOST_BEAMS = 1000  # more than any search has use for; the memory grows with them
+# More than anybody has use for. Memory grows with both: PyTorch's loader lists the indices of a whole batch.
+LARGEST_BATCH, MOST_BEAMS = 10_000, 100
 
 VALUE_NAMES = {int: "N", float: "X"}  # of an option, in help; other values are called TEXT
 
@@ -104,6 +105,7 @@ def number(text: str) -> float:
 count = whole_number(1, 2**31 - 1)
 seed = whole_number(0, 2**32 - 1)
 port = whole_number(1, 65535)
+batch_size = whole_number(1, LARGEST_BATCH)
 beams = whole_number(1, MOST_BEAMS)
 VALUE_NAMES |= {seconds: "X", share: "X", number: "X"}
 
@@ -136,10 +138,15 @@ def add_format(parser, formats: list[str], help: str) -> None:
     either.add_argument("--json", action="store_const", const="json", dest="format", help="the same as --format json")
 
 
+def add_batch_size(parser, default: int) -> None:
+    """The option that says how much goes through the model together."""
+    add_both(parser, "batch_size", type=batch_size, default=default, help="recordings at a time")
+
+
 def add_decoding(parser, batch_size: int) -> None:
     """Options of the commands that recognize speech."""
     add_checkpoint(parser)
-    add_both(parser, "batch_size", type=count, default=batch_size, help="recordings at a time")
+    add_batch_size(parser, batch_size)
     add_both(parser, "num_beams", type=beams, help="beams to search with (the checkpoint's; 1 is greedy decoding)")
     add_both(
         parser,

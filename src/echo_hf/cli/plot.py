@@ -90,16 +90,25 @@ def _draw_curves(options):
 
 def _draw_recording(options):
     from ..analysis import plotting
+    from ..pipeline_echo import LONGEST_SEGMENT
     from ..inference import bundled_recordings
     from ..inference import expand_paths
     from ..inference import load_checkpoint
+    from ..inference import open_pipe
+    from ..inference import read_short
 
-    path = str(expand_paths([options.input] if options.input else bundled_recordings())[0])
+    path = expand_paths([options.input] if options.input else bundled_recordings())[0]
     model, processor = load_checkpoint(options.checkpoint, "cpu")
     extractor, title = processor.feature_extractor, options.title
-    waveform = extractor._read(path, path, extractor.sampling_rate, resample=True)
-    plotting.check_length(len(waveform) / extractor.sampling_rate)
-    words = _find_words(model, processor, path) if options.words else None
+    # In longer recordings `transcribe` has the decoder attend to segments, each by itself.
+    longest = LONGEST_SEGMENT if options.kind == "alignment" else plotting.LONGEST_PICTURE
+    waveform = read_short(open_pipe(path), extractor.sampling_rate, longest)
+    if waveform is None:
+        raise ValueError(
+            f"{path} is longer than {longest:g} s, the most that a picture of the kind {options.kind} shows. Cut out a"
+            " part of it."
+        )
+    words = _find_words(model, processor, waveform) if options.words else None
     if options.kind == "utterance":
         return plotting.plot_utterance(waveform, extractor, title, words)
     if options.kind == "pitch":
@@ -114,7 +123,8 @@ def _draw_recording(options):
     return plotting.plot_alignment(model, features, processor.tokenizer, options.text, words, title)
 
 
-def _find_words(model, processor, path: str) -> list[dict[str, Any]]:
+def _find_words(model, processor, waveform) -> list[dict[str, Any]]:
     from ..inference import make_pipeline
 
-    return make_pipeline(model, processor)(path, return_timestamps="word")["chunks"]
+    recording = {"raw": waveform, "sampling_rate": processor.feature_extractor.sampling_rate}
+    return make_pipeline(model, processor)(recording, return_timestamps="word")["chunks"]

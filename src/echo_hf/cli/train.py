@@ -125,7 +125,7 @@ def run(options) -> int:
     except (ValueError, ImportError) as error:  # the Trainer's own checks of its options
         parser.error(str(error))
     remembered = _without_token([item for item in arguments if item != "--resume"])
-    return _train(*parsed, resume=first.resume, output_dir=output_dir, command_file=command_file, command=remembered)
+    return _train(parsed, first.resume, output_dir, command_file, remembered)
 
 
 def _build_parser():
@@ -133,13 +133,17 @@ def _build_parser():
     from transformers import HfArgumentParser
     from transformers import Seq2SeqTrainingArguments
 
-    from ..training.model_card import CardArguments
-    from ..training import TRAINING_DEFAULTS
-    from ..training import DataArguments
-    from ..training import ModelArguments
+    from ..training import (
+        TRAINING_DEFAULTS,
+        AugmentationArguments,
+        CardArguments,
+        DataArguments,
+        ModelArguments,
+        RunArguments,
+    )
 
     parser = HfArgumentParser(
-        [DataArguments, ModelArguments, CardArguments, Seq2SeqTrainingArguments],
+        [DataArguments, ModelArguments, AugmentationArguments, RunArguments, CardArguments, Seq2SeqTrainingArguments],
         prog="echo-hf train",
         usage="echo-hf train --train_data DATA [DATA ...] --output_dir FOLDER [--eval_data DATA [DATA ...]] [options]",
         description="Train a speech recognizer, from scratch or from a checkpoint.",
@@ -170,8 +174,8 @@ def _build_first_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train(data, model, card, training, resume: bool, output_dir: Path, command_file: Path, command: list[str]) -> int:
-    """Trains as the arguments say; `command` is written to `command_file`, for --resume."""
+def _train(parsed: tuple, resume: bool, output_dir: Path, command_file: Path, command: list[str]) -> int:
+    """Trains as the parsed arguments say; `command` is written to `command_file`, for --resume."""
     from accelerate import PartialState
     from transformers import TrainerCallback
 
@@ -187,8 +191,18 @@ def _train(data, model, card, training, resume: bool, output_dir: Path, command_
                 unfinished.write_text(json.dumps(command) + "\n", encoding="utf-8")
                 unfinished.replace(command_file)
 
+    data, model, augmentation, run_arguments, card, training = parsed
     try:
-        summary = train(model, data, training, resume=resume, callbacks=[RememberCommand()], card_arguments=card)
+        summary = train(
+            model,
+            data,
+            training,
+            resume=resume,
+            callbacks=[RememberCommand()],
+            card_arguments=card,
+            augmentation_arguments=augmentation,
+            run_arguments=run_arguments,
+        )
     except KeyboardInterrupt:
         saved = find_last_checkpoint(output_dir) is not None
         hint = f"Go on with: echo-hf train --resume --output_dir {output_dir}" if saved else "Nothing was saved yet."

@@ -8,10 +8,10 @@ source are left out, the source is computed again.
 
 import hashlib
 import inspect
-import io
 import json
 import math
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ from typing import Any
 
 import datasets
 import numpy as np
-import soundfile
 from datasets import Dataset, IterableDataset
 from datasets.utils.file_utils import xopen
 from filelock import FileLock
 from transformers.utils import logging
 
+from ..feature_extraction_echo import open_audio
 from ..metrics import MAX_CHARACTERS
-from .sources import name_some
+from .sources import length_problem, name_some
 
 logger = logging.get_logger(__name__)
 
@@ -95,24 +95,18 @@ def prepare_dataset(
     keep = [index for index in range(len(table)) if index not in problems and index not in outside]
     if not keep:
         raise ValueError(f"None of the {len(table)} utterances can be used: {_describe(origins, problems | outside)}.")
-    sources = table["source"][:] if "source" in table.column_names else [None] * len(table)
-    # Each source by itself, and each time it is named, so that what was computed of it alone serves beside others.
-    times, part_of = Counter(), {}
-    for index in keep:
-        times[sources[index], origins[index]] += 1
-        part_of[index] = sources[index], times[sources[index], origins[index]]
-    features = datasets.concatenate_datasets(
-        [
-            _compute_features(
-                table.select(rows).select_columns(["audio"]),
-                processor.feature_extractor,
-                [files[index].identity for index in rows],
-                num_proc,
-                Path(cache_dir) if cache_dir is not None else Path(datasets.config.HF_DATASETS_CACHE) / "echo_hf",
-            )
-            for rows in (list(part) for _, part in groupby(keep, key=part_of.__getitem__))
-        ]
-    )
+    folder = Path(cache_dir) if cache_dir is not None else Path(datasets.config.HF_DATASETS_CACHE) / "echo_hf"
+    parts = [
+        _compute_features(
+            table.select(rows).select_columns(["audio"]),
+            processor.feature_extractor,
+            [files[index].identity for index in rows],
+            num_proc,
+            folder,
+        )
+        for rows in _rows_by_source(table, keep)
+    ]
+    features = datasets.concatenate_datasets(parts)
     undecodable = {keep[row]: message for row, message in enumerate(features["problem"]) if message}
     _report(origins, undecodable, skip_broken)
 
@@ -170,16 +164,28 @@ def _check_rows(
     return files, problems, outside
 
 
+def _rows_by_source(table: Dataset, keep: list[int]) -> list[list[int]]:
+    """The rows to keep, each source by itself, and each time it is named, so that what was computed of it alone serves
+    beside others."""
+    sources = table["source"][:] if "source" in table.column_names else [None] * len(table)
+    origins = table["origin"][:]
+    times, part_of = Counter(), {}
+    for index in keep:
+        times[sources[index], origins[index]] += 1
+        part_of[index] = sources[index], times[sources[index], origins[index]]
+    return [list(part) for _, part in groupby(keep, key=part_of.__getitem__)]
+
+
 def _text_problem(
     text: str | None, labels: list[int], max_label_length: int | None, allow_empty_text: bool = False
 ) -> str | None:
     """Why a transcript cannot be used, or None."""
     if text is None:
         return "there is no text"
+    if problem := length_problem(text):
+        return problem
     if not text.strip() and not allow_empty_text:
         return "the text is empty"
-    if len(text) > MAX_CHARACTERS:
-        return f"the text has {len(text):,} characters, and an utterance at most {MAX_CHARACTERS:,}"
     if max_label_length is not None and len(labels) > max_label_length:
         return f"the text has {len(labels)} tokens, the model takes {max_label_length} (`max_target_positions`)"
     return None
@@ -192,17 +198,23 @@ def _inspect(audio: dict[str, Any] | None) -> _AudioFile:
     try:
         if data is None:
             status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):  # to read a pipe may take for ever, and a device may have no end
+                return _AudioFile(path, problem=f"{path} is not a regular file")
             identity = f"{path} {status.st_size} {status.st_mtime_ns}"
         else:
             identity = hashlib.sha256(data).hexdigest()
-        header = soundfile.info(path if data is None else io.BytesIO(data))
     except FileNotFoundError:
         return _AudioFile(path, problem=f"there is no file {path}")
-    except (OSError, RuntimeError, TypeError, ValueError) as error:  # neither bytes nor path; NUL within a path
+    except (OSError, TypeError, ValueError) as error:  # neither bytes nor path; NUL within a path
         return _AudioFile(path, problem=f"the audio cannot be read: {error}")
-    if not header.frames:
+    try:
+        with open_audio(path if data is None else data) as (header, _):
+            num_frames, rate = header.frames, header.samplerate
+    except (OSError, ValueError) as error:
+        return _AudioFile(path, problem=str(error))
+    if not num_frames:
         return _AudioFile(path, problem="the audio is empty")
-    return _AudioFile(path, header.frames / header.samplerate, identity)
+    return _AudioFile(path, num_frames / rate, identity)
 
 
 def _report(origins: list[str], problems: dict[int, str], skip_broken: bool) -> None:
@@ -215,7 +227,7 @@ def _report(origins: list[str], problems: dict[int, str], skip_broken: bool) -> 
 
 
 def _describe(origins: list[str], reasons: dict[int, str]) -> str:
-    return name_some(f"{origins[index]}: {reason}" for index, reason in sorted(reasons.items()))
+    return name_some(f"{origins[index]}: {reason.rstrip('.')}" for index, reason in sorted(reasons.items()))
 
 
 def _compute_features(

@@ -14,7 +14,7 @@ import datasets
 from datasets import Dataset
 
 from ..inference import AUDIO_EXTENSIONS, find_audio_files
-from ..metrics import has_half_surrogate
+from ..metrics import MAX_CHARACTERS, has_half_surrogate
 
 # A source that ends so is meant as a file. Names of datasets on the Hub may have dots, too.
 FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".arrow", ".parquet", ".zip", *AUDIO_EXTENSIONS)
@@ -34,7 +34,7 @@ def load_sources(
     Args:
         sources (`str`, `os.PathLike` or a sequence of these): each is one of
             - a manifest: a file of JSON lines, `{"audio": "clips/1.flac", "text": "hello"}`, paths relative to its
-              folder;
+              folder, or a pipe with such lines, paths relative to the current folder;
             - a folder with a `metadata.jsonl` manifest (which may say `file_name` for `audio`), or with audio files
               and beside each a `.txt` of the same name;
             - a folder written by `Dataset.save_to_disk`, or the name of a dataset on the Hub.
@@ -48,7 +48,8 @@ def load_sources(
         the sources' others. A column that has different types in two sources becomes text.
 
     Raises:
-        `ValueError`: a source does not exist, is empty, lacks a column, or has a line that is not JSON.
+        `ValueError`: a source does not exist, is empty, lacks a column, or has a line that is not JSON; or a transcript
+            has more than `MAX_CHARACTERS` characters.
     """
     if isinstance(sources, (str, os.PathLike)):
         sources = [sources]
@@ -57,6 +58,7 @@ def load_sources(
     tables = []
     for source in map(str, sources):
         table = _load_source(source, split, name, audio_column, text_column)
+        _refuse_long_texts(table)
         table = table.remove_columns("source") if "source" in table.column_names else table
         tables.append(table.add_column("source", [source] * len(table)))
     for column in {column for table in tables for column in table.column_names}:
@@ -64,6 +66,19 @@ def load_sources(
         if len(types - {str(datasets.Value("null"))}) > 1:
             tables = [_as_text(table, column) if column in table.column_names else table for table in tables]
     return datasets.concatenate_datasets(tables)
+
+
+def _refuse_long_texts(table: Dataset) -> None:
+    for row, text in enumerate(table["text"]):
+        if problem := length_problem(text):
+            raise ValueError(f"{table['origin'][row]}: {problem}. Is it the transcript of this recording?")
+
+
+def length_problem(text: str | None) -> str | None:
+    """Why a transcript is too long to be one, or None."""
+    if text is None or len(text) <= MAX_CHARACTERS:
+        return None
+    return f"the text has {len(text):,} characters, and a transcript has at most {MAX_CHARACTERS:,}"
 
 
 def _as_text(table: Dataset, column: str) -> Dataset:
@@ -77,15 +92,19 @@ def _as_text(table: Dataset, column: str) -> Dataset:
 def _load_source(
     source: str, split: str | None, name: str | None, audio_column: str | None, text_column: str | None
 ) -> Dataset:
+    if "://" in source:
+        raise ValueError(f"{source} is a URL. Download it first, e.g. `curl -L URL --output FILE`.")
     path = Path(source).expanduser()
-    if path.is_file():
+    if path.is_file() or path.is_fifo():
         return _read_manifest(path, audio_column, text_column)
     if path.is_dir() and not (path / "state.json").exists() and not (path / "dataset_dict.json").exists():
-        if (path / "metadata.jsonl").exists():
+        if (path / "metadata.jsonl").is_file():
             return _read_manifest(path / "metadata.jsonl", audio_column, text_column)
         return _read_folder(path)
     if path.is_dir():
         table = datasets.load_from_disk(str(path))
+    elif path.exists():
+        raise ValueError(f"{source} is a terminal or another device. Name a file, a folder or a dataset.")
     elif path.suffix.lower() in FILE_SUFFIXES or path.is_absolute() or len(path.parts) > 2:
         raise ValueError(f"{source}: no such file or folder.")
     else:
@@ -155,7 +174,7 @@ def _read_manifest(path: Path, audio_column: str | None, text_column: str | None
         for column, value in row.items():
             if isinstance(value, str) and has_half_surrogate(value):
                 raise ValueError(f"{origin}: {column!r} has half of a surrogate pair, which is no character.")
-    folder = path.parent.absolute()
+    folder = Path.cwd() if path.is_fifo() else path.parent.absolute()  # a pipe lies in no folder of recordings
     columns = dict.fromkeys(column for row in rows for column in row if column not in (audio_column, text_column))
     return _make_table(
         paths=[str(folder / row[audio_column]) for row in rows],

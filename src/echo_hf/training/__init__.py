@@ -1,6 +1,6 @@
 """Training from arguments to a finished checkpoint, on top of Transformers' `Seq2SeqTrainer`."""
 
-from .arguments import TRAINING_DEFAULTS, DataArguments, ModelArguments
+from .arguments import TRAINING_DEFAULTS, AugmentationArguments, DataArguments, ModelArguments, RunArguments
 from .checkpoints import find_last_checkpoint
 from .model import build_config, build_model_and_processor
 from .model_card import COMMAND_FILE, CardArguments
@@ -10,10 +10,12 @@ from .trainer import EchoTrainer
 __all__ = [
     "COMMAND_FILE",
     "TRAINING_DEFAULTS",
+    "AugmentationArguments",
     "CardArguments",
     "DataArguments",
     "EchoTrainer",
     "ModelArguments",
+    "RunArguments",
     "build_config",
     "build_model_and_processor",
     "find_last_checkpoint",

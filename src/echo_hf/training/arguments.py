@@ -117,6 +117,18 @@ class DataArguments:
             "help": "Train on text as it is scored, lower case without punctuation: easier to learn from little speech."
         },
     )
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that compute features."})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder for computed features; in the cache of `datasets` if not given."}
+    )
+
+
+@dataclass
+class AugmentationArguments:
+    """What is changed in training speech, and added to it, so that a model learns from more than was recorded."""
+
+    _argument_group_name = "augmentation"
+
     tempo_perturbation: float = field(
         default=0.0,
         metadata={"help": "Training speech is made faster or slower by a random factor up to exp of this; try 0.15."},
@@ -154,6 +166,14 @@ class DataArguments:
             " other, up to 20 s or max_seconds, so that long speech is trained where most recordings are short."
         },
     )
+
+
+@dataclass
+class RunArguments:
+    """What a run does beside what the Trainer does."""
+
+    _argument_group_name = "run"
+
     average_checkpoints: int = field(
         default=0,
         metadata={
@@ -164,10 +184,6 @@ class DataArguments:
         default=False,
         metadata={"help": "Write statistics of activations and pitch, and pictures, into TensorBoard when evaluating."},
     )
-    num_proc: int | None = field(default=None, metadata={"help": "Processes that compute features."})
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder for computed features; in the cache of `datasets` if not given."}
-    )
 
 
-__all__ = ["TRAINING_DEFAULTS", "DataArguments", "ModelArguments"]
+__all__ = ["TRAINING_DEFAULTS", "AugmentationArguments", "DataArguments", "ModelArguments", "RunArguments"]

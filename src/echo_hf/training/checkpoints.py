@@ -1,6 +1,10 @@
 """The checkpoints of a run: the newest whole one, whether it can be read, what failed when it was saved, their mean."""
 
+import errno
+import shutil
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,16 +20,19 @@ from ..checkpoint import check_safetensors, read_json
 
 logger = logging.get_logger(__name__)
 
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """The complete `checkpoint-<step>` folders in `output_dir`, oldest first. A run that was killed while it saved
     leaves a folder without a readable `trainer_state.json`, which is written last."""
+    return [path for path in numbered_checkpoints(output_dir) if is_json(path / TRAINER_STATE_NAME)]
+
+
+def numbered_checkpoints(output_dir: str | Path) -> list[Path]:
+    """All `checkpoint-<step>` folders in `output_dir`, complete or not, in the order of their steps."""
     prefix = f"{PREFIX_CHECKPOINT_DIR}-"
-    found = [
-        path
-        for path in Path(output_dir).glob(f"{prefix}*")
-        if path.name.removeprefix(prefix).isdigit() and is_json(path / TRAINER_STATE_NAME)
-    ]
+    found = [path for path in Path(output_dir).glob(f"{prefix}*") if path.name.removeprefix(prefix).isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix(prefix)))
 
 
@@ -73,20 +80,40 @@ def check_checkpoint(folder: Path) -> None:
         ) from error
 
 
+@contextmanager
+def explained_write_errors(output_dir: str | Path) -> Iterator[None]:
+    """
+    What is done within may fail to write into `output_dir`, and then says what was not saved and how to go on. The
+    unfinished folder of a checkpoint is removed: it is of no use, and in the way on a full disk.
+
+    Raises:
+        `OSError`: the disk is full, or cannot be written to. Other errors pass through.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_write_error(error):
+            raise
+        last = find_last_checkpoint(output_dir)
+        unfinished = [path for path in numbered_checkpoints(output_dir) if not is_json(path / TRAINER_STATE_NAME)]
+        for path in unfinished:
+            shutil.rmtree(path, ignore_errors=True)
+        kept = f"{last.name} is whole" if last else "there is no checkpoint yet"
+        raise OSError(
+            f"{unfinished[-1] if unfinished else output_dir} could not be saved: {error}. Is the disk full? Make room,"
+            f" then use --resume; {kept}."
+        ) from error
+
+
 def is_write_error(error: Exception) -> bool:
-    """Whether saving failed for the disk's sake. Safetensors and PyTorch raise errors of their own kind for it."""
+    """Whether an error says that a disk could not be written to. Safetensors and PyTorch have errors of their own."""
     if isinstance(error, HfHubHTTPError):  # an OSError too
         return False
-    return isinstance(error, OSError | SafetensorError) or any(
+    if isinstance(error, OSError):
+        return error.errno in WRITE_ERRORS
+    return isinstance(error, SafetensorError) or any(
         name in str(error) for name in ("PytorchStreamWriter", "inline_container")
     )
-
-
-def explain_write_error(error: Exception, folder: Path) -> OSError:
-    """An error that tells what was not saved, and what there is to go on from."""
-    last = find_last_checkpoint(folder.parent) or find_last_checkpoint(folder)
-    kept = f"{last.name} is whole" if last else "there is no checkpoint yet"
-    return OSError(f"{folder} could not be saved: {error}. Is the disk full? Make room, then use --resume; {kept}.")
 
 
 class CheckpointAveraging(TrainerCallback):

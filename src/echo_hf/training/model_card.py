@@ -18,7 +18,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..checkpoint import read_json
-from ..configuration_echo import EchoConfig
+from ..configuration_echo import BASELINE, EchoConfig
 from ..metrics import RATES
 
 TRAINING_ARGUMENTS_FILE = "training_args.json"  # in output_dir: all settings of the Trainer but tokens
@@ -70,6 +70,24 @@ class CardArguments:
     card_samples: list[str] | None = field(
         default=None, metadata={"help": "Addresses (https://...) of recordings to try the model on from its page."}
     )
+
+
+def active_mechanisms(config: EchoConfig) -> dict[str, Any]:
+    """
+    The mechanisms that are on, those that read F0 and silence scaling alike.
+
+    Args:
+        config ([`EchoConfig`]): the model's.
+
+    Returns:
+        `dict[str, Any]`: names of their fields, and their values; empty for a plain rotary transformer.
+    """
+    return {name: getattr(config, name) for name, off in BASELINE.items() if getattr(config, name) != off}
+
+
+def name_mechanisms(config: EchoConfig) -> str:
+    """[`active_mechanisms`] as text, such as `theta_mode=mean, silence_scaling=True`, or `none`."""
+    return ", ".join(f"{name}={value}" for name, value in active_mechanisms(config).items()) or "none"
 
 
 def build_model_card(
@@ -124,6 +142,36 @@ def build_model_card(
     name = model_name or folder.resolve().name
     eval_name = arguments.card_eval_name or ", ".join(_names(evaluated)) or "evaluation data"
 
+    data = _describe_metadata(
+        name, arguments, base_model or summary.get("base_model"), rates, train, evaluated, eval_name
+    )
+
+    sections = [
+        f"# {name}",
+        _describe_model(config, summary),
+        "## Use",
+        _describe_use(repo_id or name),
+        "## Training data",
+        _describe_data(train),
+        "## Training",
+        _describe_training(summary, settings, command),
+        "## Evaluation",
+        _describe_evaluation(metrics, rates, evaluated, eval_name, summary),
+    ]
+    # A card of text alone: the templates of huggingface_hub need Jinja, and hold much that nobody fills in.
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{MARK}\n\n" + "\n\n".join(sections) + "\n")
+
+
+def _describe_metadata(
+    name: str,
+    arguments: CardArguments,
+    base_model: str | None,
+    rates: dict[str, float],
+    train: dict[str, Any],
+    evaluated: dict[str, Any],
+    eval_name: str,
+) -> ModelCardData:
+    """What the Hub reads of a card: its YAML, with the results as a `model-index`."""
     data = ModelCardData(
         language=arguments.card_language,
         license=arguments.card_license,
@@ -131,7 +179,7 @@ def build_model_card(
         pipeline_tag=TASK,
         tags=[*TAGS, *(arguments.card_tags or [])],
         datasets=arguments.card_datasets or train.get("from_hub") or None,
-        base_model=base_model or summary.get("base_model"),
+        base_model=base_model,
         metrics=list(rates) or None,
         model_name=name,
         eval_results=[
@@ -151,21 +199,7 @@ def build_model_card(
         del data.__dict__["model_name"]  # which belongs to the results; the Hub knows no such field by itself
     if arguments.card_samples:
         data["widget"] = [{"example_title": url.rpartition("/")[2], "src": url} for url in arguments.card_samples]
-
-    sections = [
-        f"# {name}",
-        _describe_model(config, summary),
-        "## Use",
-        _describe_use(repo_id or name),
-        "## Training data",
-        _describe_data(train),
-        "## Training",
-        _describe_training(summary, settings, command),
-        "## Evaluation",
-        _describe_evaluation(metrics, rates, evaluated, eval_name, summary),
-    ]
-    # A card of text alone: the templates of huggingface_hub need Jinja, and hold much that nobody fills in.
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{MARK}\n\n" + "\n\n".join(sections) + "\n")
+    return data
 
 
 def write_model_card(
@@ -210,13 +244,12 @@ def _title(rate: str) -> str:
 
 def _describe_model(config: EchoConfig, summary: dict[str, Any]) -> str:
     size = f" with {summary['parameters'] / 1e6:.1f}M parameters" if summary.get("parameters") else ""
-    mechanisms = [f"`{name}={getattr(config, name)}`" for name in config.pitch_mechanisms]
     groups = ", ".join(f"{name} ({width})" for name, width in config.feature_groups.items())
     return (
         f"A speech recogniser{size}: an Echo encoder-decoder of"
         f" {config.encoder_num_hidden_layers} and {config.decoder_num_hidden_layers} layers for audio at"
         f" {config.sampling_rate} Hz, with {config.vocab_size} tokens. Features: {groups}, a frame every"
-        f" {1000 * config.frame_seconds:g} ms. Pitch mechanisms that are on: {', '.join(mechanisms) or 'none'}."
+        f" {1000 * config.frame_seconds:g} ms. Mechanisms that are on: {name_mechanisms(config)}."
     )
 
 
@@ -307,4 +340,4 @@ def _quote(argument: str) -> str:
     return shlex.quote(argument)
 
 
-__all__ = ["CardArguments", "build_model_card", "write_model_card"]
+__all__ = ["CardArguments", "active_mechanisms", "build_model_card", "name_mechanisms", "write_model_card"]

@@ -11,6 +11,7 @@ import json
 import math
 import platform
 import time
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,32 +31,20 @@ from ..data.features import PreparedData, prepare_dataset
 from ..data.non_speech import non_speech_table
 from ..data.sources import load_sources
 from ..metrics import make_compute_metrics, normalize_text
+from ..modeling_echo import EchoForConditionalGeneration
 from ..processing_echo import EchoProcessor
-from .arguments import DataArguments, ModelArguments
+from .arguments import AugmentationArguments, DataArguments, ModelArguments, RunArguments
 from .checkpoints import (
     CheckpointAveraging,
     check_checkpoint,
-    explain_write_error,
+    explained_write_errors,
     find_last_checkpoint,
-    is_write_error,
 )
 from .model import build_model_and_processor
 from .model_card import SUMMARY_FILE, CardArguments
 from .trainer import EchoTrainer, check_hub_strategy
 
 logger = logging.get_logger(__name__)
-
-
-def count_beyond_ctc(data: PreparedData, config: EchoConfig) -> int:
-    """Utterances with more tokens than encoder frames to emit them at (repeated tokens need a blank between them)."""
-    stride = math.prod(config.stem_strides)
-    special = {config.pad_token_id, config.bos_token_id, *config.ends_of_sequence}
-    count = 0
-    for length, labels in zip(data.dataset["length"], data.dataset["labels"]):
-        tokens = [token for token in labels if token not in special]
-        repeats = sum(first == second for first, second in pairwise(tokens))
-        count += len(tokens) + repeats > math.ceil(length / stride)
-    return count
 
 
 def train(
@@ -65,6 +54,8 @@ def train(
     resume: bool = False,
     callbacks: list[TrainerCallback] | None = None,
     card_arguments: CardArguments | None = None,
+    augmentation_arguments: AugmentationArguments | None = None,
+    run_arguments: RunArguments | None = None,
 ) -> dict[str, Any]:
     """
     Trains a model and leaves a complete checkpoint in `output_dir`: weights, config, generation config, processor and
@@ -78,6 +69,9 @@ def train(
         resume (`bool`, defaults to `False`): whether to go on from the last checkpoint in `output_dir`.
         callbacks (`list[TrainerCallback]`, *optional*): more callbacks for the Trainer.
         card_arguments ([`CardArguments`], *optional*): what the model card says beside what was measured.
+        augmentation_arguments ([`AugmentationArguments`], *optional*): what is changed in training speech; nothing if
+            not given.
+        run_arguments ([`RunArguments`], *optional*): what is done beside training; nothing if not given.
 
     Returns:
         `dict[str, Any]`: the summary that `run_summary.json` holds.
@@ -88,18 +82,98 @@ def train(
         `OSError`: the disk is full, or what was trained could not be pushed; it is saved then.
     """
     started = time.monotonic()
+    augmentation, run = augmentation_arguments or AugmentationArguments(), run_arguments or RunArguments()
     output_dir = Path(training_arguments.output_dir)
+
+    check_settings(training_arguments, augmentation, run)
+    checkpoint = find_start(output_dir, resume)
+    set_seed(training_arguments.seed)  # before the model is made, so that its weights follow from the seed
+    train_table, eval_table = load_tables(data_arguments)
+    model, processor, training_arguments = build_start(model_arguments, training_arguments, train_table, checkpoint)
+    train_collator = build_train_collator(processor, model, data_arguments, augmentation, training_arguments)
+    speech = prepare_speech(train_table, eval_table, data_arguments, augmentation, model, processor, training_arguments)
+    trainer = EchoTrainer(
+        model=model,
+        args=training_arguments,
+        data_collator=EchoDataCollator(processor),
+        train_collator=train_collator,
+        train_dataset=speech.train.dataset,
+        eval_dataset=speech.eval.dataset if speech.eval else None,
+        processing_class=processor,
+        compute_metrics=make_compute_metrics(processor.tokenizer) if training_arguments.predict_with_generate else None,
+        callbacks=[*(callbacks or []), *build_callbacks(run, speech, processor)],
+        card_arguments=card_arguments,
+    )
+    with explained_write_errors(output_dir):
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
+        trainer.save_model(_internal_call=True)  # or it would push at once, before the model is evaluated
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+    metrics = trainer.evaluate() if speech.eval else {}
+    if metrics:
+        trainer.save_metrics("eval", metrics)
+
+    summary = summarize(trainer, speech, data_arguments, result.metrics["train_loss"], metrics)
+    summary |= {
+        "resumed_from": checkpoint.name if resume else None,
+        "base_model": name_on_hub(model_arguments.model_name_or_path),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    if trainer.is_world_process_zero():
+        (output_dir / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        trainer.create_model_card()
     if training_arguments.push_to_hub:
-        check_hub_strategy(training_arguments)
-    if data_arguments.diagnostics:
+        push(trainer, summary)
+    return summary
+
+
+# Before training -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Speech:
+    """What a run trains and evaluates on; the last `without_speech` utterances of `train` are clips without speech."""
+
+    train: PreparedData
+    eval: PreparedData | None
+    without_speech: int = 0
+
+
+def check_settings(training: Seq2SeqTrainingArguments, augmentation: AugmentationArguments, run: RunArguments) -> None:
+    """
+    Refuses what cannot be before anything is read, and warns of what is slow.
+
+    Raises:
+        `ValueError`, `ImportError`: settings do not fit each other, or need a package that is not installed.
+    """
+    check_hub_strategy(training)
+    if run.diagnostics:
         require_tensorboard()
     for name in ("non_speech_share", "join"):
-        if not 0 <= getattr(data_arguments, name) <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {getattr(data_arguments, name)}.")
-    if data_arguments.average_checkpoints:
-        averaging = CheckpointAveraging(data_arguments.average_checkpoints)
-        averaging.check(training_arguments)
-        callbacks = [*(callbacks or []), averaging]
+        if not 0 <= getattr(augmentation, name) <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {getattr(augmentation, name)}.")
+    if run.average_checkpoints:
+        CheckpointAveraging(run.average_checkpoints).check(training)
+    if training.bf16 and training.device.type == "cpu" and not has_bfloat16():
+        logger.warning(
+            "bf16: this processor has no instructions for bfloat16 (avx512_bf16, amx_bf16), and a step may take four"
+            " times as long as in float32. Leave bf16 out."
+        )
+
+
+def has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 by itself; assumed where PyTorch cannot tell."""
+    capabilities = getattr(torch.cpu, "get_capabilities", lambda: {"bf16": True})()
+    return any(value is True and name.endswith("bf16") for name, value in capabilities.items())
+
+
+def find_start(output_dir: Path, resume: bool) -> Path | None:
+    """
+    The checkpoint that a run goes on from, if it is resumed.
+
+    Raises:
+        `ValueError`: there is none, or it is damaged; or a new run would write into the folder of another.
+    """
     checkpoint = find_last_checkpoint(output_dir)
     if resume and checkpoint is None:
         raise ValueError(f"There is no checkpoint to resume from in {output_dir}; start without --resume.")
@@ -109,137 +183,106 @@ def train(
         )
     if not resume and (output_dir / "config.json").is_file():
         raise ValueError(f"{output_dir} holds a model already; take another folder.")
-    # Set before the model is made, so that its weights follow from the seed.
-    set_seed(training_arguments.seed)
-    # The model's own loss smooths, as it knows CTC; the Trainer is not to do it again.
-    label_smoothing = training_arguments.label_smoothing_factor
-    training_arguments = copy.copy(training_arguments)
-    training_arguments.label_smoothing_factor = 0.0
-    started_from = model_arguments.model_name_or_path
-
-    train_table = load_table(data_arguments, data_arguments.train_data, data_arguments.train_split)
-    eval_table = None
-    if data_arguments.eval_data:
-        eval_table = load_table(data_arguments, data_arguments.eval_data, data_arguments.eval_split)
-        _warn_of_overlap(train_table, eval_table)
     if resume:
         check_checkpoint(checkpoint)
+    return checkpoint
+
+
+def load_tables(arguments: DataArguments) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """The utterances to train on and to evaluate on, with their texts as they are trained."""
+    train_table, eval_table = load_table(arguments, arguments.train_data, arguments.train_split), None
+    if arguments.eval_data:
+        eval_table = load_table(arguments, arguments.eval_data, arguments.eval_split)
+        _warn_of_overlap(train_table, eval_table)
+    return train_table, eval_table
+
+
+def build_start(
+    arguments: ModelArguments, training: Seq2SeqTrainingArguments, table: datasets.Dataset, checkpoint: Path | None
+) -> tuple[EchoForConditionalGeneration, EchoProcessor, Seq2SeqTrainingArguments]:
+    """The model and the processor that training starts with, and the Trainer's arguments without label smoothing, which
+    the model's own loss does, as it knows CTC."""
+    label_smoothing = training.label_smoothing_factor
+    training = copy.copy(training)
+    training.label_smoothing_factor = 0.0
+    if checkpoint is not None:
         # The tokenizer above all must be the one that the weights have learned.
-        model_arguments = ModelArguments(
-            model_name_or_path=str(checkpoint), attn_implementation=model_arguments.attn_implementation
+        arguments = ModelArguments(
+            model_name_or_path=str(checkpoint), attn_implementation=arguments.attn_implementation
         )
         label_smoothing = EchoConfig.from_pretrained(checkpoint).label_smoothing
-    model, processor = build_model_and_processor(
-        model_arguments, [text or "" for text in train_table["text"]], label_smoothing
-    )
+    texts = [text or "" for text in table["text"]]
+    return *build_model_and_processor(arguments, texts, label_smoothing), training
 
-    perturb = VoicePerturbation(
-        processor.feature_extractor,
-        tempo=data_arguments.tempo_perturbation,
-        voice=data_arguments.voice_perturbation,
-        channel=data_arguments.channel_perturbation,
-        f0_drop=data_arguments.f0_drop,
-        pause=data_arguments.pause,
-    )
+
+def prepare_speech(
+    train_table: datasets.Dataset,
+    eval_table: datasets.Dataset | None,
+    data: DataArguments,
+    augmentation: AugmentationArguments,
+    model: EchoForConditionalGeneration,
+    processor: EchoProcessor,
+    training: Seq2SeqTrainingArguments,
+) -> Speech:
+    """Features and labels of all utterances. Of several processes one computes them, and the others wait for its
+    cache."""
     options = {
         "max_label_length": model.config.max_target_positions,
-        "skip_broken": data_arguments.skip_broken,
-        "num_proc": data_arguments.num_proc,
-        "cache_dir": data_arguments.cache_dir,
+        "skip_broken": data.skip_broken,
+        "num_proc": data.num_proc,
+        "cache_dir": data.cache_dir,
     }
-    # Of several processes one computes the features, and the others wait for its cache.
-    train_data = prepare_dataset(
-        train_table,
-        processor,
-        min_seconds=data_arguments.min_seconds,
-        max_seconds=data_arguments.max_seconds,
-        **options,
+    recorded = prepare_dataset(
+        train_table, processor, min_seconds=data.min_seconds, max_seconds=data.max_seconds, **options
     )
-    num_recorded = len(train_data.dataset)
-    if data_arguments.non_speech_share:
-        train_data = add_non_speech(
-            train_data, data_arguments.non_speech_share, processor, training_arguments.seed, **options
-        )
-    eval_data = prepare_dataset(eval_table, processor, **options) if eval_table is not None else None
-    if model.config.ctc_loss_weight > 0 and (beyond := count_beyond_ctc(train_data, model.config)):
+    speech = Speech(train=recorded, eval=None)
+    if augmentation.non_speech_share:
+        speech.train = add_non_speech(recorded, augmentation.non_speech_share, processor, training.seed, **options)
+        speech.without_speech = len(speech.train.dataset) - len(recorded.dataset)
+    if eval_table is not None:
+        speech.eval = prepare_dataset(eval_table, processor, **options)
+    if model.config.ctc_loss_weight > 0 and (beyond := count_beyond_ctc(speech.train, model.config)):
         logger.warning(
-            f"{beyond} of {len(train_data.dataset)} utterances have more tokens than encoder frames, and the CTC loss"
+            f"{beyond} of {len(speech.train.dataset)} utterances have more tokens than encoder frames, and the CTC loss"
             " leaves them out. Subwords are fewer tokens (token_unit); smaller stem_strides give more frames."
         )
+    return speech
 
-    if data_arguments.diagnostics:
-        callbacks = [*(callbacks or []), DiagnosticsCallback((eval_data or train_data).dataset, processor)]
-    trainer = EchoTrainer(
-        model=model,
-        args=training_arguments,
-        data_collator=EchoDataCollator(processor),
-        train_collator=EchoDataCollator(
-            processor,
-            perturb=perturb.batch if perturb.is_active else None,
-            join=data_arguments.join,
-            max_joined_seconds=min(MAX_JOINED_SECONDS, data_arguments.max_seconds or MAX_JOINED_SECONDS),
-            max_label_length=model.config.max_target_positions,
-            seed=training_arguments.seed,
-        ),
-        train_dataset=train_data.dataset,
-        eval_dataset=eval_data.dataset if eval_data else None,
-        processing_class=processor,
-        compute_metrics=make_compute_metrics(processor.tokenizer) if training_arguments.predict_with_generate else None,
-        callbacks=callbacks,
-        card_arguments=card_arguments,
+
+def build_train_collator(
+    processor: EchoProcessor,
+    model: EchoForConditionalGeneration,
+    data: DataArguments,
+    augmentation: AugmentationArguments,
+    training: Seq2SeqTrainingArguments,
+) -> EchoDataCollator:
+    """What makes training batches: utterances perturbed and joined as the arguments say."""
+    perturb = VoicePerturbation(
+        processor.feature_extractor,
+        tempo=augmentation.tempo_perturbation,
+        voice=augmentation.voice_perturbation,
+        channel=augmentation.channel_perturbation,
+        f0_drop=augmentation.f0_drop,
+        pause=augmentation.pause,
     )
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
-    # As the Trainer calls it itself: otherwise it would push at once, before the model is evaluated.
-    try:
-        trainer.save_model(_internal_call=True)
-    except Exception as error:
-        if is_write_error(error):
-            raise explain_write_error(error, output_dir) from error
-        raise
-    trainer.save_metrics("train", result.metrics)
-    trainer.save_state()
-    metrics = {}
-    if eval_data:
-        metrics = trainer.evaluate()
-        trainer.save_metrics("eval", metrics)
-    summary = {
-        "output_dir": str(output_dir),
-        "parameters": model.num_parameters(),
-        "steps": trainer.state.global_step,
-        "epochs": round(trainer.state.epoch or 0.0, 2),
-        "resumed_from": checkpoint.name if resume else None,
-        "base_model": started_from if started_from and not Path(started_from).exists() else None,
-        # The Trainer notes the best whether or not it takes it.
-        "best_checkpoint": trainer.state.best_model_checkpoint if training_arguments.load_best_model_at_end else None,
-        "seconds": round(time.monotonic() - started, 1),
-        "train": {
-            **_describe(train_data, data_arguments.train_data),
-            "without_speech": len(train_data.dataset) - num_recorded,
-        },
-        "eval": _describe(eval_data, data_arguments.eval_data) if eval_data else None,
-        "train_loss": result.metrics["train_loss"],
-        "metrics": {key.removeprefix("eval_"): value for key, value in metrics.items()},
-        "versions": {
-            "echo_hf": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-    }
-    if trainer.is_world_process_zero():
-        (output_dir / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        trainer.create_model_card()
-    if training_arguments.push_to_hub:
-        try:
-            commit = trainer.push_to_hub()
-            if commit is not None:  # the first of several processes, which is the one that pushes
-                summary["pushed_to"] = str(commit.repo_url)
-        except Exception as error:  # of the connection, the Hub or the file system; what was trained is safe from each
-            raise OSError(
-                f"The model is trained and saved in {output_dir}, but could not be pushed: {error}. Push it later with:"
-                f" hf upload {trainer.hub_model_id} {output_dir} . --exclude 'checkpoint-*'"
-            ) from error
-    return summary
+    return EchoDataCollator(
+        processor,
+        perturb=perturb.batch if perturb.is_active else None,
+        join=augmentation.join,
+        max_joined_seconds=min(MAX_JOINED_SECONDS, data.max_seconds or MAX_JOINED_SECONDS),
+        max_label_length=model.config.max_target_positions,
+        seed=training.seed,
+    )
+
+
+def build_callbacks(run: RunArguments, speech: Speech, processor: EchoProcessor) -> list[TrainerCallback]:
+    """What the run does beside training."""
+    callbacks: list[TrainerCallback] = []
+    if run.average_checkpoints:
+        callbacks.append(CheckpointAveraging(run.average_checkpoints))
+    if run.diagnostics:
+        callbacks.append(DiagnosticsCallback((speech.eval or speech.train).dataset, processor))
+    return callbacks
 
 
 def add_non_speech(data: PreparedData, share: float, processor: EchoProcessor, seed: int, **options) -> PreparedData:
@@ -284,6 +327,70 @@ def _warn_of_overlap(train_table, eval_table) -> None:
             f"{shared} of {len(eval_table)} recordings to evaluate on are trained on too; the word error rate on them"
             " says nothing about new speech."
         )
+
+
+def count_beyond_ctc(data: PreparedData, config: EchoConfig) -> int:
+    """Utterances with more tokens than encoder frames to emit them at (repeated tokens need a blank between them)."""
+    stride = math.prod(config.stem_strides)
+    special = {config.pad_token_id, config.bos_token_id, *config.ends_of_sequence}
+    count = 0
+    for length, labels in zip(data.dataset["length"], data.dataset["labels"]):
+        tokens = [token for token in labels if token not in special]
+        repeats = sum(first == second for first, second in pairwise(tokens))
+        count += len(tokens) + repeats > math.ceil(length / stride)
+    return count
+
+
+# After training ------------------------------------------------------------------------------------------------------
+
+
+def summarize(
+    trainer: EchoTrainer, speech: Speech, data: DataArguments, train_loss: float, metrics: dict[str, float]
+) -> dict[str, Any]:
+    """What was trained on what, and how well it does, for `run_summary.json`."""
+    state, settings = trainer.state, trainer.args
+    return {
+        "output_dir": str(settings.output_dir),
+        "parameters": trainer.model.num_parameters(),
+        "steps": state.global_step,
+        "epochs": round(state.epoch or 0.0, 2),
+        # The Trainer notes the best whether or not it takes it.
+        "best_checkpoint": state.best_model_checkpoint if settings.load_best_model_at_end else None,
+        "train": {**_describe(speech.train, data.train_data), "without_speech": speech.without_speech},
+        "eval": _describe(speech.eval, data.eval_data) if speech.eval else None,
+        "train_loss": train_loss,
+        "metrics": {key.removeprefix("eval_"): value for key, value in metrics.items()},
+        "versions": {
+            "echo_hf": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def name_on_hub(checkpoint: str | None) -> str | None:
+    """The name of a checkpoint that is not a path on this machine."""
+    return checkpoint if checkpoint and not Path(checkpoint).exists() else None
+
+
+def push(trainer: EchoTrainer, summary: dict[str, Any]) -> None:
+    """
+    Pushes the run's folder, and notes in the summary where to.
+
+    Raises:
+        `OSError`: it could not be pushed; the message says how to do so later.
+    """
+    try:
+        commit = trainer.push_to_hub()
+    except Exception as error:  # of the connection, the Hub or the file system; what was trained is safe from each
+        folder = trainer.args.output_dir
+        raise OSError(
+            f"The model is trained and saved in {folder}, but could not be pushed: {error}. Push it later with:"
+            f" hf upload {trainer.hub_model_id} {folder} . --exclude 'checkpoint-*'"
+        ) from error
+    if commit is not None:  # the first of several processes, which is the one that pushes
+        summary["pushed_to"] = str(commit.repo_url)
 
 
 def _describe(data: PreparedData, sources: list[str]) -> dict[str, Any]:

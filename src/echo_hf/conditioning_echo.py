@@ -1,0 +1,337 @@
+"""The mechanisms by which an utterance's F0, and its silence, enter the model: each a function or a small module with
+its equation.
+
+    F0's forms           align_f0, normalize_f0, standardize_f0, pitch_per_token, and all together: EchoPitch
+    theta and radius     EchoRotaryEmbedding, rotate
+    bias                 laplacian_bias, gaussian_bias_channels
+    gate, token pitch    EchoPitchProjection
+    silence              find_silence
+
+The layers that read them are in `modeling_echo.py`, and so are the dimensions' names. `f0` is always in Hz, 0 where
+unvoiced; `pitch` is always normalized.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .configuration_echo import EchoConfig
+
+MEL_THETA = 220.0  # theta at which the mel frequencies are what they are named
+MEL_UNIT = 1000.0  # mel frequencies are given in thousands
+
+PITCH_CHANNELS = 3  # voiced, contour, register: what the network sees of F0
+REGISTER_CENTRE = 150.0  # Hz, between low and high voices
+REGISTER_WIDTH = 0.5  # natural log units; e ** 0.5 is about nine semitones
+CONTOUR_FLOOR = 0.1  # natural log units; keeps a monotone's tiny wobble from being blown up to a contour
+SPREAD_FLOOR = 1e-3  # Hz; F0 that varies less is constant but for rounding
+
+TOKEN_PITCH_MIN, TOKEN_PITCH_LOW, TOKEN_PITCH_HIGH = 100.0, 71.0, 500.0  # Hz, as published
+
+
+def precise_dtype(device: torch.device) -> torch.dtype:
+    """The dtype that angles are made in: float64, or float32 where the device has no float64 (MPS)."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over the last dimension of what `mask` holds, kept as a dimension: `(..., N)` to `(..., 1)`."""
+    return (values * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+
+
+def mask_frames(lengths: torch.Tensor, num_frames: int) -> torch.Tensor:
+    """Which of `num_frames` frames are real where `lengths` of them are, `(B,)` to `(B, num_frames)`, boolean."""
+    return torch.arange(num_frames, device=lengths.device)[None] < lengths[:, None]
+
+
+def align_f0(
+    f0: torch.Tensor, lengths: torch.Tensor, encoder_lengths: torch.Tensor, encoder_frames: int
+) -> torch.Tensor:
+    """F0 at the encoder's frames, by nearest index, so that the contour keeps its character.
+
+    `index_i = min(floor(i * F / S), F - 1)` with the utterance's own F and S, so that padding changes nothing.
+
+    Args:
+        f0 (`torch.Tensor` of shape `(B, T)`): Hz.
+        lengths (`torch.Tensor` of shape `(B,)`): F, real input frames.
+        encoder_lengths (`torch.Tensor` of shape `(B,)`): S, real encoder frames.
+        encoder_frames (`int`): encoder frames of the padded batch.
+
+    Returns:
+        `torch.Tensor` of shape `(B, encoder_frames)`: Hz; 0 beyond an utterance's end.
+    """
+    frames = torch.arange(encoder_frames, device=f0.device)[None]
+    index = frames * lengths[:, None] // encoder_lengths[:, None].clamp(min=1)
+    index = torch.minimum(index, lengths[:, None] - 1).clamp(min=0)
+    return f0.gather(1, index) * (frames < encoder_lengths[:, None])
+
+
+def normalize_f0(f0: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Pitch as the network sees it.
+
+    Channel 0, voiced: 1 or 0. Channel 1, contour: `(ln f0 - mean) / max(std, 0.1)` over the utterance's voiced frames.
+    Channel 2, register: `(ln f0 - ln 150) / 0.5`. All 0 where unvoiced.
+
+    Args:
+        f0 (`torch.Tensor` of shape `(B, T)`): Hz, 0 = unvoiced.
+        mask (`torch.Tensor` of shape `(B, T)`): 1 for real frames.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T, 3)`, float32.
+    """
+    voiced = ((f0 > 0) & (mask > 0)).float()
+    log_f0 = torch.where(voiced > 0, f0, 1.0).float().log()
+    deviation = log_f0 - masked_mean(log_f0, voiced)
+    spread = masked_mean(deviation.square(), voiced).sqrt().clamp(min=CONTOUR_FLOOR)
+    register = (log_f0 - math.log(REGISTER_CENTRE)) / REGISTER_WIDTH
+    return torch.stack((voiced, voiced * deviation / spread, voiced * register), dim=-1)
+
+
+def standardize_f0(f0: torch.Tensor, mask: torch.Tensor, correction: int = 0) -> torch.Tensor:
+    """F0 as the pitch bias compares it: `(f0 - mean) / max(std, 0.001)` over the real frames, unvoiced ones (0 Hz)
+    included.
+
+    The floor does for a constant F0 what the published `std + 1e-8` is meant to do. An epsilon that small is dropped by
+    ONNX optimizers, and 0 / 0 is left.
+
+    Args:
+        f0 (`torch.Tensor` of shape `(B, S)`): Hz.
+        mask (`torch.Tensor` of shape `(B, S)`): 1 for real frames.
+        correction (`int`): what is taken from the number of frames when the variance is divided by it: 0, or 1 as
+            published.
+
+    Returns:
+        `torch.Tensor` of shape `(B, S)`, float32; 0 in padding.
+    """
+    mask = mask.float()
+    deviation = (f0.float() - masked_mean(f0.float(), mask)) * mask
+    variance = deviation.square().sum(-1, keepdim=True) / (mask.sum(-1, keepdim=True) - correction).clamp(min=1)
+    return deviation / variance.sqrt().clamp(min=SPREAD_FLOOR)
+
+
+def pitch_per_token(
+    f0: torch.Tensor, lengths: torch.Tensor, frames_per_token: float, method: str = "mean"
+) -> torch.Tensor:
+    """Pitch of each span of a fixed token rate: what the decoder is told of F0, in training and in generation alike.
+
+    Token i holds the frames k with `i * R <= k <= (i + 1) * R`, R frames a token, at least one. Their mean, median or
+    last F0; below 100 Hz becomes 0; else `(f0 - 71) / (500 - 71)`.
+
+    Args:
+        f0 (`torch.Tensor` of shape `(B, T)`): Hz.
+        lengths (`torch.Tensor` of shape `(B,)`): real input frames.
+        frames_per_token (`float`): R.
+        method (`str`): `"mean"`, `"median"` or `"last"`.
+
+    Returns:
+        `torch.Tensor` of shape `(B, N)`, `N = ceil(T / R)`, float32; 0 for tokens beyond an utterance's end.
+    """
+    tokens = torch.arange(math.ceil(f0.shape[1] / frames_per_token), device=f0.device, dtype=torch.float32)
+    last_frame = (lengths[:, None] - 1).clamp(min=0)  # (B, 1)
+    start = torch.minimum((tokens * frames_per_token).ceil().long()[None], last_frame)  # (B, N)
+    end = torch.minimum(((tokens + 1) * frames_per_token).floor().long()[None], last_frame)
+    end = torch.maximum(end, start)
+    # Every span gets as many places as the longest can have; the places behind its end are left out.
+    place = start[..., None] + torch.arange(math.floor(frames_per_token) + 2, device=f0.device)  # (B, N, W)
+    inside = place <= end[..., None]
+    place = torch.minimum(place, end[..., None])
+    spans = f0.float().gather(1, place.flatten(1)).view_as(place)
+    if method == "mean":
+        value = masked_mean(spans, inside).squeeze(-1)
+    elif method == "median":
+        ordered = spans.masked_fill(~inside, torch.inf).sort(dim=-1).values
+        count = inside.sum(-1, keepdim=True)
+        value = (ordered.gather(2, (count - 1) // 2) + ordered.gather(2, count // 2)).squeeze(-1) / 2
+    else:
+        value = spans[..., -1]  # places behind the end repeat the last frame
+    heard = (value >= TOKEN_PITCH_MIN) & (tokens[None] * frames_per_token < lengths[:, None])
+    return torch.where(heard, (value - TOKEN_PITCH_LOW) / (TOKEN_PITCH_HIGH - TOKEN_PITCH_LOW), 0.0)
+
+
+def find_silence(
+    spectrogram: torch.Tensor, attention_mask: torch.Tensor, encoder_frames: int, stride: int, threshold: float
+) -> torch.Tensor:
+    """Which encoder frames are silent: those all of whose input frames have no mel channel above a threshold.
+
+    Args:
+        spectrogram (`torch.Tensor` of shape `(B, T, bins)`): log-mel, 0 at the extractor's floor.
+        attention_mask (`torch.Tensor` of shape `(B, T)`): 1 for real frames.
+        encoder_frames (`int`): S.
+        stride (`int`): input frames of an encoder frame.
+        threshold (`float`): in units of the spectrogram.
+
+    Returns:
+        `torch.Tensor` of shape `(B, S)`, bool.
+    """
+    loudness = spectrogram.amax(-1) * attention_mask  # (B, T)
+    loudness = nn.functional.pad(loudness, (0, encoder_frames * stride - loudness.shape[1]))
+    return loudness.view(-1, encoder_frames, stride).amax(-1) <= threshold
+
+
+class EchoPitch(NamedTuple):
+    """F0 of a batch, in the forms that the mechanisms read.
+
+    Args:
+        frame_f0 (`torch.Tensor` of shape `(B, T)`): Hz at the input frames, 0 = unvoiced or padding, float32.
+        mean_f0 (`torch.Tensor` of shape `(B, 1)`): Hz, mean of the real input frames, unvoiced ones included.
+        f0 (`torch.Tensor` of shape `(B, S)`): Hz at the encoder's frames.
+        normalized (`torch.Tensor` of shape `(B, S, 3)`): see [`normalize_f0`].
+    """
+
+    frame_f0: torch.Tensor
+    mean_f0: torch.Tensor
+    f0: torch.Tensor
+    normalized: torch.Tensor
+
+
+class EchoRotaryEmbedding(nn.Module):
+    r"""Cosines and sines of the rotary angles, with the radius folded in.
+
+    Frequencies of channel pair c of `C = d / 2`, in rad a frame:
+
+        standard   omega_c = theta ** (-2c / d)                                  (https://huggingface.co/papers/2104.09864)
+        mel        omega_c = theta / 220 * m_c,   m_c = K * (10 ** (x_c / 2595) - 1) / 1000,
+                   x_c evenly spaced from 0 to 2595 * log10(1 + M / K)
+
+    How F0 moves theta, and the angle of frame t:
+
+        none       theta_t = theta                    angle = t * omega_c
+        mean       theta_t = theta + mean f0          angle = t * omega_c                      (mean of input frames)
+        frame      theta_t = theta + f0_t             angle = t * omega_c(theta_t)             (not relative)
+        phase      theta_t = theta + f0_t             angle = sum of omega_c(theta_s), s <= t  (relative)
+
+    The radius multiplies both channels of each pair, in queries and keys alike:
+
+        unit       1
+        sigmoid    sigmoid(f0_t)
+        raw        f0_t
+        bounded    1 + 0.5 * tanh(gain * contour_t), with a learned gain that starts at 0
+
+    theta is `rotary_theta`, times `exp(log_theta)` with `learn_theta`; `log_theta` starts at 0.
+
+    The published mel frequencies reach 363 rad a frame: at frame 1500 float32 is off by 0.03 rad and bfloat16 is noise.
+    So angles are made in float64, omega reduced to [0, 2 pi) first, which changes nothing for whole-number positions.
+    """
+
+    def __init__(self, config: EchoConfig, head_dim: int, theta_mode: str = "none", radius_mode: str = "unit"):
+        super().__init__()
+        self.config = config
+        self.head_dim = head_dim
+        self.theta_mode = theta_mode
+        self.radius_mode = radius_mode
+        if config.learn_theta:
+            self.log_theta = nn.Parameter(torch.zeros(1))
+        if radius_mode == "bounded":
+            self.gain = nn.Parameter(torch.zeros(1))
+
+    def frequencies(self, theta: torch.Tensor) -> torch.Tensor:
+        """omega, in rad a frame, `(...)` to `(..., C)`, in theta's dtype."""
+        pairs = torch.arange(self.head_dim // 2, device=theta.device, dtype=theta.dtype)
+        if self.config.rotary_frequencies == "standard":
+            return theta[..., None] ** (-2.0 * pairs / self.head_dim)
+        corner, top = self.config.mel_corner_frequency, self.config.mel_max_frequency
+        mel = pairs * (math.log10(1.0 + top / corner) / max(self.head_dim // 2 - 1, 1))  # x_c / 2595
+        return theta[..., None] / MEL_THETA * (corner * (10.0**mel - 1.0) / MEL_UNIT)
+
+    def theta(self, device: torch.device, f0: torch.Tensor | None, mean_f0: torch.Tensor | None) -> torch.Tensor:
+        """Theta of each frame, `(B or 1, S or 1)`."""
+        dtype = precise_dtype(device)
+        theta = torch.tensor([[self.config.rotary_theta]], device=device, dtype=dtype)  # (1, 1)
+        if self.config.learn_theta:
+            theta = theta * self.log_theta.to(dtype).exp()
+        if self.theta_mode == "mean":
+            theta = theta + mean_f0.to(dtype)
+        elif self.theta_mode in ("frame", "phase"):
+            theta = theta + f0.to(dtype)
+        return theta
+
+    def angles(self, position_ids: torch.Tensor, f0: torch.Tensor | None, mean_f0: torch.Tensor | None) -> torch.Tensor:
+        """Rotary angles in [0, 2 pi), `(B or 1, S, C)`."""
+        omega = self.frequencies(self.theta(position_ids.device, f0, mean_f0)) % (2 * math.pi)
+        if self.theta_mode == "phase":
+            return omega.cumsum(dim=1) % (2 * math.pi)
+        return position_ids[..., None].to(omega.dtype) * omega % (2 * math.pi)
+
+    def radius(self, f0: torch.Tensor, pitch: torch.Tensor) -> torch.Tensor | None:
+        """Rotary radius, `(B, S, 1)`, float32, or None for 1."""
+        if self.radius_mode == "sigmoid":
+            return f0.float().sigmoid()[..., None]
+        if self.radius_mode == "raw":
+            return f0.float()[..., None]
+        if self.radius_mode == "bounded":
+            return 1.0 + 0.5 * torch.tanh(self.gain.float() * pitch[..., 1:2])
+        return None
+
+    def forward(
+        self,
+        position_ids: torch.Tensor,
+        dtype: torch.dtype,
+        f0: torch.Tensor | None = None,
+        pitch: torch.Tensor | None = None,
+        mean_f0: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            position_ids (`torch.Tensor` of shape `(B or 1, S)`): whole-number positions.
+            dtype (`torch.dtype`): of the result.
+            f0 (`torch.Tensor` of shape `(B, S)`, *optional*): Hz.
+            pitch (`torch.Tensor` of shape `(B, S, 3)`, *optional*): normalised.
+            mean_f0 (`torch.Tensor` of shape `(B, 1)`, *optional*): Hz, of all real input frames, unvoiced ones (0 Hz)
+                included; read with `theta_mode="mean"`.
+
+        Returns:
+            Two `torch.Tensor` of shape `(B or 1, 1, S, C)`: radius times cosine, radius times sine.
+        """
+        angles = self.angles(position_ids, f0, mean_f0).float()
+        cos, sin = angles.cos(), angles.sin()
+        if (radius := self.radius(f0, pitch)) is not None:
+            cos, sin = cos * radius, sin * radius
+        return cos.to(dtype)[:, None], sin.to(dtype)[:, None]
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns the pairs (x0, x1), (x2, x3), ... of `(B, H, S, 2C)` as complex numbers times `radius * exp(i * angle)`."""
+    real, imaginary = states[..., 0::2], states[..., 1::2]
+    return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1).flatten(-2)
+
+
+def laplacian_bias(f0: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The pitch bias as published: `bias_ij = exp(-|f_i - f_j|)`, f the F0 standardized with n - 1.
+
+    `(B, S)` in Hz and its mask to a matrix of frames by frames, `(B, 1, S, S)`.
+    """
+    f = standardize_f0(f0, mask, correction=1)[:, None]
+    return torch.exp(-(f[..., :, None] - f[..., None, :]).abs())
+
+
+def gaussian_bias_channels(f: torch.Tensor, strength: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pitch bias as two channels of queries and keys, with no matrix of frames by frames:
+
+        bias_ij = s_h * (2 f_i f_j - f_j ** 2)   =   s_h * (2 f_i, -1) . (f_j, f_j ** 2)
+
+    Softmax cannot tell this from `-s_h * (f_i - f_j) ** 2`, since it ignores what depends on the query alone.
+
+    Args:
+        f (`torch.Tensor` of shape `(B, S)`): standardized F0.
+        strength (`torch.Tensor` of shape `(H,)`): s, one a head.
+
+    Returns:
+        Channels of the queries, `(B, H, S, 2)`, and of the keys, `(B, 1, S, 2)`.
+    """
+    f = f[:, None]  # (B, 1, S)
+    of_queries = strength[None, :, None, None] * torch.stack((2 * f, -torch.ones_like(f)), dim=-1)
+    return of_queries, torch.stack((f, f * f), dim=-1)
+
+
+class EchoPitchProjection(nn.Module):
+    """A linear map of pitch without bias, `(..., pitch_channels)` to `(..., size)`, that starts at 0, so that what it
+    is added to starts as if it were not there. No `nn.Linear`: quantisation takes those, and fails at one column."""
+
+    def __init__(self, pitch_channels: int, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size, pitch_channels))
+
+    def forward(self, pitch: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(pitch.to(self.weight.dtype), self.weight)
