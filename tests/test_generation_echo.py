@@ -1,5 +1,6 @@
 """Joint decoding: CTC prefix probabilities against sums over all alignments, and what `generate()` makes of them."""
 
+import functools
 import itertools
 import math
 
@@ -243,6 +244,61 @@ def test_scores_of_a_batch_are_finite(settings):
     assert (output.sequences[:, -1] == BLANK).any()  # one has ended before another
     scores = model.compute_transition_scores(output.sequences, output.scores)
     assert scores.isfinite().all() and not scores[output.sequences[:, 1:] == BLANK].any()
+
+
+def endless_model(number=6):
+    """The CTC head hears 3 and 4 in turn, `number` tokens in all in its 50 frames, unsurely; the decoder always expects
+    the other of the two, and hardly ever an end."""
+    model = tiny_model()
+    ctc_logits = torch.zeros(50, 12)
+    ctc_logits[:, BLANK] = 5.0
+    for i in range(number):
+        ctc_logits[2 + 4 * i, [BLANK, 3 + i % 2]] = torch.tensor([0.0, 5.0])
+    model.ctc_head.forward = lambda hidden_states: ctc_logits[: hidden_states.shape[1]].expand(len(hidden_states), -1, -1)
+    next_logits = torch.zeros(12, 12)
+    next_logits[:, 3:5] = -3.0
+    next_logits[[BOS, 4], 3] = next_logits[3, 4] = 8.0
+    next_logits[:, EOS] = -0.5
+    forward = model.forward
+
+    @functools.wraps(forward)  # generate() reads the signature
+    def expect_more(decoder_input_ids, **kwargs):
+        output = forward(decoder_input_ids=decoder_input_ids, **kwargs)
+        output.logits = next_logits[decoder_input_ids]
+        return output
+
+    model.forward = expect_more
+    return model
+
+
+def test_a_decoder_that_lost_its_place_writes_no_more_than_was_heard(monkeypatch):
+    model, inputs = endless_model(), features((200,))
+    expected = [BOS, 3, 4, 3, 4, 3, 4, EOS]
+    assert model.generate(**inputs, ctc_weight=0.4)[0].tolist() == expected
+    monkeypatch.setattr("echo_hf.generation_echo.END_MARGIN", math.inf)
+    longer = model.generate(**inputs, ctc_weight=0.4)[0].tolist()
+    assert longer[:7] == expected[:7] and len(longer) > 10
+
+
+def test_going_back_changes_no_other_row_and_keeps_scores_in_step():
+    model, inputs = endless_model(), features((200, 48))  # of 50 and 12 frames, in which 3 tokens are heard
+    options = {"ctc_weight": 0.4, "return_dict_in_generate": True, "output_scores": True}
+    output = model.generate(**inputs, **options)
+    assert output.sequences.tolist() == [[BOS, 3, 4, 3, 4, 3, 4, EOS], [BOS, 3, 4, 3, EOS, BLANK, BLANK, BLANK]]
+    assert len(output.scores) == 7
+    scores = model.compute_transition_scores(output.sequences, output.scores)
+    assert scores.isfinite().all() and (scores[1, :4] < 0).all() and not scores[1, 4:].any()
+
+
+def test_who_asks_for_a_least_length_gets_it():
+    text = endless_model().generate(**features((200,)), ctc_weight=0.4, min_length=12)
+    assert text.shape[1] >= 12 and EOS not in text[0, :12]
+
+
+def test_assisted_generation_goes_back_too():
+    model, inputs = endless_model(), features((200,))
+    expected = model.generate(**inputs, ctc_weight=0.4)
+    assert torch.equal(model.generate(**inputs, ctc_weight=0.4, assistant_model=endless_model()), expected)
 
 
 def test_without_an_end_it_goes_on():

@@ -1,9 +1,15 @@
 """Joint decoding: what the decoder would write next, weighed against what the encoder's CTC head has heard.
 
-The decoder alone may lose its place in long speech, repeat itself, or stop too soon. CTC cannot: it knows how much of
-the speech a transcript so far accounts for. So `generate()` takes both, for greedy search, beams and sampling alike.
+The decoder alone may lose its place in long speech, repeat itself, or stop too soon. CTC knows how much of the speech a
+transcript so far accounts for. So `generate()` takes both, for greedy search, beams and sampling alike.
+
+Where a decoder that has lost its place repeats the last word, CTC's score of one more token is seldom low enough to
+outweigh it, while that of all of the repeated words is. Greedy search therefore goes back to where the text could have
+ended, once its score has fallen below that of the text that ended there.
 """
 
+import functools
+import math
 from numbers import Integral
 from numbers import Real
 from typing import Any
@@ -12,11 +18,16 @@ from typing import NamedTuple
 import torch
 from transformers import GenerationConfig
 from transformers import LogitsProcessor
+from transformers.generation import GenerationMixin
 
 from .configuration_echo import WHISPER_SETTINGS
 
 # Log-probability of what cannot be. Finite, as differences of infinities are not numbers.
 IMPOSSIBLE = -1e10
+# Greedy search goes back to an earlier end if the text's score is lower by this, a factor of 7, and if CTC gave that end
+# a probability of at least 1%. On development data no text of a known language changes, and loops end.
+END_MARGIN = 2.0
+LOG_LEAST_END = math.log(0.01)
 
 MAX_HYPOTHESES = 1000  # of an utterance in generate()
 TOKEN_SETTINGS = (  # settings of generate() that hold one or several tokens
@@ -98,6 +109,45 @@ def log_cumulative_products(factors: torch.Tensor, inputs: torch.Tensor) -> torc
     """
     products = factors.cumsum(-1)
     return products + torch.logcumsumexp(inputs + factors - products, dim=-1)
+
+
+class EarlierEnd(NamedTuple):
+    """Of each row of greedy search, the end of sequence that its text passed by and that would have scored best.
+
+    A score is a sum of logarithms of probabilities, so it only falls: a text that scores less than one that it began
+    with, and that ended there, will not catch up with it.
+
+    Args:
+        score (`torch.Tensor` of shape `(rows,)`): of the text so far.
+        best_score (`torch.Tensor` of shape `(rows,)`): the highest of a text that ended.
+        best_length (`torch.LongTensor` of shape `(rows,)`): that text's tokens, without its end.
+        best_token (`torch.LongTensor` of shape `(rows,)`): its end.
+    """
+
+    score: torch.Tensor
+    best_score: torch.Tensor
+    best_length: torch.Tensor
+    best_token: torch.Tensor
+
+    @classmethod
+    def none(cls, score: torch.Tensor) -> "EarlierEnd":
+        """Before the first end is passed by."""
+        nothing = torch.zeros_like(score, dtype=torch.long)
+        return cls(score, torch.full_like(score, -torch.inf), nothing, nothing)
+
+    def consider(
+        self, lengths: int | torch.Tensor, tokens: torch.Tensor, scores: torch.Tensor, is_possible: torch.Tensor
+    ) -> "EarlierEnd":
+        """Takes in what an end behind so many tokens would score, where it is possible; each `(rows,)`."""
+        scores = self.score + scores
+        better = (scores > self.best_score) & is_possible
+        found = (scores, lengths, tokens)
+        return EarlierEnd(self.score, *(torch.where(better, new, old) for new, old in zip(found, self[1:])))
+
+    @property
+    def is_passed(self) -> torch.Tensor:
+        """Whether the text should have ended there, `(rows,)`."""
+        return self.score < self.best_score - END_MARGIN
 
 
 class PrefixState(NamedTuple):
@@ -183,14 +233,16 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
         self.unsaid_token_ids = torch.tensor(unsaid, dtype=torch.long, device=logits.device)
         self.is_text = torch.ones_like(is_blank)
         self.is_text[torch.cat((eos_token_ids, self.unsaid_token_ids))] = False
-        after_end = torch.full_like(logits[:1, 0], -torch.inf, dtype=torch.float32)
-        after_end[:, blank_token_id] = 0.0
-        self.after_end = after_end  # (1, vocab_size)
+        nothing = torch.full_like(probs[:1, 0], -torch.inf)  # (1, vocab_size)
+        self.after_end, self.only_end = nothing, nothing.clone()
+        self.only_end[:, eos_token_ids] = 0.0
+        self.set_padding(blank_token_id)
         rows = torch.arange(len(probs) * num_hypotheses, device=logits.device)
         self.utterances = rows // num_hypotheses
         self.blanks = self.heard(torch.full_like(rows, blank_token_id))  # (rows, frames)
+        self.goes_back = False  # to an earlier end; greedy search sets it
         self.prompt_length = None
-        self.input_ids = self.state = None  # of the last call
+        self.records = {}  # of the last calls, by their length
 
     def heard(self, tokens: torch.Tensor) -> torch.Tensor:
         """log p_t of each row's own token, `(rows,)` to `(rows, frames)`."""
@@ -248,24 +300,35 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
         heard[:, self.unsaid_token_ids] = -torch.inf
         return heard
 
-    def _follow(self, input_ids: torch.LongTensor) -> PrefixState:
-        """The state of these transcripts so far, `(rows, length)`: a step on from the last call's, of which each
-        continues any of its utterance's; otherwise from the beginning."""
-        known, state = self.input_ids, self.state
-        if known is not None and input_ids.shape[1] == known.shape[1] + 1:
+    def set_padding(self, pad_token_id: int):
+        """What follows an end of sequence; the blank if it is not told."""
+        self.pad_token_id = pad_token_id
+        self.after_end.fill_(-torch.inf)[:, pad_token_id] = 0.0
+
+    def _follow(self, input_ids: torch.LongTensor) -> tuple[PrefixState, EarlierEnd | None]:
+        """What is known of these transcripts so far, `(rows, length)`: a step on from one of the last calls', of which
+        each continues any of its utterance's; otherwise from the beginning."""
+        record = self.records.get(input_ids.shape[1] - 1)
+        if record is not None:
+            known, state, earlier_end, scores = record
+            tokens = input_ids[:, -1]
             if torch.equal(input_ids[:, :-1], known):
-                return self.advance(state, input_ids[:, -1])
+                if earlier_end is not None:
+                    score = earlier_end.score + scores.gather(1, tokens[:, None])[:, 0]
+                    earlier_end = earlier_end._replace(score=score)
+                return self.advance(state, tokens), earlier_end
             # The rows of an utterance are its beams, which search reorders.
             now, then = (ids.unflatten(0, (-1, self.num_hypotheses)) for ids in (input_ids[:, :-1], known))
             same = (now[:, :, None] == then[:, None]).all(-1)  # (batch, beams, beams)
             if same.any(-1).all():
                 first = torch.arange(0, len(known), self.num_hypotheses, device=known.device)[:, None]
                 parent = (same.to(torch.uint8).argmax(-1) + first).flatten()
-                return self.advance(PrefixState(*(part[parent] for part in state)), input_ids[:, -1])
+                return self.advance(PrefixState(*(part[parent] for part in state)), tokens), None
         state = self.begin()
         for tokens in input_ids[:, 1:].unbind(-1):  # the first is the begin of sequence
             state = self.advance(state, tokens)
-        return state
+        is_prompt = self.goes_back and input_ids.shape[1] == self.prompt_length
+        return state, EarlierEnd.none(torch.zeros_like(state.prefix)) if is_prompt else None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """
@@ -277,12 +340,73 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
             `torch.FloatTensor` of shape `(rows, vocab_size)`: scores, logarithmic; minus infinity for the begin of
             sequence and padding. In rows that are finished padding has 0, and all else minus infinity.
         """
+        length = input_ids.shape[1]
         if self.prompt_length is None:
-            self.prompt_length = input_ids.shape[1]
-        self.state, self.input_ids = self._follow(input_ids), input_ids
+            self.prompt_length = length
+        state, earlier_end = self._follow(input_ids)
         # Only an end of sequence, or the padding behind another end, is written and no text.
-        is_finished = ~self.is_text[input_ids[:, self.prompt_length :]].all(-1, keepdim=True)
-        return torch.where(is_finished, self.after_end, self.score(self.state, scores)).to(scores.dtype)
+        is_finished = ~self.is_text[input_ids[:, self.prompt_length :]].all(-1)
+        joint = self.score(state, scores)
+        if earlier_end is not None:
+            end_scores, best = joint[:, self.eos_token_ids].max(-1)
+            is_possible = (state.ends_in_any[:, -1] - state.prefix > LOG_LEAST_END) & ~is_finished
+            earlier_end = earlier_end.consider(length, self.eos_token_ids[best], end_scores, is_possible)
+            joint = torch.where(earlier_end.is_passed[:, None], self.only_end, joint)
+        joint = torch.where(is_finished[:, None], self.after_end, joint)
+        if len(input_ids) > 1:  # assisted generation, of one row alone, rewinds
+            self.records.clear()
+        self.records[length] = (input_ids, state, earlier_end, joint)
+        return joint.to(scores.dtype)
+
+    def go_back(self, output):
+        """What `generate()` gave, with each text ended where it should have been, as the class says."""
+        sequences = output if torch.is_tensor(output) else output.sequences
+        _, earlier_end = self._follow(sequences)
+        if earlier_end is None or not earlier_end.is_passed.any():
+            return output
+        lengths = torch.where(earlier_end.is_passed, earlier_end.best_length, sequences.shape[1])[:, None]
+        places = torch.arange(sequences.shape[1], device=sequences.device)
+        sequences = torch.where(places == lengths, earlier_end.best_token[:, None], sequences)
+        sequences = sequences.masked_fill(places > lengths, self.pad_token_id)
+        longest = int((sequences != self.pad_token_id).any(0).nonzero()[-1]) + 1
+        sequences = sequences[:, :longest]
+        if torch.is_tensor(output):
+            return sequences
+        output.sequences = sequences
+        for name in ("scores", "logits", "decoder_attentions", "cross_attentions", "decoder_hidden_states"):
+            if output.get(name) is not None:
+                output[name] = output[name][: longest - self.prompt_length]
+        if output.scores is not None:
+            output.scores = tuple(
+                torch.where(place > lengths, self.after_end.to(scores.dtype), scores)
+                for place, scores in enumerate(output.scores, self.prompt_length)
+            )
+        return output
 
 
-__all__ = ["EchoCTCPrefixLogitsProcessor"]
+class EchoGenerationMixin(GenerationMixin):
+    """Greedy search by decoder and CTC, which goes back to an end that it should not have passed by."""
+
+    @functools.wraps(GenerationMixin._sample)
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        return self._go_back(super()._sample, input_ids, logits_processor, stopping_criteria, generation_config, kwargs)
+
+    # `generate()` reads from its signature which arguments it takes.
+    @functools.wraps(GenerationMixin._assisted_decoding)
+    def _assisted_decoding(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        search = super()._assisted_decoding
+        return self._go_back(search, input_ids, logits_processor, stopping_criteria, generation_config, kwargs)
+
+    def _go_back(self, search, input_ids, logits_processor, stopping_criteria, generation_config, kwargs):
+        joint = next((each for each in logits_processor if isinstance(each, EchoCTCPrefixLogitsProcessor)), None)
+        if joint is None or generation_config.is_assistant:  # which is lent that of the model it assists
+            return search(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+        joint.set_padding(generation_config._pad_token_tensor)
+        # Whoever samples wants other texts than the most likely, and whoever sets a least length no shorter ones.
+        has_least_length = generation_config.min_length or generation_config.min_new_tokens
+        joint.goes_back = not (generation_config.do_sample or has_least_length or not len(joint.eos_token_ids))
+        output = search(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+        return joint.go_back(output) if joint.goes_back else output
+
+
+__all__ = ["EchoCTCPrefixLogitsProcessor", "EchoGenerationMixin"]

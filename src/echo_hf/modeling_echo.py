@@ -32,7 +32,6 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.cache_utils import DynamicCache
 from transformers.cache_utils import EncoderDecoderCache
-from transformers.generation import GenerationMixin
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.masking_utils import create_causal_mask
@@ -73,6 +72,7 @@ from .configuration_echo import check_dtype
 from .configuration_echo import attach_module
 from .configuration_echo import attach_pipeline
 from .generation_echo import EchoCTCPrefixLogitsProcessor
+from .generation_echo import EchoGenerationMixin
 from .generation_echo import check_generation_config
 from .generation_echo import drop_whisper_settings
 from .loss_echo import cross_entropy
@@ -1071,7 +1071,7 @@ class EchoModel(EchoEncoderModel):
         )
 
 
-class EchoForConditionalGeneration(EchoPreTrainedModel, GenerationMixin):
+class EchoForConditionalGeneration(EchoPreTrainedModel, EchoGenerationMixin):
     """Echo with a language-model head, tied to the token embeddings, and with `ctc_loss_weight` a CTC head.
 
     Example:
