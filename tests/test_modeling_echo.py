@@ -27,6 +27,7 @@ from echo_hf.modeling_echo import EchoForConditionalGeneration
 from echo_hf.modeling_echo import EchoForCTC
 from echo_hf.modeling_echo import EchoModel
 from echo_hf.modeling_echo import EchoRotaryEmbedding
+from echo_hf.conditioning_echo import carry_log_f0
 from echo_hf.modeling_echo import align_f0
 from echo_hf.modeling_echo import mean_cross_attention
 from echo_hf.modeling_echo import normalize_f0
@@ -159,6 +160,96 @@ def similarity(mode, contour, start, kind="mel"):
     cos, sin = rotary(torch.arange(f0.shape[1])[None], torch.float32, f0, normalize_f0(f0, mask))
     points = torch.complex(cos[0, 0, start:], sin[0, 0, start:])
     return (points[:, None] * points[None].conj()).real.mean(-1)
+
+
+def contour_rotary(gains, kind="standard"):
+    """A rotary embedding of 32 channels whose angles follow the contour with these gains, 16 or one for all."""
+    rotary = EchoRotaryEmbedding(tiny_config("theta", theta_mode="contour", rotary_frequencies=kind), 32, "contour")
+    with torch.no_grad():
+        rotary.contour_gain.copy_(torch.as_tensor(gains))
+    return rotary
+
+
+@pytest.mark.parametrize("kind", ["standard", "mel"])
+def test_contour_with_gains_of_zero_is_plain_rotary_to_the_bit(kind):
+    f0 = make_inputs((500,))["input_features"][:, :, -1]
+    pitch, positions = normalize_f0(f0, torch.ones_like(f0)), torch.arange(500)[None]
+    plain = EchoRotaryEmbedding(tiny_config("theta", theta_mode="none", rotary_frequencies=kind), 32, "none")
+    for warped, expected in zip(
+        contour_rotary(0.0, kind)(positions, torch.float32, f0, pitch), plain(positions, torch.float32, f0, pitch)
+    ):
+        assert torch.equal(warped, expected)
+
+
+def test_contour_equals_its_formula():
+    f0 = make_inputs((300,))["input_features"][:, :, -1]
+    pitch = normalize_f0(f0, torch.ones_like(f0))
+    gains = torch.linspace(-2.0, 2.0, 16)
+    angles = contour_rotary(gains).angles(torch.arange(300)[None], f0, None, pitch)[0].detach().numpy()
+    omega = 10000.0 ** (-np.arange(16) / 16)
+    warp = 1.0 + 0.5 * np.tanh(gains.double().numpy() * pitch[0, :, 1:2].double().numpy())
+    # The plain angle of frame 0 is 0, so the sum is of omega over the frames before, and of what F0 adds up to itself.
+    expected = np.arange(300)[:, None] * omega + np.cumsum(omega * (warp - 1.0), axis=0)
+    np.testing.assert_allclose(np.exp(1j * angles), np.exp(1j * expected), atol=1e-6)
+
+
+def test_contour_is_relative():
+    contour = make_inputs((80,))["input_features"][0, :, -1]
+
+    def pattern(start):
+        f0 = torch.cat((torch.full((start,), 120.0), contour))[None]
+        pitch = normalize_f0(contour[None], torch.ones(1, 80))
+        pitch = torch.cat((torch.ones(1, start, 3), pitch), dim=1)
+        angles = contour_rotary(1.5).angles(torch.arange(f0.shape[1])[None], f0, None, pitch)[0, start:]
+        return torch.cos(angles[:, None] - angles[None]).mean(-1)
+
+    assert (pattern(0) - pattern(1000)).abs().max() < 1e-5
+
+
+def test_log_f0_is_carried_across_unvoiced_frames():
+    f0 = torch.tensor([[0.0, 0.0, 100.0, 0.0, 0.0, 0.0, 200.0, 150.0, 0.0], [0.0] * 9])
+    voiced = (f0 > 0).float()
+    carried = carry_log_f0(torch.where(f0 > 0, f0, 1.0).log(), voiced).exp()
+    middle = 100.0 * 2.0 ** torch.tensor([0.25, 0.5, 0.75])
+    torch.testing.assert_close(carried[0], torch.tensor([100.0, 100.0, 100.0, *middle, 200.0, 150.0, 150.0]))
+    assert torch.equal(carried[1], torch.ones(9))
+
+
+def test_continuous_pitch_has_a_value_in_every_real_frame_and_padding_changes_none():
+    f0 = torch.tensor([[0.0, 120.0, 0.0, 0.0, 180.0, 0.0]])
+    voicing = torch.tensor([[0.1, 0.9, 0.4, 0.3, 0.8, 0.2]])
+    pitch = normalize_f0(f0, torch.ones(1, 6), voicing)
+    assert torch.equal(pitch[..., 0], voicing)
+    assert (pitch[..., 1].diff() >= 0).all() and (pitch[..., 2].diff() >= 0).all()
+    voiced = normalize_f0(f0, torch.ones(1, 6))
+    torch.testing.assert_close(pitch[0, [1, 4], 1:], voiced[0, [1, 4], 1:])
+    mask = torch.tensor([[1] * 6 + [0] * 3])
+    padded = normalize_f0(nn.functional.pad(f0, (0, 3)), mask, nn.functional.pad(voicing, (0, 3), value=0.7))
+    torch.testing.assert_close(padded[:, :6], pitch)
+    assert not padded[:, 6:].any()
+    assert not normalize_f0(torch.zeros(1, 6), torch.ones(1, 6), voicing).any()
+
+
+def test_voicing_is_a_part_of_pitch_and_batches_do_not_change_it():
+    groups = {"spectrogram": 16, "voicing": 1, "pitch": 1}
+    config = tiny_config("all", feature_groups=groups, theta_mode="contour")
+    torch.manual_seed(0)
+    encoder = EchoEncoder(config).eval()
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            if "gain" in name or "pitch_proj" in name:
+                parameter.normal_()
+    assert list(encoder.stems) == ["spectrogram", "pitch"]
+    inputs = make_inputs((60, 41))
+    spectrogram, f0 = inputs["input_features"].split((16, 1), dim=-1)
+    features = torch.cat((spectrogram, torch.rand(2, 60, 1), f0), -1) * inputs["attention_mask"][..., None]
+    together = encoder(features, attention_mask=inputs["attention_mask"]).last_hidden_state
+    alone = encoder(features[1:, :41]).last_hidden_state
+    torch.testing.assert_close(together[1:, : alone.shape[1]], alone, atol=1e-5, rtol=1e-5)
+    other = features.clone()
+    other[..., 16] = 1.0 - other[..., 16]
+    changed = encoder(other, attention_mask=inputs["attention_mask"]).last_hidden_state
+    assert (changed - together).abs().max() > 1e-3
 
 
 def test_phase_is_relative_and_frame_is_not():

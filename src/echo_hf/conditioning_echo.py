@@ -1,7 +1,7 @@
 """The mechanisms by which an utterance's F0, and its silence, enter the model: each a function or a small module with
 its equation.
 
-    F0's forms           align_f0, normalize_f0, standardize_f0, pitch_per_token, and all together: EchoPitch
+    F0's forms           align_f0, carry_log_f0, normalize_f0, standardize_f0, pitch_per_token, and all together: EchoPitch
     theta and radius     EchoRotaryEmbedding, rotate
     bias                 laplacian_bias, gaussian_bias_channels
     gate, token pitch    EchoPitchProjection
@@ -68,25 +68,60 @@ def align_f0(
     return f0.gather(1, index) * (frames < encoder_lengths[:, None])
 
 
-def normalize_f0(f0: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def carry_log_f0(log_f0: torch.Tensor, voiced: torch.Tensor) -> torch.Tensor:
+    """Log-F0 carried across unvoiced frames: a straight line between voiced neighbors, and constant before the first
+    voiced frame and after the last.
+
+    Args:
+        log_f0 (`torch.Tensor` of shape `(B, T)`): natural logarithm of Hz; its unvoiced frames are not read.
+        voiced (`torch.Tensor` of shape `(B, T)`): 1 or 0.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`; an utterance without a voiced frame stays as it is.
+    """
+    number = log_f0.shape[1]
+    frames = torch.arange(number, device=log_f0.device)[None]
+    before = torch.where(voiced > 0, frames, -1).cummax(1).values  # -1: none
+    after = number - torch.where(voiced > 0, number - frames, -1).flip(1).cummax(1).values.flip(1)  # number + 1: none
+    start = torch.where(before < 0, after, before).clamp(max=number - 1)
+    end = torch.where(after > number, before, after).clamp(min=0)
+    carried = torch.lerp(
+        log_f0.gather(1, start),
+        log_f0.gather(1, end),
+        ((frames - start) / (end - start).clamp(min=1)).to(log_f0.dtype),
+    )
+    return torch.where(voiced.amax(1, keepdim=True) > 0, carried, log_f0)
+
+
+def normalize_f0(f0: torch.Tensor, mask: torch.Tensor, voicing: torch.Tensor | None = None) -> torch.Tensor:
     """Pitch as the network sees it.
 
-    Channel 0, voiced: 1 or 0. Channel 1, contour: `(ln f0 - mean) / max(std, 0.1)` over the utterance's voiced frames.
-    Channel 2, register: `(ln f0 - ln 150) / 0.5`. All 0 where unvoiced.
+    Channel 0, voiced: 1 or 0. Channel 1, contour: `(ln f0 - mean) / max(std, 0.1)`, mean and std over the utterance's
+    voiced frames. Channel 2, register: `(ln f0 - ln 150) / 0.5`. All 0 where unvoiced.
+
+    With `voicing` pitch is continuous, after Ghahremani et al. (https://doi.org/10.1109/ICASSP.2014.6854049): channel 0
+    is the voicing, and the other two are those of [`carry_log_f0`]. All 0 in padding, and in an utterance without a
+    voiced frame.
 
     Args:
         f0 (`torch.Tensor` of shape `(B, T)`): Hz, 0 = unvoiced.
         mask (`torch.Tensor` of shape `(B, T)`): 1 for real frames.
+        voicing (`torch.Tensor` of shape `(B, T)`, *optional*): from 0, noise, to 1, periodic.
 
     Returns:
         `torch.Tensor` of shape `(B, T, 3)`, float32.
     """
     voiced = ((f0 > 0) & (mask > 0)).float()
     log_f0 = torch.where(voiced > 0, f0, 1.0).float().log()
+    if voicing is not None:
+        log_f0 = carry_log_f0(log_f0, voiced)
     deviation = log_f0 - masked_mean(log_f0, voiced)
     spread = masked_mean(deviation.square(), voiced).sqrt().clamp(min=CONTOUR_FLOOR)
     register = (log_f0 - math.log(REGISTER_CENTRE)) / REGISTER_WIDTH
-    return torch.stack((voiced, voiced * deviation / spread, voiced * register), dim=-1)
+    if voicing is None:
+        return torch.stack((voiced, voiced * deviation / spread, voiced * register), dim=-1)
+    known = (mask > 0) * voiced.amax(-1, keepdim=True)
+    return torch.stack((known * voicing.float(), known * deviation / spread, known * register), dim=-1)
 
 
 def standardize_f0(f0: torch.Tensor, mask: torch.Tensor, correction: int = 0) -> torch.Tensor:
@@ -178,12 +213,14 @@ class EchoPitch(NamedTuple):
         mean_f0 (`torch.Tensor` of shape `(B, 1)`): Hz, mean of the real input frames, unvoiced ones included.
         f0 (`torch.Tensor` of shape `(B, S)`): Hz at the encoder's frames.
         normalized (`torch.Tensor` of shape `(B, S, 3)`): see [`normalize_f0`].
+        frame_voicing (`torch.Tensor` of shape `(B, T)`, *optional*): voicing at the input frames, if the features have it.
     """
 
     frame_f0: torch.Tensor
     mean_f0: torch.Tensor
     f0: torch.Tensor
     normalized: torch.Tensor
+    frame_voicing: torch.Tensor | None = None
 
 
 class EchoRotaryEmbedding(nn.Module):
@@ -201,6 +238,8 @@ class EchoRotaryEmbedding(nn.Module):
         mean       theta_t = theta + mean f0          angle = t * omega_c                      (mean of input frames)
         frame      theta_t = theta + f0_t             angle = t * omega_c(theta_t)             (not relative)
         phase      theta_t = theta + f0_t             angle = sum of omega_c(theta_s), s <= t  (relative)
+        contour    theta_t = theta                    angle = sum of omega_c * w_c(s), s <= t  (relative),
+                   w_c(s) = 1 + 0.5 * tanh(g_c * contour_s), with learned g_c that start at 0
 
     The radius multiplies both channels of each pair, in queries and keys alike:
 
@@ -225,6 +264,8 @@ class EchoRotaryEmbedding(nn.Module):
             self.log_theta = nn.Parameter(torch.zeros(1))
         if radius_mode == "bounded":
             self.gain = nn.Parameter(torch.zeros(1))
+        if theta_mode == "contour":
+            self.contour_gain = nn.Parameter(torch.zeros(head_dim // 2))
 
     def frequencies(self, theta: torch.Tensor) -> torch.Tensor:
         """omega, in rad a frame, `(...)` to `(..., C)`, in theta's dtype."""
@@ -247,12 +288,22 @@ class EchoRotaryEmbedding(nn.Module):
             theta = theta + f0.to(dtype)
         return theta
 
-    def angles(self, position_ids: torch.Tensor, f0: torch.Tensor | None, mean_f0: torch.Tensor | None) -> torch.Tensor:
+    def angles(
+        self,
+        position_ids: torch.Tensor,
+        f0: torch.Tensor | None,
+        mean_f0: torch.Tensor | None,
+        pitch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Rotary angles in [0, 2 pi), `(B or 1, S, C)`."""
         omega = self.frequencies(self.theta(position_ids.device, f0, mean_f0)) % (2 * math.pi)
         if self.theta_mode == "phase":
             return omega.cumsum(dim=1) % (2 * math.pi)
-        return position_ids[..., None].to(omega.dtype) * omega % (2 * math.pi)
+        angles = position_ids[..., None].to(omega.dtype) * omega
+        if self.theta_mode == "contour":  # added to the plain angles, which gains of 0 leave as they are, to the bit
+            warp = 0.5 * torch.tanh(self.contour_gain.to(omega.dtype) * pitch[..., 1:2].to(omega.dtype))  # (B, S, C)
+            angles = angles + omega * warp.cumsum(dim=1)
+        return angles % (2 * math.pi)
 
     def radius(self, f0: torch.Tensor, pitch: torch.Tensor) -> torch.Tensor | None:
         """Rotary radius, `(B, S, 1)`, float32, or None for 1."""
@@ -284,7 +335,7 @@ class EchoRotaryEmbedding(nn.Module):
         Returns:
             Two `torch.Tensor` of shape `(B or 1, 1, S, C)`: radius times cosine, radius times sine.
         """
-        angles = self.angles(position_ids, f0, mean_f0).float()
+        angles = self.angles(position_ids, f0, mean_f0, pitch).float()
         cos, sin = angles.cos(), angles.sin()
         if (radius := self.radius(f0, pitch)) is not None:
             cos, sin = cos * radius, sin * radius

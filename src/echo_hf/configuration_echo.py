@@ -176,6 +176,8 @@ def validate_feature_groups(feature_groups: dict[str, int]) -> dict[str, int]:
             raise ValueError(f"feature_groups: the width of {name!r} must be at most {MAX_GROUP_WIDTH}, got {width}.")
         if name in ("phase", "voicing", "pitch") and width != 1:
             raise ValueError(f"feature_groups: {name!r} is a single channel, got a width of {width}.")
+    if "voicing" in feature_groups and "pitch" not in feature_groups:
+        raise ValueError("feature_groups: 'voicing' goes with 'pitch'; add 'pitch': 1, or leave it out.")
     if "spectrogram" not in feature_groups:
         raise ValueError("feature_groups: the 'spectrogram' is always needed, e.g. {'spectrogram': 80, 'pitch': 1}.")
     return {name: feature_groups[name] for name in FEATURE_GROUPS if name in feature_groups}
@@ -191,7 +193,8 @@ class EchoConfig(PreTrainedConfig):
         vocab_size (`int`, defaults to 259):
             Number of tokens. 259 is the byte vocabulary of `EchoTokenizer()`: 3 special tokens and 256 bytes.
         feature_groups (`dict[str, int]`, defaults to `{"spectrogram": 80, "pitch": 1}`):
-            Channel groups of `input_features` and their widths; see `FEATURE_GROUPS`. Must equal the extractor's.
+            Channel groups of `input_features` and their widths; see `FEATURE_GROUPS`. Must equal the extractor's. With
+            `"voicing": 1` pitch is continuous: a voicing from 0 to 1, and log-F0 carried across unvoiced frames.
         sampling_rate (`int`, defaults to 16000):
             Samples of audio a second (Hz). With `hop_length` it says how long a frame is.
         hop_length (`int`, defaults to 160):
@@ -258,7 +261,8 @@ class EchoConfig(PreTrainedConfig):
             `rotary_frequencies="mel"`.
         theta_mode (`str`, defaults to `"phase"`):
             How F0 moves theta in the encoder: `"none"`; `"mean"`, by the utterance's mean F0; `"frame"`, by each
-            frame's F0 (published; not relative); `"phase"`, by each frame's F0 with the angle summed up (relative).
+            frame's F0 (published; not relative); `"phase"`, by each frame's F0 with the angle summed up (relative);
+            `"contour"`, by the normalized log-F0 and a learned gain for each channel pair, summed up (relative).
         radius_mode (`str`, defaults to `"bounded"`):
             How F0 sets the rotary radius in the encoder: `"unit"`, 1; `"sigmoid"` of F0 in Hz (published); `"raw"`, F0
             in Hz (published; saturates); `"bounded"`, within [0.5, 1.5] by normalised log-F0 and a learned gain.
@@ -371,7 +375,7 @@ class EchoConfig(PreTrainedConfig):
     learn_theta: bool = False
     mel_corner_frequency: float | int = 80.0
     mel_max_frequency: float | int = 2000.0
-    theta_mode: Literal["none", "mean", "frame", "phase"] = "phase"
+    theta_mode: Literal["none", "mean", "frame", "phase", "contour"] = "phase"
     radius_mode: Literal["unit", "sigmoid", "raw", "bounded"] = "bounded"
     pitch_bias: Literal["none", "gaussian", "laplacian"] = "gaussian"
     silence_scaling: bool = True

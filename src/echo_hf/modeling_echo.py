@@ -566,7 +566,7 @@ class EchoPreTrainedModel(PreTrainedModel):
                               as large ones do; biases 0
         Embedding             normal with standard deviation `initializer_range`; so is the output head
         RMSNorm               1
-        EchoRotaryEmbedding   log_theta 0 (theta as configured), gain 0 (radius 1)
+        EchoRotaryEmbedding   log_theta 0 (theta as configured), gain 0 (radius 1), contour_gain 0 (theta constant)
         EchoAttention         bias_strength 0 (no bias), silence_logit in the middle of its range
         EchoPitchProjection   weight 0; so is EchoZeroLinear
         EchoEncoder           blend -2: a further channel group starts with an eighth of the say
@@ -577,7 +577,7 @@ class EchoPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Linear | nn.Conv1d) and not isinstance(module, EchoOutputHead):
             init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
         elif isinstance(module, EchoRotaryEmbedding):
-            for name in ("log_theta", "gain"):
+            for name in ("log_theta", "gain", "contour_gain"):
                 if hasattr(module, name):
                     init.zeros_(getattr(module, name))
         elif isinstance(module, EchoAttention):
@@ -634,7 +634,7 @@ class EchoEncoder(EchoPreTrainedModel):
         stem_channels = {
             name: {"pitch": PITCH_CHANNELS, "phase": 2}.get(name, width)
             for name, width in config.feature_groups.items()
-            if name != "pitch" or config.pitch_stem
+            if name != "voicing" and (name != "pitch" or config.pitch_stem)  # voicing is a part of pitch
         }
         self.stems = nn.ModuleDict({name: EchoStem(config, channels) for name, channels in stem_channels.items()})
         if len(self.stems) > 1:
@@ -711,14 +711,19 @@ class EchoEncoder(EchoPreTrainedModel):
         return spectrogram
 
     def _read_pitch(
-        self, features: torch.Tensor | None, attention_mask: torch.Tensor, encoder_mask: torch.Tensor
+        self, groups: dict[str, torch.Tensor], attention_mask: torch.Tensor, encoder_mask: torch.Tensor
     ) -> EchoPitch:
-        """F0 in all its forms, of the pitch channel `(B, T, 1)`, or of 0 Hz throughout without one. It stays in float32
-        whatever the model's dtype: bfloat16 keeps only 8 bits of it."""
-        frame_f0 = attention_mask.float() * (0.0 if features is None else features[..., 0].float())
-        f0 = align_f0(frame_f0, attention_mask.sum(-1), encoder_mask.sum(-1), encoder_mask.shape[1])
+        """F0 in all its forms, of the channel group `"pitch"`, `(B, T, 1)`, or of 0 Hz throughout without one. It stays
+        in float32 whatever the model's dtype: bfloat16 keeps only 8 bits of it."""
+        lengths = (attention_mask.sum(-1), encoder_mask.sum(-1), encoder_mask.shape[1])
+        frame_f0 = attention_mask.float() * (groups["pitch"][..., 0].float() if "pitch" in groups else 0.0)
+        f0 = align_f0(frame_f0, *lengths)
         mean_f0 = masked_mean(frame_f0.to(precise_dtype(frame_f0.device)), attention_mask)
-        return EchoPitch(frame_f0, mean_f0, f0, normalize_f0(f0, encoder_mask))
+        frame_voicing = voicing = None
+        if "voicing" in groups:
+            frame_voicing = groups["voicing"][..., 0].float() * attention_mask
+            voicing = align_f0(frame_voicing, *lengths)
+        return EchoPitch(frame_f0, mean_f0, f0, normalize_f0(f0, encoder_mask, voicing), frame_voicing)
 
     def _embed(
         self,
@@ -735,7 +740,7 @@ class EchoEncoder(EchoPreTrainedModel):
         if "phase" in groups:
             inputs["phase"] = torch.cat((groups["phase"].cos(), groups["phase"].sin()), dim=-1)
         if self.config.pitch_stem:
-            inputs["pitch"] = normalize_f0(pitch.frame_f0, attention_mask)
+            inputs["pitch"] = normalize_f0(pitch.frame_f0, attention_mask, pitch.frame_voicing)
         hidden_states = None
         for i, (name, stem) in enumerate(self.stems.items()):
             stemmed = stem(inputs[name].to(stem.convolutions[0].weight.dtype), attention_mask)
@@ -805,7 +810,7 @@ class EchoEncoder(EchoPreTrainedModel):
         encoder_mask = self._get_feature_vector_attention_mask(encoder_frames, attention_mask)  # (B, S)
         groups = dict(zip(self.config.feature_groups, input_features.split(self.group_widths, dim=-1)))
 
-        pitch = self._read_pitch(groups.get("pitch"), attention_mask, encoder_mask)
+        pitch = self._read_pitch(groups, attention_mask, encoder_mask)
         silence = token_pitch = None
         if self.config.silence_scaling:
             stride, threshold = math.prod(self.config.stem_strides), self.config.silence_threshold

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..modeling_echo import align_f0, mean_cross_attention, standardize_f0
+from ..modeling_echo import align_f0, mean_cross_attention, normalize_f0, standardize_f0
 from .diagnostics import find_module
 from .figures import (
     BLACK,
@@ -56,11 +56,11 @@ def plot_angles(model, input_features, theta_mode: str | None = None, title: str
     from matplotlib.lines import Line2D
 
     figure = new_figure(9, 7.5)
-    encoder, f0, seconds = _encode_f0(model, input_features)
-    theta_mode = _check_mode(theta_mode or encoder.config.theta_mode)
+    encoder, f0, pitch, seconds = _encode_f0(model, input_features)
+    theta_mode = _check_mode(encoder, theta_mode or encoder.config.theta_mode)
     unwound = _fastest_turn(encoder, f0) < np.pi
-    standard = _angles(encoder, f0, "none", unwound)[:, :ROTARY_PAIRS]
-    adapted = _angles(encoder, f0, theta_mode, unwound)[:, :ROTARY_PAIRS]
+    standard = _angles(encoder, f0, pitch, "none", unwound)[:, :ROTARY_PAIRS]
+    adapted = _angles(encoder, f0, pitch, theta_mode, unwound)[:, :ROTARY_PAIRS]
     difference = adapted - standard
     difference -= difference[:1]
     if not unwound:
@@ -120,9 +120,9 @@ def plot_similarity(model, input_features, theta_modes: Sequence[str] = THETA_MO
     if not theta_modes:
         raise ValueError(f"theta_modes: name at least one of {', '.join(THETA_MODES)}.")
     figure = new_figure(3.0 * len(theta_modes) + 1.2, 6.4)
-    encoder, f0, seconds = _encode_f0(model, input_features)
-    similarities = [position_similarity(_angles(encoder, f0, _check_mode(mode))) for mode in theta_modes]
-    standard = position_similarity(_angles(encoder, f0, "none"))
+    encoder, f0, pitch, seconds = _encode_f0(model, input_features)
+    similarities = [position_similarity(_angles(encoder, f0, pitch, _check_mode(encoder, mode))) for mode in theta_modes]
+    standard = position_similarity(_angles(encoder, f0, pitch, "none"))
     differences = [similarity - standard for similarity in similarities]
     largest = max(max(np.abs(difference).max() for difference in differences), 1e-3)
     lowest = min(similarity.min() for similarity in similarities)
@@ -193,7 +193,7 @@ def plot_pitch_bias(
             was learned.
     """
     figure = new_figure(10, 6.6)
-    encoder, f0, seconds = _encode_f0(model, input_features)
+    encoder, f0, _, seconds = _encode_f0(model, input_features)
     described = f"s = {strength:.3g}, given" if strength is not None else ""
     if strength is None:
         learned = _learned_strengths(encoder)
@@ -360,23 +360,30 @@ def _one_utterance(model, input_features):
 
 
 def _encode_f0(model, input_features):
-    """The encoder, F0 in Hz at its frames `(S,)`, and the seconds from one of them to the next."""
+    """The encoder, F0 in Hz at its frames `(S,)`, the normalized pitch there `(1, S, 3)`, and the seconds from one of them
+    to the next."""
     encoder = find_module(model, "EchoEncoder")
     if encoder is None:
         raise ValueError(f"{type(model).__name__} is no Echo model with an encoder.")
     if "pitch" not in encoder.config.feature_groups:
         raise ValueError("The model's feature_groups have no 'pitch', and so nothing to adapt to.")
-    frame_f0 = _one_utterance(model, input_features)[..., -1].cpu()
-    length = torch.tensor([frame_f0.shape[1]])
+    features = _one_utterance(model, input_features).cpu()
+    length = torch.tensor([features.shape[1]])
     encoder_length = encoder._get_feat_extract_output_lengths(length)
-    f0 = align_f0(frame_f0, length, encoder_length, int(encoder_length))
+    f0 = align_f0(features[..., -1], length, encoder_length, int(encoder_length))
+    voicing = None
+    if "voicing" in encoder.config.feature_groups:  # the channel before F0
+        voicing = align_f0(features[..., -2], length, encoder_length, int(encoder_length))
+    pitch = normalize_f0(f0, torch.ones_like(f0), voicing)
     config = encoder.config
-    return encoder, f0[0].double().numpy(), config.inputs_to_logits_ratio / config.sampling_rate
+    return encoder, f0[0].double().numpy(), pitch, config.inputs_to_logits_ratio / config.sampling_rate
 
 
-def _check_mode(theta_mode: str) -> str:
-    if theta_mode not in THETA_MODES:
-        raise ValueError(f"theta_mode must be one of {', '.join(THETA_MODES)}, got {theta_mode!r}.")
+def _check_mode(encoder, theta_mode: str) -> str:
+    # What the contour does is learned, and only a model of that mode has learned it.
+    modes = dict.fromkeys((*THETA_MODES, encoder.config.theta_mode))
+    if theta_mode not in modes:
+        raise ValueError(f"theta_mode must be one of {', '.join(modes)}, got {theta_mode!r}.")
     return theta_mode
 
 
@@ -390,15 +397,15 @@ def _rotary(encoder, theta_mode: str):
     return rotary.requires_grad_(False)
 
 
-def _angles(encoder, f0: np.ndarray, theta_mode: str, unwound: bool = False) -> np.ndarray:
+def _angles(encoder, f0: np.ndarray, pitch: torch.Tensor, theta_mode: str, unwound: bool = False) -> np.ndarray:
     """Angles, `(S, C)`, float64: in [0, 2 pi), or unwound, which is right where no pair turns by pi or more a frame."""
     rotary, f0_tensor = _rotary(encoder, theta_mode), torch.from_numpy(f0)[None]
     positions = torch.arange(len(f0))[None]
-    if unwound and theta_mode != "phase":
+    if unwound and theta_mode not in ("phase", "contour"):
         # Theirs is the position times the angle at position 1; it may jump by any number of turns with F0.
         turns = rotary.angles(torch.ones_like(positions), f0_tensor, f0_tensor.mean(-1, keepdim=True))
         return (positions[..., None] * turns)[0].numpy()
-    angles = rotary.angles(positions, f0_tensor, f0_tensor.mean(-1, keepdim=True))[0].numpy()
+    angles = rotary.angles(positions, f0_tensor, f0_tensor.mean(-1, keepdim=True), pitch)[0].numpy()
     return np.unwrap(angles, axis=0) if unwound else angles
 
 
