@@ -170,8 +170,8 @@ def train(
     decay: bool = True,
     log=None,
 ) -> list[float]:
-    """Trains a model in place, with dropout and masks as the settings have them. Order, perturbations and dropout follow
-    from the seed and the step alone, not from the arm.
+    """Trains a model in place, with dropout and masks as the settings have them. Order, perturbations and dropout
+    follow from the seed and the step alone, not from the arm.
 
     Args:
         rows: with `input_features` and `labels`.
