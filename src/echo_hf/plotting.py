@@ -197,11 +197,11 @@ def plot_angles(model, input_features, theta_mode: str | None = None, title: str
     from matplotlib.lines import Line2D
 
     figure = _new_figure(9, 7.5)
-    encoder, f0, seconds = _encode_f0(model, input_features)
+    encoder, f0, mean_f0, seconds = _encode_f0(model, input_features)
     theta_mode = _check_mode(theta_mode or encoder.config.theta_mode)
     unwound = _fastest_turn(encoder, f0) < np.pi
-    standard = _angles(encoder, f0, "none", unwound)[:, :ROTARY_PAIRS]
-    adapted = _angles(encoder, f0, theta_mode, unwound)[:, :ROTARY_PAIRS]
+    standard = _angles(encoder, f0, mean_f0, "none", unwound)[:, :ROTARY_PAIRS]
+    adapted = _angles(encoder, f0, mean_f0, theta_mode, unwound)[:, :ROTARY_PAIRS]
     difference = adapted - standard
     difference -= difference[:1]
     if not unwound:
@@ -261,9 +261,9 @@ def plot_similarity(model, input_features, theta_modes: Sequence[str] = THETA_MO
     if not theta_modes:
         raise ValueError(f"theta_modes: name at least one of {', '.join(THETA_MODES)}.")
     figure = _new_figure(3.0 * len(theta_modes) + 1.2, 6.4)
-    encoder, f0, seconds = _encode_f0(model, input_features)
-    similarities = [position_similarity(_angles(encoder, f0, _check_mode(mode))) for mode in theta_modes]
-    standard = position_similarity(_angles(encoder, f0, "none"))
+    encoder, f0, mean_f0, seconds = _encode_f0(model, input_features)
+    similarities = [position_similarity(_angles(encoder, f0, mean_f0, _check_mode(mode))) for mode in theta_modes]
+    standard = position_similarity(_angles(encoder, f0, mean_f0, "none"))
     differences = [similarity - standard for similarity in similarities]
     largest = max(max(np.abs(difference).max() for difference in differences), 1e-3)
     lowest = min(similarity.min() for similarity in similarities)
@@ -315,7 +315,8 @@ def plot_pitch_bias(
     title: str | None = None,
 ):
     """What the pitch bias adds to the score of frame i looking at frame j, both forms side by side, over the F0 they
-    compare: laplacian `exp(-|f_i - f_j|)` and gaussian `-s * (f_i - f_j) ** 2`, f the standardised F0.
+    compare: laplacian `exp(-|f_i - f_j|)` and gaussian `-s * (f_i - f_j) ** 2`, f the standardized F0
+    (the laplacian's by n - 1, as published).
 
     Args:
         model: an Echo model with an encoder, with whatever pitch bias.
@@ -335,10 +336,11 @@ def plot_pitch_bias(
     """
     import torch
 
+    from .modeling_echo import laplacian_bias
     from .modeling_echo import standardize_f0
 
     figure = _new_figure(10, 6.6)
-    encoder, f0, seconds = _encode_f0(model, input_features)
+    encoder, f0, _, seconds = _encode_f0(model, input_features)
     described = f"s = {strength:.3g}, given" if strength is not None else ""
     if strength is None:
         learned = _learned_strengths(encoder)
@@ -361,6 +363,7 @@ def plot_pitch_bias(
     f0_tensor = torch.from_numpy(f0)[None]
     f = standardize_f0(f0_tensor, torch.ones_like(f0_tensor))[0].numpy()
     distance = np.abs(f[:, None] - f[None, :])
+    laplacian = laplacian_bias(f0_tensor, torch.ones_like(f0_tensor))[0, 0].numpy()
     times = (np.arange(len(f0)) + 0.5) * seconds
     duration = len(f0) * seconds
     axes = figure.subplots(2, 2, sharex=True, height_ratios=(4, 1))
@@ -368,7 +371,7 @@ def plot_pitch_bias(
     largest = float(abs(strength) * np.square(distance).max()) or 1.0
     low, high = (-largest, 0.0) if strength >= 0 else (0.0, largest)
     for axis, matrix, name, limits in (
-        (axes[0, 0], np.exp(-distance), "laplacian", (0.0, 1.0)),
+        (axes[0, 0], laplacian, "laplacian", (0.0, 1.0)),
         (axes[0, 1], -strength * np.square(distance), f"gaussian ({described})", (low, high)),
     ):
         image = axis.imshow(
@@ -661,7 +664,8 @@ def _one_utterance(model, input_features):
 
 
 def _encode_f0(model, input_features):
-    """The encoder, F0 in Hz at its frames `(S,)`, and the seconds from one of them to the next."""
+    """The encoder, F0 in Hz at its frames `(S,)`, the mean F0 of the input frames, and the seconds from one frame of
+    the encoder to the next."""
     import torch
 
     from .diagnostics import find_module
@@ -677,7 +681,8 @@ def _encode_f0(model, input_features):
     encoder_length = encoder._get_feat_extract_output_lengths(length)
     f0 = align_f0(frame_f0, length, encoder_length, int(encoder_length))
     config = encoder.config
-    return encoder, f0[0].double().numpy(), config.inputs_to_logits_ratio / config.sampling_rate
+    mean_f0 = float(frame_f0.double().mean())
+    return encoder, f0[0].double().numpy(), mean_f0, config.inputs_to_logits_ratio / config.sampling_rate
 
 
 def _check_mode(theta_mode: str) -> str:
@@ -698,17 +703,18 @@ def _rotary(encoder, theta_mode: str):
     return rotary.requires_grad_(False)
 
 
-def _angles(encoder, f0: np.ndarray, theta_mode: str, unwound: bool = False) -> np.ndarray:
+def _angles(encoder, f0: np.ndarray, mean_f0: float, theta_mode: str, unwound: bool = False) -> np.ndarray:
     """Angles, `(S, C)`, float64: in [0, 2 pi), or unwound, which is right where no pair turns by pi or more a frame."""
     import torch
 
     rotary, f0_tensor = _rotary(encoder, theta_mode), torch.from_numpy(f0)[None]
+    mean = torch.tensor([[mean_f0]], dtype=torch.float64)
     positions = torch.arange(len(f0))[None]
     if unwound and theta_mode != "phase":
         # Theirs is the position times the angle at position 1; it may jump by any number of turns with F0.
-        turns = rotary.angles(torch.ones_like(positions), f0_tensor, f0_tensor.mean(-1, keepdim=True))
+        turns = rotary.angles(torch.ones_like(positions), f0_tensor, mean)
         return (positions[..., None] * turns)[0].numpy()
-    angles = rotary.angles(positions, f0_tensor, f0_tensor.mean(-1, keepdim=True))[0].numpy()
+    angles = rotary.angles(positions, f0_tensor, mean)[0].numpy()
     return np.unwrap(angles, axis=0) if unwound else angles
 
 
