@@ -62,8 +62,8 @@ ARMS = {
 class Settings:
     """How trunk and arms are trained. Tuned for the baseline on `dev`, then the same for all arms.
 
-    The trunk is trained with hardly any perturbation, since it leaves CTC's plateau several times as fast so. It is
-    short: a trunk that knows tone from the spectrogram already leaves the arms nothing to learn from pitch.
+    The first steps have hardly any perturbation, since a model leaves CTC's plateau several times as fast so. The trunk
+    is a part of them: one that knows tone from the spectrogram already leaves the arms nothing to learn from pitch.
     """
 
     num_mel_bins: int = 80
@@ -71,8 +71,10 @@ class Settings:
     minutes: float | None = None  # of training speech; all if not given
     hidden_size: int = 112
     intermediate_size: int = 288
-    trunk_steps: int = 500
-    arm_steps: int = 5500
+    trunk_steps: int = 500  # plain
+    plain_steps: int = 1000  # of the arm
+    arm_steps: int = 4500  # perturbed
+    decay_steps: int = 1500  # of the arm's last, in which the learning rate falls to 0
     batch_size: int = 16
     learning_rate: float = 2e-3
     gain_learning_rate: float = 16 * 2e-3  # of the gains and strengths that start at 0
@@ -88,7 +90,7 @@ class Settings:
     max_grad_norm: float = 1.0
 
     def plain(self) -> "Settings":
-        """The settings of the trunk: vocal tracts are up to 10% longer or shorter, and nothing else is perturbed."""
+        """The settings of the plain steps: vocal tracts are up to 10% longer or shorter, nothing else is perturbed."""
         return replace(self, tempo=0.0, voice=0.1, channel=0.0, dropout=0.0, mask_feature_prob=0.0)
 
 
@@ -167,7 +169,7 @@ def train(
     seed: int,
     steps: int,
     first_step: int = 0,
-    decay: bool = True,
+    decay_steps: int = 0,
     log=None,
 ) -> list[float]:
     """Trains a model in place, with dropout and masks as the settings have them. Order, perturbations and dropout
@@ -177,7 +179,7 @@ def train(
         rows: with `input_features` and `labels`.
         steps: how many.
         first_step: of the order of batches; an arm goes on where the trunk ended.
-        decay: whether the learning rate falls to 0 by a cosine at the end; if not, it stays.
+        decay_steps: the last so many, in which the learning rate falls to 0 by a cosine.
         log: called with the step and the mean loss every 100 steps.
 
     Returns:
@@ -207,8 +209,8 @@ def train(
     )
 
     def rate(step: int) -> float:
-        warm = min(1.0, (step + 1) / settings.warmup_steps)
-        return warm * (0.5 * (1.0 + np.cos(np.pi * step / steps)) if decay else 1.0)
+        left = min(1.0, (steps - step) / decay_steps) if decay_steps else 1.0
+        return min(1.0, (step + 1) / settings.warmup_steps) * 0.5 * (1.0 - np.cos(np.pi * left))
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     model.train()

@@ -57,7 +57,7 @@ LADDER = (
     *("theta", "radius", "bias", "conditioning", "continuous_input", "continuous_all"),
     *("published_mean_sigmoid", "published_frame_raw"),
 )
-SENTENCES = Settings(trunk_steps=1500, arm_steps=6000)
+SENTENCES = Settings(trunk_steps=1500, plain_steps=1500, arm_steps=6000)
 FACTORS = {
     "mel_23": {"num_mel_bins": 23},
     "minutes_15": {"minutes": 15},
@@ -158,9 +158,7 @@ class Study:
                 arm = ARMS["baseline"]
                 processor = self.processor(part, arm)
                 model, rows = build_model(arm, settings, processor, seed, None), self.train_rows(part, arm, processor)
-                train(
-                    model, rows, processor, settings.plain(), seed, settings.trunk_steps, decay=False, log=logger(name)
-                )
+                train(model, rows, processor, settings.plain(), seed, settings.trunk_steps, log=logger(name))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.save(model.state_dict(), path)
         return torch.load(path)
@@ -183,10 +181,12 @@ class Study:
         began = time.time()
         model = build_model(arm, settings, processor, seed, trunk)
         rows, log = self.train_rows(part, arm, processor), logger(f"{part.name} {arm_name} {seed}")
-        first = settings.trunk_steps
-        if not arm.from_trunk:  # what it would have learned as the trunk
-            train(model, rows, processor, settings.plain(), seed, first, decay=False, log=log)
-        losses = train(model, rows, processor, settings, seed, settings.arm_steps, first, log=log)
+        first, plain_steps = settings.trunk_steps, settings.plain_steps
+        if not arm.from_trunk:
+            first, plain_steps = 0, first + plain_steps
+        losses = train(model, rows, processor, settings.plain(), seed, plain_steps, first, log=log)
+        first, steps, decay_steps = first + plain_steps, settings.arm_steps, settings.decay_steps
+        losses += train(model, rows, processor, settings, seed, steps, first, decay_steps, log=log)
         trained = time.time()
         scores, texts = {}, {}
         for name, rows in self.tests(part, arm_name):

@@ -17,7 +17,16 @@ from echo_hf.pitch_echo import estimate_f0
 from models import ARMS, Settings, build_model
 from scoring import candidates
 
-TINY = Settings(hidden_size=16, intermediate_size=16, trunk_steps=2, arm_steps=2, batch_size=4, warmup_steps=1)
+TINY = Settings(
+    hidden_size=16,
+    intermediate_size=16,
+    trunk_steps=1,
+    plain_steps=1,
+    arm_steps=2,
+    decay_steps=1,
+    batch_size=4,
+    warmup_steps=1,
+)
 CORPORA = ("mandarin_words", "mandarin_syllables", "mandarin_syllables_other")
 
 
