@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..conditioning_echo import laplacian_bias
 from ..modeling_echo import align_f0, mean_cross_attention, normalize_f0, standardize_f0
 from .diagnostics import find_module
 from .figures import (
@@ -174,7 +175,8 @@ def plot_pitch_bias(
     title: str | None = None,
 ):
     """What the pitch bias adds to the score of frame i looking at frame j, both forms side by side, over the F0 they
-    compare: laplacian `exp(-|f_i - f_j|)` and gaussian `-s * (f_i - f_j) ** 2`, f the standardised F0.
+    compare: laplacian `exp(-|f_i - f_j|)` and gaussian `-s * (f_i - f_j) ** 2`, f the standardised F0 (by n - 1 in the
+    laplacian, as published, and by n in the gaussian).
 
     Args:
         model: an Echo model with an encoder, with whatever pitch bias.
@@ -214,17 +216,19 @@ def plot_pitch_bias(
             strength = float(learned[layer, head])
             described = f"s = {strength:.3g}, learned by layer {layer}, head {head}"
     f0_tensor = torch.from_numpy(f0)[None]
-    f = standardize_f0(f0_tensor, torch.ones_like(f0_tensor))[0].numpy()
-    distance = np.abs(f[:, None] - f[None, :])
+    mask = torch.ones_like(f0_tensor)
+    laplacian = laplacian_bias(f0_tensor, mask)[0, 0].numpy()
+    f = standardize_f0(f0_tensor, mask)[0].numpy()
+    squares = np.square(f[:, None] - f[None, :])
     times = (np.arange(len(f0)) + 0.5) * seconds
     duration = len(f0) * seconds
     axes = figure.subplots(2, 2, sharex=True, height_ratios=(4, 1))
     # What has the value 0 changes nothing; a gaussian is below it, or above it if s is negative.
-    largest = float(abs(strength) * np.square(distance).max()) or 1.0
+    largest = float(abs(strength) * squares.max()) or 1.0
     low, high = (-largest, 0.0) if strength >= 0 else (0.0, largest)
     for axis, matrix, name, limits in (
-        (axes[0, 0], np.exp(-distance), "laplacian", (0.0, 1.0)),
-        (axes[0, 1], -strength * np.square(distance), f"gaussian ({described})", (low, high)),
+        (axes[0, 0], laplacian, "laplacian", (0.0, 1.0)),
+        (axes[0, 1], -strength * squares, f"gaussian ({described})", (low, high)),
     ):
         image = axis.imshow(
             matrix,
@@ -277,29 +281,8 @@ def plot_alignment(
     new_figure(1, 1)  # so that a missing matplotlib is told before the model runs
     if not model.can_generate():
         raise ValueError(f"{type(model).__name__} has no decoder, and so no cross-attention to draw.")
-    features = _one_utterance(model, input_features)
-    config = model.config
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            if text is None:
-                ids = model.generate(input_features=features)[0].tolist()
-                ids = ids[1:] if ids[0] == config.decoder_start_token_id else ids
-            else:
-                ids = [token for token in tokenizer(text)["input_ids"] if token != config.bos_token_id]
-            if not [token for token in ids if token not in tokenizer.all_special_ids]:
-                raise ValueError("The model wrote nothing for this utterance; give a text to align.")
-            if len(ids) > MOST_TOKENS:
-                raise ValueError(
-                    f"A picture of the alignment shows at most {MOST_TOKENS} tokens, and the text has {len(ids)}. Cut"
-                    " out a part of the recording."
-                )
-            inputs = torch.tensor([[config.decoder_start_token_id, *ids[:-1]]], device=features.device)
-            weights = mean_cross_attention(model, inputs, input_features=features)[0].cpu().numpy()  # (L, S)
-    finally:
-        model.train(was_training)
-    seconds = config.inputs_to_logits_ratio / config.sampling_rate
+    ids, weights = _write_tokens(model, _one_utterance(model, input_features), tokenizer, text)
+    seconds = model.config.inputs_to_logits_ratio / model.config.sampling_rate
     duration = weights.shape[1] * seconds
     labels = [_show_token(tokenizer, token) for token in ids]
     figure = new_figure(9, max(3.0, 1.3 + 0.17 * len(ids) + (0.5 if words else 0.0)))
@@ -333,6 +316,30 @@ def plot_alignment(
         write_words_above(axis, words, duration, "white")
     set_title(figure, title)
     return figure
+
+
+def _write_tokens(model, features: torch.Tensor, tokenizer, text: str | None) -> tuple[list[int], np.ndarray]:
+    """The ids of a text, or of what the model writes by itself, and the mean cross-attention of each, `(L, S)`."""
+    config, was_training = model.config, model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            if text is None:
+                ids = model.generate(input_features=features)[0].tolist()
+                ids = ids[1:] if ids[0] == config.decoder_start_token_id else ids
+            else:
+                ids = [token for token in tokenizer(text)["input_ids"] if token != config.bos_token_id]
+            if not [token for token in ids if token not in tokenizer.all_special_ids]:
+                raise ValueError("The model wrote nothing for this utterance; give a text to align.")
+            if len(ids) > MOST_TOKENS:
+                raise ValueError(
+                    f"A picture of the alignment shows at most {MOST_TOKENS} tokens, and the text has {len(ids)}. Cut"
+                    " out a part of the recording."
+                )
+            inputs = torch.tensor([[config.decoder_start_token_id, *ids[:-1]]], device=features.device)
+            return ids, mean_cross_attention(model, inputs, input_features=features)[0].cpu().numpy()
+    finally:
+        model.train(was_training)
 
 
 def _show_token(tokenizer, token: int) -> str:
