@@ -325,7 +325,7 @@ def test_audio_that_cannot_be_read_is_not_skipped_in_silence(capsys, recordings,
 def test_as_typed_in_a_shell(recordings, checkpoint):
     command = shlex.join([sys.executable, "-m", "echo_hf.cli", "transcribe", "--checkpoint", str(checkpoint)])
     done = subprocess.run(
-        ["bash", "-c", f"{command} <(cat a.wav) && cat c.ogg | {command} /dev/stdin && {command} /dev/stdin < b.flac"],
+        ["bash", "-c", f"cat c.ogg | {command} <(cat a.wav) /dev/stdin"],
         env=os.environ | {"PYTHONPATH": str(Path(echo_hf.__file__).parents[1])},
         cwd=recordings,
         capture_output=True,
@@ -335,7 +335,21 @@ def test_as_typed_in_a_shell(recordings, checkpoint):
     assert done.returncode == 0
     assert messages(done.stderr) == done.stderr.splitlines() and "%" not in done.stderr, "no progress bar in a log"
     names = [line.partition(": ")[0] for line in done.stdout.splitlines()]
-    assert names[0].startswith("/dev/fd/") and names[1:] == ["/dev/stdin", "/dev/stdin"]
+    assert len(names) == 2 and names[0].startswith("/dev/fd/") and names[1] == "/dev/stdin"
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="this system has no /dev/fd")
+def test_a_file_as_standard_input(capsys, recordings, checkpoint):
+    saved = os.dup(0)
+    try:
+        with (recordings / "b.flac").open("rb") as file:
+            os.dup2(file.fileno(), 0)
+        code, out, _ = run(capsys, "transcribe", "/dev/stdin", "--checkpoint", checkpoint)
+    finally:
+        os.dup2(saved, 0)
+        os.close(saved)
+    _, expected, _ = run(capsys, "transcribe", recordings / "b.flac", "--checkpoint", checkpoint)
+    assert code == 0 and out == f"/dev/stdin: {expected.partition(': ')[2]}"
 
 
 @pytest.fixture

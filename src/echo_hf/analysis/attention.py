@@ -196,25 +196,7 @@ def plot_pitch_bias(
     """
     figure = new_figure(10, 6.6)
     encoder, f0, _, seconds = _encode_f0(model, input_features)
-    described = f"s = {strength:.3g}, given" if strength is not None else ""
-    if strength is None:
-        learned = _learned_strengths(encoder)
-        if learned is None:
-            if layer is not None or head is not None:
-                raise ValueError(f"The model's pitch_bias is {encoder.config.pitch_bias!r}: no layer has a strength.")
-            strength, described = 1.0, "s = 1"
-        else:
-            layers, heads = learned.shape
-            if not -layers <= (layer or 0) < layers or not -heads <= (head or 0) < heads:
-                raise ValueError(
-                    f"layer {layer}, head {head}: the encoder has {layers} layers with {heads} heads each."
-                )
-            chosen = np.full(learned.shape, np.nan)
-            within = (slice(None) if layer is None else layer, slice(None) if head is None else head)
-            chosen[within] = np.abs(learned[within])
-            layer, head = np.unravel_index(np.nanargmax(chosen), chosen.shape)
-            strength = float(learned[layer, head])
-            described = f"s = {strength:.3g}, learned by layer {layer}, head {head}"
+    strength, described = _choose_strength(encoder, strength, layer, head)
     f0_tensor = torch.from_numpy(f0)[None]
     mask = torch.ones_like(f0_tensor)
     laplacian = laplacian_bias(f0_tensor, mask)[0, 0].numpy()
@@ -421,6 +403,26 @@ def _fastest_turn(encoder, f0: np.ndarray) -> float:
     rotary = _rotary(encoder, "none")
     theta = rotary.theta(torch.device("cpu"), None, None)
     return float(rotary.frequencies(theta + float(f0.max()))[..., :ROTARY_PAIRS].max())
+
+
+def _choose_strength(encoder, strength: float | None, layer: int | None, head: int | None) -> tuple[float, str]:
+    """The strength of the gaussian that [`plot_pitch_bias`] draws, and where it comes from."""
+    if strength is not None:
+        return strength, f"s = {strength:.3g}, given"
+    learned = _learned_strengths(encoder)
+    if learned is None:
+        if layer is not None or head is not None:
+            raise ValueError(f"The model's pitch_bias is {encoder.config.pitch_bias!r}: no layer has a strength.")
+        return 1.0, "s = 1"
+    layers, heads = learned.shape
+    if not -layers <= (layer or 0) < layers or not -heads <= (head or 0) < heads:
+        raise ValueError(f"layer {layer}, head {head}: the encoder has {layers} layers with {heads} heads each.")
+    chosen = np.full(learned.shape, np.nan)
+    within = (slice(None) if layer is None else layer, slice(None) if head is None else head)
+    chosen[within] = np.abs(learned[within])
+    layer, head = np.unravel_index(np.nanargmax(chosen), chosen.shape)
+    strength = float(learned[layer, head])
+    return strength, f"s = {strength:.3g}, learned by layer {layer}, head {head}"
 
 
 def _learned_strengths(encoder) -> np.ndarray | None:
