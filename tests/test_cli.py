@@ -25,6 +25,7 @@ from echo_hf.cli.output import write
 from echo_hf.cli.train import _settle
 from echo_hf.cli.train import _with_recipe
 from echo_hf.configuration_echo import BASELINE
+from echo_hf.metrics import MAX_CHARACTERS
 from echo_hf.training import build_config
 from test_subtitles import parse_srt
 from test_subtitles import parse_vtt
@@ -192,9 +193,10 @@ def test_without_the_extra_for_training_its_name_is_said(capsys, monkeypatch, ma
 
 
 def test_each_command_is_in_the_table_with_its_parser():
-    assert list(COMMANDS) == ["transcribe", "train", "evaluate", "plot", "diagnose", "demo"]
+    assert list(COMMANDS) == ["transcribe", "train", "evaluate", "plot", "diagnose", "demo", "add-pitch"]
     for name, command in COMMANDS.items():
-        assert command.__name__ == f"echo_hf.cli.{name}" and command.add_parser and command.run
+        module = name.replace("-", "_")
+        assert command.__name__ == f"echo_hf.cli.{module}" and command.add_parser and command.run
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 TB")])
@@ -562,12 +564,12 @@ def test_evaluate_reads_a_manifest_from_a_pipe_but_no_audio(capsys, manifest, ch
 
 def test_what_is_no_source_of_speech_is_said_so(capsys, recordings, manifest, checkpoint, tmp_path):
     long = tmp_path / "long.jsonl"
-    long.write_text(json.dumps({"audio": str(recordings / "a.wav"), "text": "a" * 100_001}) + "\n")
+    long.write_text(json.dumps({"audio": str(recordings / "a.wav"), "text": "a" * (MAX_CHARACTERS + 1)}) + "\n")
     for data, message in [
         ("https://example.com/test.jsonl", "https://example.com/test.jsonl is a URL"),
         (os.devnull, "is a terminal or another device"),
         (long, "long.jsonl line 1 ("),
-        (long, "the text has 100,001 characters"),
+        (long, "the text has 1,000,001 characters"),
     ]:
         code, out, err = run(capsys, "evaluate", data, "--checkpoint", checkpoint)
         assert code == 1 and out == "" and message in err and len(messages(err)) == 1
