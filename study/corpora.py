@@ -1,7 +1,8 @@
 """Speech for the study: manifests, the conditions under which they are heard, and their features.
 
-A corpus is a folder with `train.jsonl`, `dev.jsonl` and `test.jsonl`, one JSON object a line with `audio` (a path relative
-to the folder) and `text`. Features are computed once for each corpus, split and condition, and kept in the cache folder.
+A corpus is a folder with `train.jsonl`, `dev.jsonl` and `test.jsonl`, one JSON object a line with `audio` (a path
+relative to the folder) and `text`. Features are computed once for each corpus, split and condition, and kept in the
+cache folder.
 """
 
 import hashlib
@@ -96,7 +97,8 @@ class Corpora:
     Args:
         speech (`Path`): folder of the corpora.
         cache (`Path`): folder for features.
-        num_mel_bins (`int`): channels of the spectrogram; voicing in [0, 1] and F0 in Hz by DIO, 0 = unvoiced, follow them.
+        num_mel_bins (`int`): channels of the spectrogram; voicing in [0, 1] and F0 in Hz by DIO, 0 = unvoiced,
+            follow them.
     """
 
     def __init__(self, speech: Path, cache: Path, num_mel_bins: int = 80):

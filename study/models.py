@@ -1,7 +1,7 @@
 """The models of the study: one trunk a seed, from which every arm starts, and how both are trained.
 
-All arms have the same modules, so that they have the same parameters but for the mechanism that they are about. The stem
-of pitch is in all of them; in an arm without pitch as input its first convolution is 0 and stays so.
+All arms have the same modules, so that they have the same parameters but for the mechanism that they are about. The
+stem of pitch is in all of them; in an arm without pitch as input its first convolution is 0 and stays so.
 """
 
 import random
@@ -28,7 +28,8 @@ class Arm:
         hears_input: whether pitch is an input, beside the spectrogram.
         f0: what is done to F0, in training and in testing alike; see `change_f0`.
         continuous: whether pitch is continuous, with a voicing probability in place of decisions.
-        from_trunk: whether it starts from the trunk; if not, it is trained from scratch as the trunk was, then as the other arms.
+        from_trunk: whether it starts from the trunk; if not, it is trained from scratch as the trunk was, then as the
+            other arms.
     """
 
     config: dict
@@ -62,8 +63,8 @@ ARMS = {
 class Settings:
     """How trunk and arms are trained. Tuned for the baseline on `dev`, then the same for all arms.
 
-    The trunk is trained with hardly any perturbation, since it leaves CTC's plateau several times as fast so. It is short:
-    a trunk that knows tone from the spectrogram already leaves the arms nothing to learn from pitch.
+    The trunk is trained with hardly any perturbation, since it leaves CTC's plateau several times as fast so. It is
+    short: a trunk that knows tone from the spectrogram already leaves the arms nothing to learn from pitch.
     """
 
     num_mel_bins: int = 80
@@ -170,7 +171,8 @@ def train(
     decay: bool = True,
     log=None,
 ) -> list[float]:
-    """Trains a model in place, with dropout and masks as the settings have them. Order, perturbations and dropout depend on the seed and the step alone, not on the arm.
+    """Trains a model in place, with dropout and masks as the settings have them. Order, perturbations and dropout
+    depend on the seed and the step alone, not on the arm.
 
     Args:
         rows: with `input_features` and `labels`.

@@ -215,8 +215,8 @@ def learned(results: Results) -> list[str]:
             for kind, values in sorted(kinds.items()):
                 values = np.array(values)
                 lines.append(
-                    f"| {part} | `{arm}` | `{kind}` | {len(values)} | {values.mean():.4f} | {np.abs(values).mean():.4f} |"
-                    f" {np.abs(values).max():.4f} |"
+                    f"| {part} | `{arm}` | `{kind}` | {len(values)} | {values.mean():.4f} |"
+                    f" {np.abs(values).mean():.4f} | {np.abs(values).max():.4f} |"
                 )
     return lines
 

@@ -2,9 +2,9 @@
 
     python study/run.py --speech FOLDER --cache FOLDER --workers 2
 
-A run is an arm and a seed of a part of the study. It starts from the trunk of its seed, which the first run that needs it
-trains. Each run appends one row to `study/results.jsonl` and writes its texts to `study/texts/`. Several workers may run
-side by side, one thread each.
+A run is an arm and a seed of a part of the study. It starts from the trunk of its seed, which the first run that needs
+it trains. Each run appends one row to `study/results.jsonl` and writes its texts to `study/texts/`. Several workers may
+run side by side, one thread each.
 """
 
 import argparse
@@ -217,8 +217,8 @@ class Study:
         return True
 
     def tests(self, part: Part, arm_name: str):
-        """Names and rows of all that an arm is tested on. F0 is changed as in training, and beside it, as controls, where
-        it is real in training."""
+        """Names and rows of all that an arm is tested on. F0 is changed as in training, and beside it, as controls,
+        where it is real in training."""
         arm = ARMS[arm_name]
         hears_pitch = arm.f0 == "real" and (arm.hears_input or arm.config)
         for corpus, split in part.tests:

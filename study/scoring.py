@@ -57,8 +57,8 @@ def choose_tones(
     """Forced choice: of the right text with each of the tones, which one is the likeliest?
 
     Returns:
-        For each clip `{"right": ..., "decoder": ..., "ctc": ..., "both": ...}`, each a string of one tone a syllable that
-        was asked for. `both` is the sum of the log-probabilities.
+        For each clip `{"right": ..., "decoder": ..., "ctc": ..., "both": ...}`, each a string of one tone a syllable
+        that was asked for. `both` is the sum of the log-probabilities.
     """
     answers = [None] * len(rows)
     for indices in batches(rows, CHOICES_AT_ONCE):

@@ -349,8 +349,8 @@ def _one_utterance(model, input_features):
 
 
 def _encode_f0(model, input_features):
-    """The encoder, F0 in Hz at its frames `(S,)`, the normalized pitch there `(1, S, 3)`, and the seconds from one of them
-    to the next."""
+    """The encoder, F0 in Hz at its frames `(S,)`, the normalized pitch there `(1, S, 3)`, and the seconds from one of
+    them to the next."""
     encoder = find_module(model, "EchoEncoder")
     if encoder is None:
         raise ValueError(f"{type(model).__name__} is no Echo model with an encoder.")
