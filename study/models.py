@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from echo_hf.data.augmentation import VoicePerturbation
 
 from echo_hf import EchoConfig, EchoForConditionalGeneration, EchoProcessor
-from echo_hf.presets_echo import PUBLISHED
+from echo_hf.data.augmentation import VoicePerturbation
 from echo_hf.data.collator import EchoDataCollator
+from echo_hf.presets_echo import PUBLISHED
 
 GAINS = (".gain", ".contour_gain", ".bias_strength")  # single numbers that start at 0
 CONDITIONING = {"theta_mode": "contour", "radius_mode": "bounded", "pitch_bias": "gaussian", "pitch_gate": True}
