@@ -4,8 +4,8 @@ import os
 
 # Nothing here may reach for the Hub; to be set before huggingface_hub is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
-if "PYTEST_XDIST_WORKER" in os.environ:  # a thread each, since there is a worker for each core
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One thread, set before torch is imported: there is a worker for each core, and models this small gain nothing by more.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

@@ -22,6 +22,7 @@ from echo_hf.cli import COMMANDS, main
 from echo_hf.cli.output import printable, write
 from echo_hf.cli.train import _settle, _with_recipe
 from echo_hf.configuration_echo import BASELINE
+from echo_hf.metrics import MAX_CHARACTERS
 from echo_hf.training import build_config
 from test_subtitles import parse_srt, parse_vtt
 
@@ -188,9 +189,10 @@ def test_without_the_extra_for_training_its_name_is_said(capsys, monkeypatch, ma
 
 
 def test_each_command_is_in_the_table_with_its_parser():
-    assert list(COMMANDS) == ["transcribe", "train", "evaluate", "plot", "diagnose", "demo"]
+    assert list(COMMANDS) == ["transcribe", "train", "evaluate", "plot", "diagnose", "demo", "add-pitch"]
     for name, command in COMMANDS.items():
-        assert command.__name__ == f"echo_hf.cli.{name}" and command.add_parser and command.run
+        module = name.replace("-", "_")
+        assert command.__name__ == f"echo_hf.cli.{module}" and command.add_parser and command.run
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 TB")])
@@ -321,7 +323,7 @@ def test_audio_that_cannot_be_read_is_not_skipped_in_silence(capsys, recordings,
 def test_as_typed_in_a_shell(recordings, checkpoint):
     command = shlex.join([sys.executable, "-m", "echo_hf.cli", "transcribe", "--checkpoint", str(checkpoint)])
     done = subprocess.run(
-        ["bash", "-c", f"{command} <(cat a.wav) && cat c.ogg | {command} /dev/stdin && {command} /dev/stdin < b.flac"],
+        ["bash", "-c", f"cat c.ogg | {command} <(cat a.wav) /dev/stdin"],
         env=os.environ | {"PYTHONPATH": str(Path(echo_hf.__file__).parents[1])},
         cwd=recordings,
         capture_output=True,
@@ -331,7 +333,21 @@ def test_as_typed_in_a_shell(recordings, checkpoint):
     assert done.returncode == 0
     assert messages(done.stderr) == done.stderr.splitlines() and "%" not in done.stderr, "no progress bar in a log"
     names = [line.partition(": ")[0] for line in done.stdout.splitlines()]
-    assert names[0].startswith("/dev/fd/") and names[1:] == ["/dev/stdin", "/dev/stdin"]
+    assert len(names) == 2 and names[0].startswith("/dev/fd/") and names[1] == "/dev/stdin"
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="this system has no /dev/fd")
+def test_a_file_as_standard_input(capsys, recordings, checkpoint):
+    saved = os.dup(0)
+    try:
+        with (recordings / "b.flac").open("rb") as file:
+            os.dup2(file.fileno(), 0)
+        code, out, _ = run(capsys, "transcribe", "/dev/stdin", "--checkpoint", checkpoint)
+    finally:
+        os.dup2(saved, 0)
+        os.close(saved)
+    _, expected, _ = run(capsys, "transcribe", recordings / "b.flac", "--checkpoint", checkpoint)
+    assert code == 0 and out == f"/dev/stdin: {expected.partition(': ')[2]}"
 
 
 @pytest.fixture
@@ -544,12 +560,12 @@ def test_evaluate_reads_a_manifest_from_a_pipe_but_no_audio(capsys, manifest, ch
 
 def test_what_is_no_source_of_speech_is_said_so(capsys, recordings, manifest, checkpoint, tmp_path):
     long = tmp_path / "long.jsonl"
-    long.write_text(json.dumps({"audio": str(recordings / "a.wav"), "text": "a" * 100_001}) + "\n")
+    long.write_text(json.dumps({"audio": str(recordings / "a.wav"), "text": "a" * (MAX_CHARACTERS + 1)}) + "\n")
     for data, message in [
         ("https://example.com/test.jsonl", "https://example.com/test.jsonl is a URL"),
         (os.devnull, "is a terminal or another device"),
         (long, "long.jsonl line 1 ("),
-        (long, "the text has 100,001 characters"),
+        (long, "the text has 1,000,001 characters"),
     ]:
         code, out, err = run(capsys, "evaluate", data, "--checkpoint", checkpoint)
         assert code == 1 and out == "" and message in err and len(messages(err)) == 1

@@ -19,14 +19,8 @@ LAYERS = (
     ("training", "demo"),
     ("cli",),
 )
-SHORT = (
-    "data",
-    "inference",
-    "analysis",
-    "training",
-    "subtitles",
-    "demo",
-)  # no function above 80 lines, no file above 600
+LONGEST_FUNCTION, LONGEST_FILE = 80, 600  # lines
+LONGER_FILES = {"echo_hf.modeling_echo": 1400}  # all that a saved model needs to be read as one model
 MODULES = {
     ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
@@ -100,13 +94,13 @@ def test_nothing_imports_scripts():
             assert not scripts.intersection(names), name
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if noun(name) in SHORT])
+@pytest.mark.parametrize("name", MODULES)
 def test_nothing_is_too_long_to_read_at_once(name):
     text = MODULES[name].read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 600
-    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
-    long = {node.name: node.end_lineno - node.lineno + 1 for node in functions if node.end_lineno - node.lineno >= 80}
-    assert not long
+    assert len(text.splitlines()) <= LONGER_FILES.get(name, LONGEST_FILE)
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in nodes}
+    assert not {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION}
 
 
 def test_circles_and_lazy_imports_are_seen(tmp_path, monkeypatch):

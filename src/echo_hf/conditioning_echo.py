@@ -1,7 +1,7 @@
 """The mechanisms by which an utterance's F0, and its silence, enter the model: each a function or a small module with
 its equation.
 
-    F0's forms           align_f0, carry_log_f0, normalize_f0, standardize_f0, pitch_per_token, and all together: EchoPitch
+    F0's forms           align_f0, carry_log_f0, normalize_f0, standardize_f0, pitch_per_token, and together: EchoPitch
     theta and radius     EchoRotaryEmbedding, rotate
     bias                 laplacian_bias, gaussian_bias_channels
     gate, token pitch    EchoPitchProjection
@@ -213,7 +213,7 @@ class EchoPitch(NamedTuple):
         mean_f0 (`torch.Tensor` of shape `(B, 1)`): Hz, mean of the real input frames, unvoiced ones included.
         f0 (`torch.Tensor` of shape `(B, S)`): Hz at the encoder's frames.
         normalized (`torch.Tensor` of shape `(B, S, 3)`): see [`normalize_f0`].
-        frame_voicing (`torch.Tensor` of shape `(B, T)`, *optional*): voicing at the input frames, if the features have it.
+        frame_voicing (`torch.Tensor` of shape `(B, T)`, *optional*): voicing at the input frames, if there is any.
     """
 
     frame_f0: torch.Tensor

@@ -456,17 +456,7 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
         if audio is not None and raw_speech is not None:
             raise ValueError("Give audio or raw_speech, which are the same; it got both.")
         audio = raw_speech if audio is None else audio
-        resample = self.resample if resample is None else resample
-        recordings, is_batch = _as_batch(audio)
-        waveforms = [
-            self._read(recording, f"audio[{index}]" if is_batch else "audio", sampling_rate, resample)
-            for index, recording in enumerate(recordings)
-        ]
-        f0 = [None] * len(waveforms)
-        if any(name in self.feature_groups for name in F0_GROUPS):
-            settings = (self.sampling_rate, self.hop_length, self.f0_method, self.f0_min, self.f0_max)
-            f0 = estimate_f0_batch(waveforms, *settings, device=device)
-        features = [self._extract(waveform, track) for waveform, track in zip(waveforms, f0)]
+        features = self._hear(audio, sampling_rate, resample, device)
         padded = self.pad(
             BatchFeature({"input_features": features}),
             padding=padding,
@@ -478,6 +468,20 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
         if return_tensors is None and (padding is False or padding == "do_not_pad"):
             return BatchFeature({key: list(value) for key, value in padded.items()})
         return padded.convert_to_tensors(return_tensors)
+
+    def _hear(self, audio, sampling_rate: int | None, resample: bool | None, device: str) -> list[np.ndarray]:
+        """Features of each recording, `(frames, channels)`; the arguments as in `__call__`."""
+        resample = self.resample if resample is None else resample
+        recordings, is_batch = _as_batch(audio)
+        waveforms = [
+            self._read(recording, f"audio[{index}]" if is_batch else "audio", sampling_rate, resample)
+            for index, recording in enumerate(recordings)
+        ]
+        f0 = [None] * len(waveforms)
+        if any(name in self.feature_groups for name in F0_GROUPS):
+            settings = (self.sampling_rate, self.hop_length, self.f0_method, self.f0_min, self.f0_max)
+            f0 = estimate_f0_batch(waveforms, *settings, device=device)
+        return [self._extract(waveform, track) for waveform, track in zip(waveforms, f0)]
 
     def pad(self, processed_features, *args, **kwargs) -> BatchFeature:
         """As `SequenceFeatureExtractor.pad`; a `ValueError` where features, or what they are padded with, are not

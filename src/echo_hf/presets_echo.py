@@ -1,4 +1,5 @@
-"""Named settings of the pitch mechanisms, and named sizes, for `EchoConfig.from_preset`."""
+"""Values of `EchoConfig`: named settings of the pitch mechanisms and named sizes for `EchoConfig.from_preset`, and the
+bounds of each number."""
 
 # All pitch mechanisms off: a plain rotary transformer. Every preset starts from here.
 BASELINE = {
@@ -48,3 +49,39 @@ SIZES = {
     "27m": {"encoder": (11, 384, 6, 1024), "decoder": (2, 256, 4, 688)},
     "80m": {"encoder": (17, 576, 9, 1536), "decoder": (3, 384, 6, 1024)},
 }
+
+SIDES = ("encoder", "decoder")
+
+# The smallest and the largest value of each number. The largest are far from anything useful; what they refuse is a
+# damaged or malicious config, before anything is allocated.
+BOUNDS = {
+    "vocab_size": (1, 10_000_000),
+    "sampling_rate": (1, 1_000_000),
+    "hop_length": (1, 1_000_000),
+    "stem_num_layers": (0, 1000),
+    **{f"{side}_hidden_size": (1, 65_536) for side in SIDES},
+    **{f"{side}_intermediate_size": (1, 262_144) for side in SIDES},
+    **{f"{side}_num_hidden_layers": (1, 1000) for side in SIDES},
+    **{f"{side}_num_attention_heads": (1, 4096) for side in SIDES},
+    **{f"{side}_num_key_value_heads": (1, 4096) for side in SIDES},
+    "encoder_kernel_size": (1, 1001),
+    "max_target_positions": (1, 100_000),
+    "initializer_range": (0, 10),
+    "rms_norm_eps": (1e-7, 1),  # exported graphs drop a smaller one
+    "rotary_theta": (1e-3, 1e9),
+    "mel_corner_frequency": (1e-3, 1e6),
+    "mel_max_frequency": (1e-3, 1e6),
+    "silence_threshold": (0, 1e6),
+    "tokens_per_second": (1e-3, 1e6),
+    "ctc_loss_weight": (0, 1),
+    "mask_time_prob": (0, 1),
+    "mask_time_length": (1, 1_000_000),
+    "mask_time_min_masks": (0, 1_000_000),
+    "mask_feature_prob": (0, 1),
+    "mask_feature_length": (1, 1_000_000),
+    "mask_feature_min_masks": (0, 1_000_000),
+}
+MAX_GROUP_WIDTH = 65_536  # channels
+MAX_STRIDES, MAX_FRAMES_PER_ENCODER_FRAME = 16, 1024
+MAX_FRAMES_PER_TOKEN = 10_000
+MAX_PARAMETERS = 10_000_000_000

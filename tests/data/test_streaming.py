@@ -94,9 +94,10 @@ def test_what_cannot_be_used_stops_a_stream_or_is_left_out(manifest, model_and_p
 
 
 def test_a_text_that_would_exhaust_memory_stops_a_stream(manifest, model_and_processor, monkeypatch):
-    monkeypatch.setattr("echo_hf.data.MAX_CHARACTERS", 0)
+    for module in ("sources", "features"):
+        monkeypatch.setattr(f"echo_hf.data.{module}.MAX_CHARACTERS", 0)
     table = datasets.load_dataset("json", data_files=str(manifest), split="train", streaming=True)
-    with pytest.raises(ValueError, match=r"a\.wav: the text has 1 characters, and an utterance at most 0"):
+    with pytest.raises(ValueError, match=r"a\.wav: the text has 1 characters, and a transcript has at most 0"):
         list(stream_dataset(table, model_and_processor[1]))
 
 

@@ -60,6 +60,7 @@ def whole_number(lowest: int, highest: int) -> Callable[[str], int]:
     """The type of an option that takes a whole number within bounds, both included."""
 
     def parse(text: str) -> int:
+        """The type of an option that takes a whole number within bounds."""
         value = int(text) if text.isdecimal() and len(text) <= 20 else -1
         if not lowest <= value <= highest:
             raise argparse.ArgumentTypeError(f"must be a whole number from {lowest} to {highest}, got {text[:40]!r}")
