@@ -199,25 +199,7 @@ def plot_pitch_bias(
     figure = new_figure(10, 6.6)
     encoder, pitch, seconds = _encode_pitch(model, input_features)
     f0 = pitch.f0[0].double().numpy()
-    described = f"s = {strength:.3g}, given" if strength is not None else ""
-    if strength is None:
-        learned = _learned_strengths(encoder)
-        if learned is None:
-            if layer is not None or head is not None:
-                raise ValueError(f"The model's pitch_bias is {encoder.config.pitch_bias!r}: no layer has a strength.")
-            strength, described = 1.0, "s = 1"
-        else:
-            layers, heads = learned.shape
-            if not -layers <= (layer or 0) < layers or not -heads <= (head or 0) < heads:
-                raise ValueError(
-                    f"layer {layer}, head {head}: the encoder has {layers} layers with {heads} heads each."
-                )
-            chosen = np.full(learned.shape, np.nan)
-            within = (slice(None) if layer is None else layer, slice(None) if head is None else head)
-            chosen[within] = np.abs(learned[within])
-            layer, head = np.unravel_index(np.nanargmax(chosen), chosen.shape)
-            strength = float(learned[layer, head])
-            described = f"s = {strength:.3g}, learned by layer {layer}, head {head}"
+    strength, described = _choose_strength(encoder, strength, layer, head)
     everywhere = torch.ones_like(pitch.f0)
     f = standardize_f0(pitch.f0, everywhere)[0].double().numpy()
     laplacian = laplacian_bias(pitch.f0, everywhere)[0, 0].numpy()
@@ -283,29 +265,8 @@ def plot_alignment(
     new_figure(1, 1)  # so that a missing matplotlib is told before the model runs
     if not model.can_generate():
         raise ValueError(f"{type(model).__name__} has no decoder, and so no cross-attention to draw.")
-    features = _one_utterance(model, input_features)
-    config = model.config
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            if text is None:
-                ids = model.generate(input_features=features)[0].tolist()
-                ids = ids[1:] if ids[0] == config.decoder_start_token_id else ids
-            else:
-                ids = [token for token in tokenizer(text)["input_ids"] if token != config.bos_token_id]
-            if not [token for token in ids if token not in tokenizer.all_special_ids]:
-                raise ValueError("The model wrote nothing for this utterance; give a text to align.")
-            if len(ids) > MOST_TOKENS:
-                raise ValueError(
-                    f"A picture of the alignment shows at most {MOST_TOKENS} tokens, and the text has {len(ids)}. Cut"
-                    " out a part of the recording."
-                )
-            inputs = torch.tensor([[config.decoder_start_token_id, *ids[:-1]]], device=features.device)
-            weights = mean_cross_attention(model, inputs, input_features=features)[0].cpu().numpy()  # (L, S)
-    finally:
-        model.train(was_training)
-    seconds = config.inputs_to_logits_ratio / config.sampling_rate
+    ids, weights = _write_tokens(model, _one_utterance(model, input_features), tokenizer, text)
+    seconds = model.config.inputs_to_logits_ratio / model.config.sampling_rate
     duration = weights.shape[1] * seconds
     labels = [_show_token(tokenizer, token) for token in ids]
     figure = new_figure(9, max(3.0, 1.3 + 0.17 * len(ids) + (0.5 if words else 0.0)))
@@ -341,6 +302,30 @@ def plot_alignment(
     return figure
 
 
+def _write_tokens(model, features: torch.Tensor, tokenizer, text: str | None) -> tuple[list[int], np.ndarray]:
+    """The ids of a text, or of what the model writes by itself, and the mean cross-attention of each, `(L, S)`."""
+    config, was_training = model.config, model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            if text is None:
+                ids = model.generate(input_features=features)[0].tolist()
+                ids = ids[1:] if ids[0] == config.decoder_start_token_id else ids
+            else:
+                ids = [token for token in tokenizer(text)["input_ids"] if token != config.bos_token_id]
+            if not [token for token in ids if token not in tokenizer.all_special_ids]:
+                raise ValueError("The model wrote nothing for this utterance; give a text to align.")
+            if len(ids) > MOST_TOKENS:
+                raise ValueError(
+                    f"A picture of the alignment shows at most {MOST_TOKENS} tokens, and the text has {len(ids)}. Cut"
+                    " out a part of the recording."
+                )
+            inputs = torch.tensor([[config.decoder_start_token_id, *ids[:-1]]], device=features.device)
+            return ids, mean_cross_attention(model, inputs, input_features=features)[0].cpu().numpy()
+    finally:
+        model.train(was_training)
+
+
 def _show_token(tokenizer, token: int) -> str:
     """A token as a label: a space is seen, and bytes that are no whole character stand as such."""
     if token in tokenizer.all_special_ids:
@@ -366,7 +351,7 @@ def _one_utterance(model, input_features):
 
 
 def _encode_pitch(model, input_features):
-    """The encoder, its [`EchoPitch`] of one utterance, on the CPU, and the seconds from one of its frames to the next."""
+    """The encoder, its [`EchoPitch`] of one utterance on the CPU, and the seconds from one of its frames to the next."""
     encoder = find_module(model, "EchoEncoder")
     if encoder is None:
         raise ValueError(f"{type(model).__name__} is no Echo model with an encoder.")
@@ -414,6 +399,26 @@ def _fastest_turn(encoder, f0: np.ndarray) -> float:
     rotary = _rotary(encoder, "none")
     theta = rotary.theta(torch.device("cpu"), None, None)
     return float(rotary.frequencies(theta + float(f0.max()))[..., :ROTARY_PAIRS].max())
+
+
+def _choose_strength(encoder, strength: float | None, layer: int | None, head: int | None) -> tuple[float, str]:
+    """The strength of the gaussian that [`plot_pitch_bias`] draws, and where it comes from."""
+    if strength is not None:
+        return strength, f"s = {strength:.3g}, given"
+    learned = _learned_strengths(encoder)
+    if learned is None:
+        if layer is not None or head is not None:
+            raise ValueError(f"The model's pitch_bias is {encoder.config.pitch_bias!r}: no layer has a strength.")
+        return 1.0, "s = 1"
+    layers, heads = learned.shape
+    if not -layers <= (layer or 0) < layers or not -heads <= (head or 0) < heads:
+        raise ValueError(f"layer {layer}, head {head}: the encoder has {layers} layers with {heads} heads each.")
+    chosen = np.full(learned.shape, np.nan)
+    within = (slice(None) if layer is None else layer, slice(None) if head is None else head)
+    chosen[within] = np.abs(learned[within])
+    layer, head = np.unravel_index(np.nanargmax(chosen), chosen.shape)
+    strength = float(learned[layer, head])
+    return strength, f"s = {strength:.3g}, learned by layer {layer}, head {head}"
 
 
 def _learned_strengths(encoder) -> np.ndarray | None:
