@@ -1,4 +1,4 @@
-"""The models of the study: one trunk a seed, from which every arm starts, and how both are trained.
+"""The models of the study: one trunk, from which every arm starts, and how both are trained.
 
 All arms have the same modules, so that they have the same parameters but for the mechanism that they are about. The
 stem of pitch is in all of them; in an arm without pitch as input its first convolution is 0 and stays so.
@@ -62,8 +62,8 @@ ARMS = {
 class Settings:
     """How trunk and arms are trained. Tuned for the baseline on `dev`, then the same for all arms.
 
-    The first steps have hardly any perturbation, since a model leaves CTC's plateau several times as fast so. The trunk
-    is a part of them: one that knows tone from the spectrogram already leaves the arms nothing to learn from pitch.
+    The trunk is trained with hardly any perturbation, since a model leaves CTC's plateau several times as fast so. It has
+    left it, and does not know tone yet: a trunk that does leaves the arms nothing to learn from pitch.
     """
 
     num_mel_bins: int = 80
@@ -71,10 +71,10 @@ class Settings:
     minutes: float | None = None  # of training speech; all if not given
     hidden_size: int = 112
     intermediate_size: int = 288
-    trunk_steps: int = 500  # plain
-    plain_steps: int = 1000  # of the arm
-    arm_steps: int = 4500  # perturbed
-    decay_steps: int = 1500  # of the arm's last, in which the learning rate falls to 0
+    trunk_seed: int = 2
+    trunk_steps: int = 1500
+    arm_steps: int = 4500
+    decay_steps: int = 1500  # the last, in which the learning rate falls to 0
     batch_size: int = 16
     learning_rate: float = 2e-3
     gain_learning_rate: float = 16 * 2e-3  # of the gains and strengths that start at 0
@@ -90,7 +90,7 @@ class Settings:
     max_grad_norm: float = 1.0
 
     def plain(self) -> "Settings":
-        """The settings of the plain steps: vocal tracts are up to 10% longer or shorter, nothing else is perturbed."""
+        """The settings of the trunk: vocal tracts are up to 10% longer or shorter, nothing else is perturbed."""
         return replace(self, tempo=0.0, voice=0.1, channel=0.0, dropout=0.0, mask_feature_prob=0.0)
 
 

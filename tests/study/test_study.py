@@ -21,7 +21,6 @@ TINY = Settings(
     hidden_size=16,
     intermediate_size=16,
     trunk_steps=1,
-    plain_steps=1,
     arm_steps=2,
     decay_steps=1,
     batch_size=4,

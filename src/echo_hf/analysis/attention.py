@@ -351,7 +351,7 @@ def _one_utterance(model, input_features):
 
 
 def _encode_pitch(model, input_features):
-    """The encoder, its [`EchoPitch`] of one utterance on the CPU, and the seconds from one of its frames to the next."""
+    """The encoder, its [`EchoPitch`] of one utterance on the CPU, and the seconds from one frame to the next."""
     encoder = find_module(model, "EchoEncoder")
     if encoder is None:
         raise ValueError(f"{type(model).__name__} is no Echo model with an encoder.")
