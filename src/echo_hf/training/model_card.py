@@ -20,6 +20,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..checkpoint import read_json
 from ..configuration_echo import EchoConfig
 from ..metrics import RATES
+from ..whisper_echo import EchoWhisperConfig
 
 TRAINING_ARGUMENTS_FILE = "training_args.json"  # in output_dir: all settings of the Trainer but tokens
 SUMMARY_FILE = "run_summary.json"
@@ -112,7 +113,8 @@ def build_model_card(
     folder, arguments = Path(folder), arguments or CardArguments()
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: it is not the folder of a trained model.")
-    config = EchoConfig.from_pretrained(folder)
+    is_whisper = _read(folder / "config.json").get("model_type") == EchoWhisperConfig.model_type
+    config = (EchoWhisperConfig if is_whisper else EchoConfig).from_pretrained(folder)
     summary = _read(folder / SUMMARY_FILE)
     settings = _read(folder / TRAINING_ARGUMENTS_FILE)
     command = _read(folder / COMMAND_FILE)
@@ -154,7 +156,7 @@ def build_model_card(
 
     sections = [
         f"# {name}",
-        _describe_model(config, summary),
+        (_describe_whisper if is_whisper else _describe_model)(config, summary),
         "## Use",
         _describe_use(repo_id or name),
         "## Training data",
@@ -217,6 +219,17 @@ def _describe_model(config: EchoConfig, summary: dict[str, Any]) -> str:
         f" {config.encoder_num_hidden_layers} and {config.decoder_num_hidden_layers} layers for audio at"
         f" {config.sampling_rate} Hz, with {config.vocab_size} tokens. Features: {groups}, a frame every"
         f" {1000 * config.frame_seconds:g} ms. Pitch mechanisms that are on: {', '.join(mechanisms) or 'none'}."
+    )
+
+
+def _describe_whisper(config: EchoWhisperConfig, summary: dict[str, Any]) -> str:
+    size = f" with {summary['parameters'] / 1e6:.1f}M parameters" if summary.get("parameters") else ""
+    mechanisms = [f"`{name}`" for name in EchoWhisperConfig.__annotations__ if getattr(config, name)]
+    seconds = config.max_source_positions / 50  # positions are 20 ms apart
+    return (
+        f"A speech recognizer{size}: a Whisper of {config.encoder_layers} and {config.decoder_layers} layers whose"
+        f" encoder is also given F0. It hears {seconds:g} s at a time. Pitch mechanisms that are on:"
+        f" {', '.join(mechanisms) or 'none'}."
     )
 
 

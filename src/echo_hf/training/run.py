@@ -42,6 +42,7 @@ from .checkpoints import (
 from .model import build_model_and_processor
 from .model_card import SUMMARY_FILE, CardArguments
 from .trainer import EchoTrainer, check_hub_strategy
+from .whisper import WhisperDataCollator, WhisperPreparation, check_arguments, is_whisper
 
 logger = logging.get_logger(__name__)
 
@@ -113,9 +114,12 @@ def train(
     set_seed(training_arguments.seed)
     # The model's own loss smooths, as it knows CTC; the Trainer is not to do it again.
     label_smoothing = training_arguments.label_smoothing_factor
-    training_arguments = copy.copy(training_arguments)
+    given_arguments, training_arguments = training_arguments, copy.copy(training_arguments)
     training_arguments.label_smoothing_factor = 0.0
     started_from = model_arguments.model_name_or_path
+    whisper = is_whisper(str(checkpoint) if resume else started_from)
+    if whisper:
+        check_arguments(model_arguments, data_arguments, given_arguments)
 
     train_table = load_table(data_arguments, data_arguments.train_data, data_arguments.train_split)
     eval_table = None
@@ -128,31 +132,27 @@ def train(
         model_arguments = ModelArguments(
             model_name_or_path=str(checkpoint), attn_implementation=model_arguments.attn_implementation
         )
-        label_smoothing = EchoConfig.from_pretrained(checkpoint).label_smoothing
+        label_smoothing = 0.0 if whisper else EchoConfig.from_pretrained(checkpoint).label_smoothing
     model, processor = build_model_and_processor(
         model_arguments, [text or "" for text in train_table["text"]], label_smoothing
     )
 
-    perturb = VoicePerturbation(
-        processor.feature_extractor,
-        tempo=data_arguments.tempo_perturbation,
-        voice=data_arguments.voice_perturbation,
-        channel=data_arguments.channel_perturbation,
-        f0_drop=data_arguments.f0_drop,
-        pause=data_arguments.pause,
-    )
     options = {
         "max_label_length": model.config.max_target_positions,
         "skip_broken": data_arguments.skip_broken,
         "num_proc": data_arguments.num_proc,
         "cache_dir": data_arguments.cache_dir,
     }
+    preparation = WhisperPreparation(processor) if whisper else processor
+    longest = data_arguments.max_seconds
+    if whisper:  # what its window does not hold would be cut off, text and all
+        longest = min(longest or math.inf, processor.feature_extractor.chunk_length)
     # Of several processes one computes the features, and the others wait for its cache.
     train_data = prepare_dataset(
         train_table,
-        processor,
+        preparation,
         min_seconds=data_arguments.min_seconds,
-        max_seconds=data_arguments.max_seconds,
+        max_seconds=longest,
         **options,
     )
     num_recorded = len(train_data.dataset)
@@ -160,8 +160,10 @@ def train(
         train_data = add_non_speech(
             train_data, data_arguments.non_speech_share, processor, training_arguments.seed, **options
         )
-    eval_data = prepare_dataset(eval_table, processor, **options) if eval_table is not None else None
-    if model.config.ctc_loss_weight > 0 and (beyond := count_beyond_ctc(train_data, model.config)):
+    eval_data = None
+    if eval_table is not None:
+        eval_data = prepare_dataset(eval_table, preparation, max_seconds=longest if whisper else None, **options)
+    if not whisper and model.config.ctc_loss_weight > 0 and (beyond := count_beyond_ctc(train_data, model.config)):
         logger.warning(
             f"{beyond} of {len(train_data.dataset)} utterances have more tokens than encoder frames, and the CTC loss"
             " leaves them out. Subwords are fewer tokens (token_unit); smaller stem_strides give more frames."
@@ -169,18 +171,16 @@ def train(
 
     if data_arguments.diagnostics:
         callbacks = [*(callbacks or []), DiagnosticsCallback((eval_data or train_data).dataset, processor)]
+    if whisper:
+        collator = train_collator = WhisperDataCollator(model.config.decoder_start_token_id)
+    else:
+        collator = EchoDataCollator(processor)
+        train_collator = make_train_collator(processor, data_arguments, training_arguments.seed, model)
     trainer = EchoTrainer(
         model=model,
         args=training_arguments,
-        data_collator=EchoDataCollator(processor),
-        train_collator=EchoDataCollator(
-            processor,
-            perturb=perturb.batch if perturb.is_active else None,
-            join=data_arguments.join,
-            max_joined_seconds=min(MAX_JOINED_SECONDS, data_arguments.max_seconds or MAX_JOINED_SECONDS),
-            max_label_length=model.config.max_target_positions,
-            seed=training_arguments.seed,
-        ),
+        data_collator=collator,
+        train_collator=train_collator,
         train_dataset=train_data.dataset,
         eval_dataset=eval_data.dataset if eval_data else None,
         processing_class=processor,
@@ -240,6 +240,26 @@ def train(
                 f" hf upload {trainer.hub_model_id} {output_dir} . --exclude 'checkpoint-*'"
             ) from error
     return summary
+
+
+def make_train_collator(processor: EchoProcessor, arguments: DataArguments, seed: int, model) -> EchoDataCollator:
+    """The collator of training batches, which perturbs and joins as the arguments say."""
+    perturb = VoicePerturbation(
+        processor.feature_extractor,
+        tempo=arguments.tempo_perturbation,
+        voice=arguments.voice_perturbation,
+        channel=arguments.channel_perturbation,
+        f0_drop=arguments.f0_drop,
+        pause=arguments.pause,
+    )
+    return EchoDataCollator(
+        processor,
+        perturb=perturb.batch if perturb.is_active else None,
+        join=arguments.join,
+        max_joined_seconds=min(MAX_JOINED_SECONDS, arguments.max_seconds or MAX_JOINED_SECONDS),
+        max_label_length=model.config.max_target_positions,
+        seed=seed,
+    )
 
 
 def add_non_speech(data: PreparedData, share: float, processor: EchoProcessor, seed: int, **options) -> PreparedData:
