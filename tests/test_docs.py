@@ -18,7 +18,7 @@ HANDLERS = ("transcribe", "evaluate", "plot", "diagnose", "demo")
 BLOCKS = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 
 
-COMMANDS = ("transcribe", "train", "evaluate", "diagnose", "plot", "demo")
+COMMANDS = ("transcribe", "train", "evaluate", "diagnose", "plot", "demo", "add-pitch")
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -54,6 +54,7 @@ def test_commands_can_be_read(page, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)  # for the recipes
     for name in HANDLERS:
         monkeypatch.setattr(cli, f"_{name}", lambda options: 0)
+    monkeypatch.setattr("echo_hf.cli_add_pitch.run_add_pitch", lambda options: 0)
     monkeypatch.setattr("echo_hf.training.train", lambda *_, **__: sys.exit(0))
     for command in commands(page):
         if "--config_overrides" in command:

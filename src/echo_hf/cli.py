@@ -658,14 +658,15 @@ def _evaluate(options) -> int:
     _require("datasets", "jiwer")
     from .checkpoint import parse_overrides
     from .data import load_sources, prepare_dataset
-    from .inference import load_checkpoint, recognize
+    from .data.whisper import load_recognizer
+    from .inference import recognize
     from .metrics import normalize_text, score
 
     _refuse_folder(options.output)
     overrides = parse_overrides(options.config_overrides)
     columns = (options.dataset_config, options.audio_column, options.text_column)
     tables = [load_sources(source, options.split, *columns) for source in options.data]
-    model, processor = load_checkpoint(options.checkpoint, options.device, **overrides)
+    model, processor = load_recognizer(options.checkpoint, options.device, **overrides)
     generate_options = _generate_options(options, model)
     prepared = [
         prepare_dataset(

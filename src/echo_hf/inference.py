@@ -61,7 +61,11 @@ def load_checkpoint(checkpoint: str | Path | None = None, device: str | None = N
     checkpoint = BUNDLED_CHECKPOINT if checkpoint is None else checkpoint
     if checkpoint == BUNDLED_CHECKPOINT and not (BUNDLED_CHECKPOINT / "config.json").is_file():
         raise ValueError("This installation came without its checkpoint; name one, a folder or a name on the Hub.")
-    model, processor = load_model_and_processor(checkpoint, **overrides)
+    return place(*load_model_and_processor(checkpoint, **overrides), device)
+
+
+def place(model, processor, device: str | None = None):
+    """The model on the device, or on the accelerator if there is one, ready to recognise; and its processor."""
     if device is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = accelerator.type if accelerator is not None else "cpu"
@@ -366,6 +370,7 @@ __all__ = [
     "expand_paths",
     "find_audio_files",
     "load_checkpoint",
+    "place",
     "make_pipeline",
     "recognize",
     "transcribe_files",

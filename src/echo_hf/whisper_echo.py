@@ -121,6 +121,11 @@ class EchoWhisperConfig(WhisperConfig):
         """Rows of `input_features`: the log-mel spectrogram and F0."""
         return self.num_mel_bins + 1
 
+    @property
+    def pitch_mechanisms(self) -> list[str]:
+        """Names of the switches that are on."""
+        return [name for name in EchoWhisperConfig.__annotations__ if getattr(self, name)]
+
     def to_dict(self) -> dict:
         pipeline = {"impl": "whisper_echo.EchoWhisperPipeline", "pt": ["AutoModelForSpeechSeq2Seq"]}
         return {**super().to_dict(), "custom_pipelines": {ASR_TASK: {**pipeline, "type": "multimodal"}}}

@@ -9,9 +9,10 @@ import torch
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, WhisperForConditionalGeneration, pipeline
 
 from echo_hf import EchoWhisperFeatureExtractor, EchoWhisperForConditionalGeneration, load_audio
+from echo_hf.cli import main
 from echo_hf.data import load_sources, prepare_dataset
+from echo_hf.data.whisper import WhisperDataCollator, WhisperPreparation
 from echo_hf.training import DataArguments, ModelArguments, build_model_and_processor, find_last_checkpoint, train
-from echo_hf.training.whisper import WhisperDataCollator, WhisperPreparation
 from tiny_training import trainer_arguments, write_six_tones
 from tiny_whisper import FRAMES, make_processor, make_whisper
 
@@ -32,7 +33,7 @@ def whisper_arguments(output_dir, **changes):
     return trainer_arguments(output_dir, **{"learning_rate": 1e-4, "generation_max_length": 8, **changes})
 
 
-def test_a_run_gives_a_whisper_pitch_and_can_be_resumed_and_trained_further(whisper, manifest, tmp_path):
+def test_a_run_gives_a_whisper_pitch_and_can_be_resumed_and_trained_further(whisper, manifest, tmp_path, capsys):
     data = DataArguments(train_data=[str(manifest)], eval_data=[str(manifest)], cache_dir=str(tmp_path / "cache"))
     model = ModelArguments(
         whisper, language="en", window=1, config_overrides="pitch_theta=true,pitch_gate=false,apply_spec_augment=true"
@@ -56,6 +57,12 @@ def test_a_run_gives_a_whisper_pitch_and_can_be_resumed_and_trained_further(whis
     recognize = pipeline("automatic-speech-recognition", str(tmp_path / "run"))
     assert isinstance(recognize(load_audio(manifest.parent / "0.wav")[0])["text"], str)
 
+    run = str(tmp_path / "run")
+    options = ["--cache_dir", str(tmp_path / "cache"), "--device", "cpu", "--format", "json", "--max_new_tokens", "8"]
+    assert main(["evaluate", str(manifest), "--checkpoint", run, "--control", "shuffled", *options]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["sources"][0]["real"]["reference_words"] == 6
+
     arguments.max_steps = 3
     assert train(model, data, arguments, resume=True)["resumed_from"] == "checkpoint-2"
     assert find_last_checkpoint(tmp_path / "run").name == "checkpoint-3"
@@ -68,8 +75,10 @@ def test_a_run_gives_a_whisper_pitch_and_can_be_resumed_and_trained_further(whis
 def test_batches_are_what_the_model_takes(whisper, manifest, tmp_path):
     model, processor = build_model_and_processor(ModelArguments(whisper, language="zh", f0_method="dio"), [])
     table = load_sources(manifest)
-    prepared = prepare_dataset(table, WhisperPreparation(processor), cache_dir=tmp_path / "cache").dataset
-    batch = WhisperDataCollator(model.config.decoder_start_token_id)([prepared[0], prepared[5]])
+    preparation = WhisperPreparation(processor)
+    prepared = prepare_dataset(table, preparation, cache_dir=tmp_path / "cache").dataset
+    collator = WhisperDataCollator(preparation.feature_extractor, model.config.decoder_start_token_id)
+    batch = collator([prepared[0], prepared[5]])
     audio = [load_audio(manifest.parent / f"{number}.wav")[0] for number in (0, 5)]
     expected = processor.feature_extractor(audio, sampling_rate=16000, return_tensors="pt")
     torch.testing.assert_close(batch["input_features"], expected.input_features, atol=1e-4, rtol=0)
@@ -83,7 +92,7 @@ def test_batches_are_what_the_model_takes(whisper, manifest, tmp_path):
     assert loss == stock(batch["input_features"][:, :80], labels=batch["labels"]).loss
 
 
-def test_speech_longer_than_the_window_is_left_out_and_not_cut(whisper, tmp_path):
+def test_speech_longer_than_the_window_is_left_out_and_not_cut(whisper, tmp_path, capsys):
     manifest = write_six_tones(tmp_path)  # 0.3 to 0.55 s
     lines = manifest.read_text().splitlines() + [json.dumps({"audio": "long.wav", "text": "long"})]
     manifest.write_text("\n".join(lines))
@@ -92,6 +101,9 @@ def test_speech_longer_than_the_window_is_left_out_and_not_cut(whisper, tmp_path
     summary = train(ModelArguments(whisper), data, whisper_arguments(tmp_path / "run", max_steps=1))
     assert (summary["train"]["utterances"], summary["train"]["skipped"]) == (6, 1)
     assert (summary["eval"]["utterances"], summary["eval"]["skipped"]) == (6, 1)
+    command = ["evaluate", str(manifest), "--checkpoint", str(tmp_path / "run"), "--device", "cpu"]
+    assert main([*command, "--cache_dir", str(tmp_path / "cache")]) == 1
+    assert "audio has 2.5 s, and this Whisper hears 2 s at a time" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -224,7 +224,7 @@ def _describe_model(config: EchoConfig, summary: dict[str, Any]) -> str:
 
 def _describe_whisper(config: EchoWhisperConfig, summary: dict[str, Any]) -> str:
     size = f" with {summary['parameters'] / 1e6:.1f}M parameters" if summary.get("parameters") else ""
-    mechanisms = [f"`{name}`" for name in EchoWhisperConfig.__annotations__ if getattr(config, name)]
+    mechanisms = [f"`{name}`" for name in config.pitch_mechanisms]
     seconds = config.max_source_positions / 50  # positions are 20 ms apart
     return (
         f"A speech recognizer{size}: a Whisper of {config.encoder_layers} and {config.decoder_layers} layers whose"

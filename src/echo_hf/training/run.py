@@ -29,6 +29,7 @@ from ..data.collator import MAX_JOINED_SECONDS, EchoDataCollator
 from ..data.features import PreparedData, prepare_dataset
 from ..data.non_speech import non_speech_table
 from ..data.sources import load_sources
+from ..data.whisper import WhisperDataCollator, WhisperPreparation
 from ..metrics import make_compute_metrics, normalize_text
 from ..processing_echo import EchoProcessor
 from .arguments import DataArguments, ModelArguments
@@ -42,7 +43,7 @@ from .checkpoints import (
 from .model import build_model_and_processor
 from .model_card import SUMMARY_FILE, CardArguments
 from .trainer import EchoTrainer, check_hub_strategy
-from .whisper import WhisperDataCollator, WhisperPreparation, check_arguments, is_whisper
+from .whisper import check_arguments, is_whisper
 
 logger = logging.get_logger(__name__)
 
@@ -172,7 +173,9 @@ def train(
     if data_arguments.diagnostics:
         callbacks = [*(callbacks or []), DiagnosticsCallback((eval_data or train_data).dataset, processor)]
     if whisper:
-        collator = train_collator = WhisperDataCollator(model.config.decoder_start_token_id)
+        collator = train_collator = WhisperDataCollator(
+            preparation.feature_extractor, model.config.decoder_start_token_id
+        )
     else:
         collator = EchoDataCollator(processor)
         train_collator = make_train_collator(processor, data_arguments, training_arguments.seed, model)

@@ -1,13 +1,9 @@
-"""What a run needs to train a Whisper with pitch: the model, features as runs keep them, and batches."""
+"""The Whisper with pitch that a run starts with, and what it cannot be trained with."""
 
-from typing import Any
-
-import numpy as np
 import torch
 from transformers import AutoProcessor, PreTrainedConfig, Seq2SeqTrainingArguments, WhisperForConditionalGeneration
 
 from ..checkpoint import parse_overrides
-from ..feature_extraction_echo import EchoFeatureExtractor
 from ..whisper_echo import (
     EchoWhisperConfig,
     EchoWhisperFeatureExtractor,
@@ -96,54 +92,4 @@ def build_whisper(arguments: ModelArguments) -> tuple[EchoWhisperForConditionalG
     return model, processor
 
 
-class WhisperFrames(EchoWhisperFeatureExtractor):
-    """The features of an [`EchoWhisperFeatureExtractor`], of audio in any form that [`EchoFeatureExtractor`] reads, as
-    runs keep features: time-major, `(batch, frames, channels)`, F0 last."""
-
-    def __init__(self, **settings):
-        super().__init__(**settings)
-        self.feature_size += 1  # channels, where the table of features is laid out; the filters are made
-
-    def __call__(self, audio, resample: bool = True, **kwargs) -> dict[str, np.ndarray]:
-        reader = EchoFeatureExtractor(sampling_rate=self.sampling_rate, hop_length=self.hop_length)
-        waveform = reader._read(audio, "audio", None, resample)
-        features = super().__call__(waveform, sampling_rate=self.sampling_rate)["input_features"]
-        return {"input_features": features.transpose(0, 2, 1)}
-
-
-class WhisperPreparation:
-    """What [`~echo_hf.data.features.prepare_dataset`] asks of a processor, for a Whisper."""
-
-    def __init__(self, processor: EchoWhisperProcessor):
-        settings = processor.feature_extractor.to_dict()
-        self.feature_extractor = WhisperFrames(**{k: v for k, v in settings.items() if not k.endswith("_type")})
-        self.tokenizer = processor.tokenizer
-
-
-class WhisperDataCollator:
-    """
-    Makes a batch of rows of prepared utterances.
-
-    Args:
-        start_token_id (`int`): the model's `decoder_start_token_id`, which labels lose at their front: the model puts
-            it there itself when it shifts them.
-
-    Returns (`__call__`):
-        `dict[str, torch.Tensor]`: `input_features` `(batch, channels, frames)` and `labels` `(batch, tokens)`, padded
-        with -100.
-    """
-
-    def __init__(self, start_token_id: int):
-        self.start_token_id = start_token_id
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        features = [torch.as_tensor(np.asarray(row["input_features"], dtype=np.float32)) for row in rows]
-        labels = [torch.as_tensor(row["labels"], dtype=torch.long) for row in rows]
-        labels = [ids[1:] if len(ids) and ids[0] == self.start_token_id else ids for ids in labels]
-        return {
-            "input_features": torch.stack(features).transpose(1, 2).contiguous(),
-            "labels": torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100),
-        }
-
-
-__all__ = ["WhisperDataCollator", "WhisperPreparation", "build_whisper", "check_arguments", "is_whisper"]
+__all__ = ["build_whisper", "check_arguments", "is_whisper"]
