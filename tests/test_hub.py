@@ -310,9 +310,9 @@ def test_what_is_not_there_is_named(pushed):
 def test_the_package_loads_by_name_and_no_pickle(hub, pushed):
     assert pushed["by name"] == pushed["second"][1]
     kind, message = pushed["pickled"]
-    assert kind == "ValueError" and "someone/pickled" in message and "pytorch_model.bin only, a pickle" in message
+    assert kind == "CheckpointError" and "someone/pickled" in message and "pytorch_model.bin only, a pickle" in message
     assert hub.count("GET", "/storage/someone/pickled/") == 0
-    assert pushed["nothing"][0] == "ValueError" and "someone/nothing" in pushed["nothing"][1]
+    assert pushed["nothing"][0] == "CheckpointError" and "someone/nothing" in pushed["nothing"][1]
 
 
 @pytest.mark.slow

@@ -200,10 +200,10 @@ def test_no_more_audio_is_held_than_a_batch_needs(recognizer, tmp_path, monkeypa
     made, used, ahead = [], [], []
     make_features = recognizer._features
 
-    def counted(segment):
+    def counted(segment, *context):
         made.append(len(segment.waveform))
         ahead.append(len(made) - sum(used))
-        return make_features(segment)
+        return make_features(segment, *context)
 
     def generate(encoder_outputs=None, input_features=None, attention_mask=None, **kwargs):
         used.append(len(attention_mask))

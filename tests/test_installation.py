@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoProcessor
+from transformers import pipeline
 
 import echo_hf
 from echo_hf.metrics import score
@@ -81,6 +83,17 @@ def test_bundled_checkpoint_is_small_and_safe():
     files = list((ASSETS / "checkpoint").iterdir())
     assert sum(file.stat().st_size for file in files) < 40e6  # at most 10M parameters, of four bytes
     assert {file.suffix for file in files} <= {".json", ".safetensors", ".md"}
+
+
+def test_bundled_checkpoint_loads_with_remote_code_allowed():
+    """It names no code, as it has none beside it: the package is its code."""
+    for path in (ASSETS / "checkpoint").glob("*config.json"):
+        assert "auto_map" not in path.read_text() and "custom_pipelines" not in path.read_text()
+    folder, trust = str(ASSETS / "checkpoint"), {"trust_remote_code": True}
+    assert type(AutoProcessor.from_pretrained(folder, **trust).tokenizer) is echo_hf.EchoTokenizer
+    recognizer = pipeline("automatic-speech-recognition", model=folder, **trust)
+    assert type(recognizer) is echo_hf.EchoAutomaticSpeechRecognitionPipeline
+    assert type(recognizer.model) is echo_hf.EchoForConditionalGeneration
 
 
 @pytest.mark.slow

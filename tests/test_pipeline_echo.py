@@ -3,9 +3,11 @@
 import copy
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler
 from http.server import ThreadingHTTPServer
@@ -17,6 +19,8 @@ import pytest
 import soundfile
 import soxr
 import torch
+from datasets import Dataset
+from datasets import DatasetDict
 from transformers import AutomaticSpeechRecognitionPipeline
 from transformers import Wav2Vec2Config
 from transformers import Wav2Vec2CTCTokenizer
@@ -27,6 +31,7 @@ from transformers import WhisperFeatureExtractor
 from transformers import WhisperForConditionalGeneration
 from transformers import pipeline
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.pipelines.pt_utils import KeyDataset
 
 from conftest import SAMPLING_RATE
 from conftest import voice
@@ -124,9 +129,11 @@ def test_url(recognizer, files, monkeypatch):
         Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}/"
         assert recognizer(address + "wav.wav") == recognizer(voice(1.0))
-        with pytest.raises(Exception, match="404"):
+        with pytest.raises(ValueError, match="missing.wav cannot be downloaded: .*404"):
             recognizer(address + "missing.wav")
         server.shutdown()
+    with pytest.raises(ValueError, match="wav.wav cannot be downloaded"):
+        recognizer(address + "wav.wav")
 
 
 def test_dicts(either):
@@ -136,13 +143,121 @@ def test_dicts(either):
     assert either(given) == expected
     assert set(given) == {"raw", "sampling_rate"}  # the caller's dict is left alone
     assert either({"array": torch.tensor(audio), "sampling_rate": SAMPLING_RATE, "path": "x.wav"}) == expected
-    assert either({"raw": np.stack([audio, audio]), "sampling_rate": SAMPLING_RATE}) == expected
     high = soxr.resample(audio, SAMPLING_RATE, 44100)
     low = soxr.resample(high, 44100, SAMPLING_RATE, quality="HQ")
     assert either({"raw": high, "sampling_rate": 44100}) == either(low)
     assert either({**given, "speaker": 7}) == {**expected, "speaker": [7]}
     with pytest.raises(ValueError, match="sampling_rate"):
         either({"raw": audio})
+
+
+def test_no_key_of_the_callers_reaches_the_pipelines(either):
+    audio = voice(1.0)
+    expected = either(audio, return_timestamps=True)
+    own = (
+        "input_features",
+        "attention_mask",
+        "is_last",
+        "tokens",
+        "spans",
+        "segment",
+        "overlaps",
+        "is_speech",
+        "context",
+    )
+    row = {"array": audio, "sampling_rate": SAMPLING_RATE, **{key: "the caller's" for key in own}}
+    row |= {"text": "the reference", "chunks": ["of another model"]}
+    extra = {key: ["the caller's"] for key in own}
+    assert either(row, return_timestamps=True) == {**expected, **extra}
+    assert either(row) == {"text": expected["text"], **extra}
+    # Rows of a batch may have different keys.
+    batch = [row, {"array": audio, "sampling_rate": SAMPLING_RATE, "speaker": np.arange(3)}]
+    first, second = either(batch, batch_size=2)
+    assert first == {"text": expected["text"], **extra}
+    assert second["text"] == expected["text"] and second["speaker"][0] is batch[1]["speaker"]
+
+
+def test_several_recordings_of_any_container(either):
+    recordings = [voice(0.5, 100), voice(0.5, 250)]
+    expected = [either(recording) for recording in recordings]
+    assert expected[0] != expected[1]
+    rows = [
+        {"audio": {"bytes": None, "path": None, "array": recording, "sampling_rate": SAMPLING_RATE}}
+        for recording in recordings
+    ]
+    dataset = Dataset.from_list([{**row, "text": "its reference"} for row in rows])
+    several = [tuple(recordings), np.stack(recordings), torch.tensor(np.stack(recordings)), dataset["audio"], dataset]
+    for inputs in several:
+        assert either(inputs) == expected
+    lazy = [iter(recordings), map(np.asarray, recordings), dataset.to_iterable_dataset(), KeyDataset(dataset, "audio")]
+    for inputs in lazy:
+        results = either(inputs)
+        assert not isinstance(results, list) and list(results) == expected
+    for nothing in ([], (), dataset.select([])["audio"], np.zeros((0, 800), np.float32), iter([])):
+        assert list(either(nothing)) == []
+
+
+def test_an_input_of_no_known_kind_is_named(either):
+    dataset = Dataset.from_dict({"speech": [[0.0]], "text": ["a"]})
+    for inputs, message in [
+        (dataset, r"columns speech, text.*dataset\[name\]"),
+        (DatasetDict({"train": dataset, "test": dataset}), "splits train, test"),
+        ({"audio": {"array": voice(0.5), "sampling_rate": SAMPLING_RATE}}, r"Pass row\['audio'\]"),
+        (voice(0.5).tolist(), "Give samples as an array"),
+        (np.zeros((8000, 2), np.float32), r"\(8000, 2\) looks like \(samples, channels\).*audio.mean\(axis=1\)"),
+        (np.zeros((2, 2, 800), np.float32), "2, 2, 800"),
+        (None, "must hold numbers"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            either(inputs)
+
+
+def test_nan_is_refused_where_it_arises(either):
+    audio = voice(1.0)
+    layer = either.model.get_submodule("model.encoder").layers[0].mlp
+    name, weight = next(iter(layer.named_parameters()))
+    kept = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight.fill_(torch.nan)
+        for options in ({}, {"return_timestamps": "word"}, {"batch_size": 2}):
+            with pytest.raises(ValueError, match="The model predicts NaN"):
+                either([audio, audio], **options)
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
+
+
+def test_nan_features_are_refused(either, monkeypatch):
+    features = either.feature_extractor(voice(1.0), sampling_rate=SAMPLING_RATE, return_tensors="pt")
+    features["input_features"][0, 3, 5] = torch.nan
+    monkeypatch.setattr(type(either.feature_extractor), "__call__", lambda *args, **kwargs: features)
+    with pytest.raises(ValueError, match="features of the audio from 0.00 s to 1.00 s have NaN"):
+        either(voice(1.0))
+
+
+@pytest.mark.parametrize("ctc_head", [True, False])
+def test_threads_share_a_pipeline(ctc_head, checkpoint, recognizer):
+    model = EchoForConditionalGeneration.from_pretrained(checkpoint, ctc_loss_weight=0.3 if ctc_head else 0.0)
+    parts = {"tokenizer": recognizer.tokenizer, "feature_extractor": recognizer.feature_extractor}
+    timed = pipeline(TASK, model=model, **parts)
+    recordings = [voice(0.5, 100 + 20 * index) for index in range(8)]
+    options = {"return_timestamps": "word", "generate_kwargs": {"max_new_tokens": 5}}
+    expected = [timed(audio, **options) for audio in recordings]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)  # so that the threads meet
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            for _ in range(2):
+                assert list(threads.map(lambda audio: timed(audio, **options), recordings)) == expected
+    finally:
+        sys.setswitchinterval(interval)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_pipeline_is_pickled(recognizer):
+    again = pickle.loads(pickle.dumps(recognizer))
+    assert again(voice(1.0)) == recognizer(voice(1.0))
 
 
 def test_batches_say_what_single_recordings_say(either):
@@ -359,6 +474,12 @@ def test_stride_needs_ctc(recognizer):
         recognizer({"raw": voice(1.0), "sampling_rate": SAMPLING_RATE, "stride": (0, 100)})
 
 
+def test_stride_is_two_numbers(ctc_recognizer):
+    for stride in ((-1, 0), (1, 2, 3)):
+        with pytest.raises(ValueError, match="stride must be two numbers of samples"):
+            ctc_recognizer({"raw": voice(1.0), "sampling_rate": SAMPLING_RATE, "stride": stride})
+
+
 def test_last_chunk_may_be_a_few_samples(either):
     audio = np.append(voice(1.0), np.zeros(50, np.float32))
     result = either(audio, chunk_length_s=0.5, stride_length_s=0, ignore_warning=True)
@@ -569,14 +690,10 @@ def test_other_models_run_as_in_the_stock_pipeline(tmp_path):
     Wav2Vec2ForCTC(config).save_pretrained(tmp_path)
     Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"), bos_token=None, eos_token=None).save_pretrained(tmp_path)
     Wav2Vec2FeatureExtractor().save_pretrained(tmp_path)
-    ours = pipeline(TASK, model=str(tmp_path))
-    assert type(ours) is EchoAutomaticSpeechRecognitionPipeline
-    assert type(ours.model) is Wav2Vec2ForCTC
-    stock = AutomaticSpeechRecognitionPipeline(
-        ours.model, tokenizer=ours.tokenizer, feature_extractor=ours.feature_extractor
-    )
-    audio = voice(1.0)
-    assert ours(audio, return_timestamps="char") == stock(audio, return_timestamps="char")
+    stock = pipeline(TASK, model=str(tmp_path))
+    assert type(stock) is AutomaticSpeechRecognitionPipeline
+    assert type(stock.model) is Wav2Vec2ForCTC
+    assert stock(voice(1.0), return_timestamps="char")["text"]
 
 
 def test_other_models_keep_the_stock_defaults():
@@ -585,12 +702,13 @@ def test_other_models_keep_the_stock_defaults():
     )
     parts = {"tokenizer": EchoTokenizer(), "feature_extractor": WhisperFeatureExtractor()}
     whisper = EchoAutomaticSpeechRecognitionPipeline(WhisperForConditionalGeneration(config), **parts)
+    assert type(whisper) is AutomaticSpeechRecognitionPipeline
     assert whisper.type == "seq2seq_whisper"
     assert whisper._generation_defaults["num_beams"] == 5
 
 
 # In a fresh interpreter, isolated from this environment's settings: what a checkpoint does for who only has it.
-REMOTE = """
+NOT_INSTALLED = """
 import json, sys
 
 class NotInstalled:
@@ -599,7 +717,9 @@ class NotInstalled:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, NotInstalled())
+"""
 
+REMOTE = """
 import numpy as np
 import transformers
 from transformers import pipeline
@@ -630,15 +750,9 @@ report["text again"] = recognizer(audio)["text"]
 recognizer.save_pretrained(target + " third")
 recognizer = pipeline("automatic-speech-recognition", model=target + " third", **trust)
 report["text third"] = recognizer(audio)["text"]
-# With a model already loaded, the pipeline's class must be said.
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+# With a model already loaded.
 parts = {"tokenizer": loaded["AutoTokenizer"], "feature_extractor": loaded["AutoFeatureExtractor"]}
-recognizer = pipeline(
-    "automatic-speech-recognition",
-    model=loaded[head],
-    **parts,
-    pipeline_class=get_class_from_dynamic_module("pipeline_echo.EchoAutomaticSpeechRecognitionPipeline", folder),
-)
+recognizer = pipeline("automatic-speech-recognition", model=loaded[head], **parts)
 report["text fourth"] = recognizer(audio)["text"]
 report["echo_hf"] = any(name.partition(".")[0] == "echo_hf" for name in sys.modules)
 print(json.dumps(report))
@@ -681,7 +795,9 @@ def test_checkpoint_runs_where_the_package_is_not_installed(
     if from_hub:
         folder = cached_from_hub(folder, tmp_path / "home")
     np.save(tmp_path / "audio.npy", voice(1.0))
-    report = run_isolated(REMOTE, tmp_path, folder, tmp_path / "saved again", tmp_path / "audio.npy", head)
+    report = run_isolated(
+        NOT_INSTALLED + REMOTE, tmp_path, folder, tmp_path / "saved again", tmp_path / "audio.npy", head
+    )
     assert not report["echo_hf"]
     assert "trust_remote_code" in report["refused"]
     assert report["modules"] == ["transformers_modules"]
@@ -701,6 +817,40 @@ def test_checkpoint_runs_where_the_package_is_not_installed(
     assert report["long"] == json.loads(json.dumps(long))
     # What was saved without the package is the same to who has it.
     assert pipeline(TASK, model=str(tmp_path / "saved again"))(voice(1.0))["text"] == report["text"]
+
+
+# What the speech recognition example of Transformers does before it trains.
+PREPARE = """
+import numpy as np
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, AutoProcessor
+
+folder, workers = sys.argv[1], int(sys.argv[2])
+trust = {"trust_remote_code": True}
+config = AutoConfig.from_pretrained(folder, **trust)
+processor = AutoProcessor.from_pretrained(folder, **trust)
+model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, config=config, **trust)
+rows = [{"audio": np.sin(np.arange(4000) * (0.05 + 0.01 * index)), "text": "row " + str(index)} for index in range(4)]
+
+def prepare(row):
+    batch = processor(audio=np.asarray(row["audio"]), text=row["text"], sampling_rate=16000)
+    assert batch["labels"][0] != config.decoder_start_token_id
+    return {"input_features": batch["input_features"][0], "labels": batch["labels"]}
+
+parts = [config, processor, processor.tokenizer, processor.feature_extractor, type(model), type(config), prepare]
+fingerprints = [Hasher.hash(part) for part in parts]
+dataset = Dataset.from_list(rows).map(prepare, num_proc=workers)
+features = [float(np.sum(rows)) for rows in dataset["input_features"]]
+print(json.dumps([fingerprints, dataset._fingerprint, features, dataset["labels"][:]]))
+"""
+
+
+@pytest.mark.slow
+def test_remote_code_prepares_data_in_workers_and_is_the_same_to_the_cache_in_each_run(tmp_path, checkpoint):
+    reports = [run_isolated(NOT_INSTALLED + PREPARE, tmp_path, checkpoint, workers) for workers in (2, 2, 1)]
+    assert reports[0] == reports[1]
+    assert reports[0][0] == reports[2][0] and reports[0][2:] == reports[2][2:]
 
 
 @pytest.mark.slow

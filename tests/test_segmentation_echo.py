@@ -227,7 +227,7 @@ def test_nothing_but_silence_has_no_segments():
     assert segments_of(noise(60, -80.0)) == []
 
 
-@pytest.mark.parametrize(("longest", "overlap"), [(5.0, 5.0), (0.001, 0.0), (5.0, -1.0)])
+@pytest.mark.parametrize(("longest", "overlap"), [(5.0, 5.0), (0.001, 0.0), (5.0, -1.0), (np.inf, 0.0), (np.nan, 0.0)])
 def test_lengths_that_cannot_work(longest, overlap):
     with pytest.raises(ValueError, match="overlap"):
         list(segment_blocks([voice(6.0)], SAMPLING_RATE, FRAME, longest, overlap))

@@ -1,24 +1,19 @@
-"""Loading a checkpoint so that what is wrong with it is said at once, by the name of the file, and with the remedy.
+"""Loading a checkpoint, with one clear error that names the file and the remedy.
 
-Transformers forgives much: a missing tokenizer becomes the default one, missing weights are drawn at random, fields of
-a config that it does not know are kept and ignored, a generation config that is cut off is replaced. Each of these
-gives a model that runs and writes nonsense. Here they are errors, and so are pickled weights, which could run code.
+Transformers forgives much: a missing tokenizer becomes the default one, missing weights are random, unknown fields of a
+config are ignored, and a damaged generation config is replaced. Such a model runs and writes nonsense. Here all of this
+is an error, and so are weights that are NaN or pickled; a pickle can run code.
 """
 
 import difflib
 import json
+from collections.abc import Iterator
 from contextlib import contextmanager
-from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from safetensors import safe_open
 from transformers.utils import cached_file
 from transformers.utils import has_file
@@ -29,14 +24,28 @@ from .modeling_echo import EchoForConditionalGeneration
 from .modeling_echo import EchoForCTC
 from .processing_echo import EchoProcessor
 
-logger = logging.get_logger(__name__)
-
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"  # either holds the feature extractor
-JSON_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", PROCESSOR, PREPROCESSOR)
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+JSON_FILES = (CONFIG, GENERATION_CONFIG, PROCESSOR, PREPROCESSOR, TOKENIZER, TOKENIZER_CONFIG)
 
 OF_THE_LIBRARY = ("architectures", "dtype", "torch_dtype", "quantization_config", "_name_or_path")  # in any config
+TOKEN_IDS = (
+    *("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id"),
+    *("forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids"),
+)
+
+NEWER = (
+    "If a newer version of echo_hf saved it: update the package (git pull, pip install . in the clone), or load the"
+    " model with its own code: AutoModelForSpeechSeq2Seq.from_pretrained(..., trust_remote_code=True)."
+)
+SAVE_PROCESSOR = "from where the model was trained, or save it again: processor.save_pretrained(folder)."
+
+
+class CheckpointError(ValueError):
+    """What is wrong with a checkpoint: the file and the remedy, in one line."""
 
 
 def load_model_and_processor(checkpoint: str | Path, model_class=None, **overrides):
@@ -45,9 +54,8 @@ def load_model_and_processor(checkpoint: str | Path, model_class=None, **overrid
 
     Args:
         checkpoint (`str` or `Path`): folder, or name on the Hub.
-        model_class (*optional*): [`EchoForConditionalGeneration`] or [`EchoForCTC`]. The one that was saved if not
-            given, and then all of its weights have to be there; another one starts what it lacks at random, as the
-            library does.
+        model_class (*optional*): [`EchoForConditionalGeneration`] or [`EchoForCTC`]. Without it, the class that was
+            saved, and all of its weights have to be there. A class that is given starts at random what the file lacks.
         overrides: fields of the config to change. The weights have to hold all that the config then asks for, in the
             same shapes: a mechanism can be switched off, not on, unless `model_class` is given.
 
@@ -55,36 +63,27 @@ def load_model_and_processor(checkpoint: str | Path, model_class=None, **overrid
         The model, in float32 and on the CPU, and [`EchoProcessor`].
 
     Raises:
-        `ValueError`: there is no such checkpoint, a file of it is missing, cut off, of another or a newer model, or its
-            files do not fit each other. The message names the file and what to do.
+        `CheckpointError`, a `ValueError`: there is no such checkpoint; a file of it is missing, cut off, damaged, of
+            another or a newer model; or its files do not fit each other. The message names the file and the remedy.
     """
-    try:
-        files = {name: _find(checkpoint, name) for name in ("config.json", WEIGHTS, *JSON_FILES)}
-        config = _load_config(checkpoint, files["config.json"], overrides)
-        weights = _find_weights(checkpoint, files[WEIGHTS])
-    except (OSError, HFValidationError, HfHubHTTPError) as error:
-        raise ValueError(f"No checkpoint could be loaded from {checkpoint}: {error}") from error
-    for path in weights:
-        check_safetensors(path)
-    for name in JSON_FILES:
-        if files[name] is not None:
-            read_json(files[name])
-    if files[PROCESSOR] is None and files[PREPROCESSOR] is None:
-        raise ValueError(f"{checkpoint} has no {PROCESSOR}: {_copy_it('the feature extractor')}")
-    if files["tokenizer.json"] is None:
-        raise ValueError(f"{checkpoint} has no tokenizer.json: {_copy_it('the tokenizer')}")
-    try:
+    with _explained(f"No checkpoint could be loaded from {checkpoint}"):
+        paths = {name: _find(checkpoint, name) for name in JSON_FILES}
+        contents = {name: read_object(path) for name, path in paths.items() if path is not None}
+        if CONFIG not in contents:
+            raise OSError(f"it has no {CONFIG}{'. Is it the folder of a model' if Path(checkpoint).is_dir() else ''}")
+        config = _load_config(checkpoint, paths[CONFIG], contents[CONFIG], overrides)
+        for path in _find_weights(checkpoint):
+            check_safetensors(path)
+    processor_file = paths[PROCESSOR] or paths[PREPROCESSOR]
+    for name, path in ((PROCESSOR, processor_file), (TOKENIZER, paths[TOKENIZER])):
+        if path is None:
+            raise CheckpointError(f"{checkpoint} has no {name}: copy it {SAVE_PROCESSOR}")
+    what = f"{processor_file} and {TOKENIZER} are not those of the model in {CONFIG}"
+    with _explained(what, f"Copy both {SAVE_PROCESSOR}"):
         processor = EchoProcessor.from_pretrained(checkpoint)
-    except Exception as error:  # what tokenizers raises is an Exception and no more
-        raise ValueError(f"The processor of {checkpoint} cannot be loaded: {error} {_copy_it('it')}") from error
-    try:
         check_fit(processor, config)
-    except ValueError as error:
-        found = PROCESSOR if files[PROCESSOR] is not None else PREPROCESSOR
-        raise ValueError(
-            f"{checkpoint}: {found} or tokenizer.json is not of the model in config.json. {error}"
-            " Save the processor again that the model was trained with: processor.save_pretrained(folder)."
-        ) from error
+    if GENERATION_CONFIG in contents:
+        _check_token_ids(paths[GENERATION_CONFIG], contents[GENERATION_CONFIG], config.vocab_size)
     return _load_model(checkpoint, config, model_class, overrides), processor
 
 
@@ -119,11 +118,9 @@ def check_safetensors(path: str | Path) -> None:
     Raises:
         `ValueError`: the file is cut off, or no safetensors.
     """
-    try:
+    with _explained(f"{path} is cut off or damaged", "Copy or download it again."):
         with safe_open(path, framework="pt"):
             pass
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is cut off or damaged ({error}): copy or download it again.") from error
 
 
 def read_json(path: str | Path) -> Any:
@@ -131,12 +128,18 @@ def read_json(path: str | Path) -> Any:
     What a JSON file holds.
 
     Raises:
-        `ValueError`: it is no JSON, perhaps because it is cut off.
+        `ValueError`: it is no JSON, perhaps because it is cut off, or it is nested too deeply.
     """
-    try:
+    with _explained(f"{path} is cut off or damaged", "Copy or download it again."):
         return json.loads(Path(path).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is cut off or damaged ({error}): copy or download it again.") from error
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """The JSON object that a file holds. Raises a `ValueError` as [`read_json`], and where it holds another value."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is damaged: it holds no JSON object. Copy or download it again.")
+    return value
 
 
 def parse_overrides(text: str | None, config_class=EchoConfig) -> dict[str, Any]:
@@ -166,7 +169,7 @@ def parse_overrides(text: str | None, config_class=EchoConfig) -> dict[str, Any]
                 raise ValueError(f"config_overrides: {item!r} is not key=value; write key=value,... or a JSON object.")
             try:
                 overrides[key] = json.loads(value)
-            except json.JSONDecodeError:
+            except (json.JSONDecodeError, RecursionError):
                 overrides[key] = value
     known = {entry.name for entry in fields(config_class)}
     for key in overrides:
@@ -190,106 +193,119 @@ def parse_object(text: str, name: str) -> dict[str, Any]:
     """
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{name}: {text!r} is not JSON ({error}).") from error
     if not isinstance(value, dict):
         raise ValueError(f"{name}: {text!r} is not a JSON object.")
     return value
 
 
-def _copy_it(what: str) -> str:
-    return f"copy {what} from where the model was trained, or save it again: processor.save_pretrained(folder)."
+@contextmanager
+def _explained(what: str, remedy: str = "") -> Iterator[None]:
+    """Whatever a library raises of a file becomes one line: what is wrong, the reason, the remedy."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{what}: {reason.rstrip('.')}. {remedy}".rstrip()) from error
 
 
 def _find(checkpoint: str | Path, name: str) -> str | None:
     return cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False)
 
 
-def _load_config(checkpoint: str | Path, path: str | None, overrides: dict[str, Any]) -> EchoConfig:
-    if path is None:
-        raise OSError(f"it has no config.json. {'Is it the folder of a model?' if Path(checkpoint).is_dir() else ''}")
-    saved = read_json(path)
-    if saved.get("model_type") != EchoConfig.model_type:
-        raise ValueError(f"{path} is of a model of type {saved.get('model_type')!r}, not {EchoConfig.model_type!r}.")
-    update = "update the package (git pull, pip install . in the clone), or load the model with its own code instead:"
-    update += " AutoModelForSpeechSeq2Seq.from_pretrained(..., trust_remote_code=True)."
-    default = EchoConfig()
-    known = {*default.to_dict(), *OF_THE_LIBRARY}
-    unknown = sorted(name for name in saved if name not in known and not hasattr(default, name))
-    if unknown:
-        raise ValueError(
-            f"{path} has fields that this version of echo_hf does not know, and so would ignore: {', '.join(unknown)}."
-            f" If a newer one saved it: {update}"
-        )
-    version = saved.get("transformers_version") or "0"
-    if int(version.partition(".")[0]) > int(transformers.__version__.partition(".")[0]):
-        logger.warning(
-            f"{path} was saved with Transformers {version}, and {transformers.__version__} is installed. Update it if"
-            " the model does not do what it should."
-        )
-    invalid = (StrictDataclassError, TypeError, ValueError)
-    try:
-        config = EchoConfig.from_pretrained(checkpoint)
-    except invalid as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: {reason}. If a newer version of echo_hf saved it: {update}") from error
-    if not overrides:
-        return config
-    try:
-        return EchoConfig.from_pretrained(checkpoint, **overrides)
-    except invalid as error:
-        changes = ", ".join(f"{name}={value!r}" for name, value in overrides.items())
-        raise ValueError(f"{path} cannot be changed by {changes}: {' '.join(str(error).split())}.") from error
-
-
-def _find_weights(checkpoint: str | Path, single: str | None) -> list[str]:
+def _find_weights(checkpoint: str | Path) -> list[str]:
     """Files of the weights: one, or those that an index names."""
+    single, index = _find(checkpoint, WEIGHTS), _find(checkpoint, WEIGHTS_INDEX)
     if single is not None:
         return [single]
-    index = _find(checkpoint, WEIGHTS_INDEX)
     if index is None:
         for name in PICKLED_WEIGHTS:
             if has_file(checkpoint, name):
                 raise OSError(
                     f"its weights are in {name} only, a pickle, which could run any code. Ask its author for"
-                    f" {WEIGHTS}; or, if you trust them, load it with use_safetensors=False and save it again."
+                    f" {WEIGHTS}; or, if you trust them, load it with use_safetensors=False and save it again"
                 )
-        raise OSError(f"it has no weights ({WEIGHTS}).")
-    shards = sorted(set(read_json(index)["weight_map"].values()))
-    paths = {name: _find(checkpoint, name) for name in shards}
+        raise OSError(f"it has no weights ({WEIGHTS})")
+    shards = read_object(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise CheckpointError(f"{index} is damaged: it names no files. Copy or download it again.")
+    paths = {name: _find(checkpoint, name) for name in sorted(set(shards.values()))}
     missing = [name for name, path in paths.items() if path is None]
     if missing:
-        raise OSError(f"{', '.join(missing)} of its weights is missing: copy it from where the model was saved.")
+        raise OSError(f"{', '.join(missing)} of its weights is missing: copy it from where the model was saved")
     return list(paths.values())
 
 
+def _load_config(checkpoint: str | Path, path: str, saved: dict[str, Any], overrides: dict[str, Any]) -> EchoConfig:
+    if saved.get("model_type") != EchoConfig.model_type:
+        raise CheckpointError(
+            f"{path} is of a model of type {saved.get('model_type')!r}, not {EchoConfig.model_type!r}."
+        )
+    default = EchoConfig()
+    known = {*default.to_dict(), *OF_THE_LIBRARY}
+    unknown = sorted(name for name in saved if name not in known and not hasattr(default, name))
+    if unknown:
+        raise CheckpointError(
+            f"{path} has fields that this version of echo_hf does not know, and so would ignore: {', '.join(unknown)}."
+            f" {NEWER}"
+        )
+    with _explained(path, NEWER):
+        config = EchoConfig.from_pretrained(checkpoint)
+    with _explained(f"{path} cannot be changed by {', '.join(f'{key}={value!r}' for key, value in overrides.items())}"):
+        return EchoConfig.from_pretrained(checkpoint, **overrides) if overrides else config
+
+
+def _check_token_ids(path: str, saved: dict[str, Any], vocab_size: int) -> None:
+    def flat(value) -> list:
+        return [item for part in value for item in flat(part)] if isinstance(value, list) else [value]
+
+    for name in TOKEN_IDS:
+        for value in flat(saved.get(name)):
+            if value is not None and (type(value) is not int or not 0 <= value < vocab_size):
+                raise CheckpointError(
+                    f"{path}: {name} has {value!r}, and the model's tokens are 0 to {vocab_size - 1}. Copy the file"
+                    " from where the model was saved, or delete it to use the defaults."
+                )
+
+
 def _load_model(checkpoint: str | Path, config: EchoConfig, model_class, overrides: dict[str, Any]):
-    saved = EchoForCTC if (config.architectures or [""])[0] == "EchoForCTC" else EchoForConditionalGeneration
-    with _unreported() if overrides and model_class is None else nullcontext():
-        model, report = (model_class or saved).from_pretrained(
+    saved_class = EchoForCTC if (config.architectures or [""])[0] == "EchoForCTC" else EchoForConditionalGeneration
+    with _unreported(), _explained(f"The model of {checkpoint} ({CONFIG} and its weights) cannot be loaded"):
+        model, report = (model_class or saved_class).from_pretrained(
             checkpoint, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    remedy = "Copy both from the same model"
-    remedy += f", or leave {', '.join(overrides)} as it was saved." if overrides else "."
-    if report["mismatched_keys"]:
-        name, in_file, in_config = sorted(report["mismatched_keys"])[0]
-        raise ValueError(
-            f"{checkpoint}: config.json does not describe the weights. {name} is {tuple(in_file)} in the file and"
-            f" {tuple(in_config)} by the config ({len(report['mismatched_keys'])} such in all). {remedy}"
+    mismatched, missing, unexpected = (
+        sorted(report[name]) for name in ("mismatched_keys", "missing_keys", "unexpected_keys")
+    )
+    fault = None
+    if mismatched:
+        name, in_file, in_config = mismatched[0]
+        fault = f"{name} is {tuple(in_file)} in the file and {tuple(in_config)} by the config"
+        fault += f" ({len(mismatched)} such in all)"
+    elif missing and model_class is None:
+        fault = f"The weights lack {missing[0]} and {len(missing) - 1} others that it asks for"
+    elif unexpected and not overrides:
+        fault = f"The weights have {unexpected[0]} and {len(unexpected) - 1} others that it does not ask for"
+    if fault is not None:
+        remedy = f", or leave {', '.join(overrides)} as it was saved." if overrides else "."
+        raise CheckpointError(
+            f"{checkpoint}: {CONFIG} does not describe the weights. {fault}. Copy both from the same model{remedy}"
         )
-    if model_class is None and report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ValueError(
-            f"{checkpoint}: its weights lack {missing[0]} and {len(missing) - 1} others of what config.json asks for."
-            f" {remedy}"
-        )
+    for name, values in model.state_dict().items():
+        if not torch.isfinite(values).all():
+            raise CheckpointError(
+                f"{checkpoint}: {name} of its weights has NaN or infinite values, so the model hears nothing. Take a"
+                " checkpoint from before its training diverged."
+            )
     return model
 
 
 @contextmanager
-def _unreported():
-    """Keeps the library from telling that a part which was switched off has weights, as if something were wrong. What
-    is wrong, missing or of another shape, is an error all the same."""
+def _unreported() -> Iterator[None]:
+    """Silences the library's table of keys, of which an error here tells the first."""
     reporter = logging.get_logger("transformers.modeling_utils")
 
     def is_error(record) -> bool:
@@ -302,4 +318,13 @@ def _unreported():
         reporter.removeFilter(is_error)
 
 
-__all__ = ["check_fit", "check_safetensors", "load_model_and_processor", "parse_object", "parse_overrides", "read_json"]
+__all__ = [
+    "CheckpointError",
+    "check_fit",
+    "check_safetensors",
+    "load_model_and_processor",
+    "parse_object",
+    "parse_overrides",
+    "read_json",
+    "read_object",
+]

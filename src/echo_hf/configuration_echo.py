@@ -8,7 +8,9 @@ time, and `EchoConfig.from_preset` names the settings such a study needs. The va
 import math
 import os
 import shutil
+import sys
 from dataclasses import field
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
@@ -43,6 +45,28 @@ PIPELINE_CLASS = "pipeline_echo.EchoAutomaticSpeechRecognitionPipeline"
 
 # The head that saved a checkpoint, and the Auto class that loads it.
 PIPELINE_MODELS = {"EchoForConditionalGeneration": "AutoModelForSpeechSeq2Seq", "EchoForCTC": "AutoModelForCTC"}
+
+
+def attach_module(name: str) -> None:
+    """Makes the module of this name an attribute of its package, as an import statement does.
+
+    The library's loader of remote code does not do this. Without it dill, by which `datasets` pickles and fingerprints,
+    finds no class by its name and pickles the class itself: workers fail, and the fingerprint differs in each run.
+    """
+    package, _, attribute = name.rpartition(".")
+    if package:
+        setattr(import_module(package), attribute, sys.modules[name])
+
+
+def attach_pipeline(package: str) -> None:
+    """Makes `pipeline(task, model=<model object>)` use the pipeline class of this package of remote code. The library
+    reads `custom_pipelines` only where it loads the config itself. Models other than Echo get the stock pipeline."""
+    from transformers.pipelines import SUPPORTED_TASKS
+
+    SUPPORTED_TASKS["automatic-speech-recognition"]["impl"] = f"{package}.{PIPELINE_CLASS}"
+
+
+attach_module(__name__)
 
 # All pitch mechanisms off: a plain rotary transformer. Every preset starts from here.
 BASELINE = {

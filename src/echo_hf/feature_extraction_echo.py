@@ -24,6 +24,7 @@ from transformers.utils import TensorType
 from transformers.utils import is_torch_tensor
 from transformers.utils import logging
 
+from .configuration_echo import attach_module
 from .configuration_echo import validate_feature_groups
 from .pitch_echo import accumulated_phase
 from .pitch_echo import aperiodicity_code
@@ -32,6 +33,7 @@ from .pitch_echo import estimate_f0_batch
 from .pitch_echo import num_aperiodicity_bands
 from .pitch_echo import spectral_envelope_code
 
+attach_module(__name__)
 logger = logging.get_logger(__name__)
 
 # Log-mel values are decades of power (1 decade = 10 dB); a full-scale sine at 1 kHz is 2.4.

@@ -52,7 +52,13 @@ from transformers.utils.output_capturing import OutputRecorder
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_echo import EchoConfig
+from .configuration_echo import attach_module
+from .configuration_echo import attach_pipeline
 from .generation_echo import EchoCTCPrefixLogitsProcessor
+
+attach_module(__name__)
+if __name__.startswith("transformers_modules."):
+    attach_pipeline(__package__)
 
 logger = logging.get_logger(__name__)
 

@@ -1,32 +1,40 @@
-"""The speech recognition pipeline for Echo: what the stock pipeline does, with five things changed for Echo models.
+"""The speech recognition pipeline for Echo: the stock pipeline with these changes.
 
-- Files and bytes are read with soundfile, not ffmpeg, block by block, and any sampling rate is resampled with soxr.
-- Recordings of any length: they are cut at pauses, stretches of silence are left out, and the texts are joined.
-- The times of segments and words, for the generating model too: its tokens are laid along the frames by its CTC head,
-  or by its cross-attention if it has none.
-- Decoding is greedy unless the model's or the caller's generation settings say otherwise (the stock pipeline searches
-  with 5 beams and stops at 256 tokens).
-- Whether the model generates text or has the CTC head alone is seen from the model, also where the library's tables of
-  names do not have Echo because this file came with a checkpoint.
-
-With any other model it is the stock pipeline.
+- soundfile reads files and bytes, block by block, without ffmpeg. soxr resamples any sampling rate.
+- Recordings can be of any length. They are cut at pauses, silence is left out, and the texts are joined.
+- Segments and words have times, with the generating model too: its tokens are aligned to the frames by its CTC head,
+  or by its cross-attention where it has none.
+- Decoding is greedy unless the generation settings of the model or the caller say otherwise. The stock pipeline uses
+  5 beams and stops at 256 tokens.
+- The model itself says whether it generates text. The stock pipeline looks its class up in tables, which do not have
+  Echo where this file came with a checkpoint.
 """
 
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from itertools import groupby
+from numbers import Number
+from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub.utils import httpx
+from transformers import LogitsProcessor
 from transformers.pipelines.automatic_speech_recognition import AutomaticSpeechRecognitionPipeline
+from transformers.utils import is_torch_tensor
 from transformers.utils import logging
 
 from .alignment_echo import align_by_attention
 from .alignment_echo import align_by_ctc
+from .configuration_echo import attach_module
 from .feature_extraction_echo import AUDIO_KEYS
 from .feature_extraction_echo import BLOCK_FRAMES
 from .feature_extraction_echo import F0_GROUPS
+from .feature_extraction_echo import MAX_CHANNELS
 from .feature_extraction_echo import is_file
 from .generation_echo import find_cut_off
 from .modeling_echo import mean_cross_attention
@@ -40,6 +48,7 @@ from .segmentation_echo import read_blocks
 from .segmentation_echo import segment_blocks
 from .segmentation_echo import whole_segment
 
+attach_module(__name__)
 logger = logging.get_logger(__name__)
 
 # Seconds. Speech is up to some 20 characters a second, and a token may be one byte: with a plain vocabulary a segment
@@ -47,32 +56,68 @@ logger = logging.get_logger(__name__)
 LONGEST_SEGMENT = 20.0
 
 
+@dataclass(frozen=True)
+class SegmentContext:
+    """
+    What the pipeline keeps of a segment while the model recognizes it.
+
+    Args:
+        start (`float`): seconds from the begin of the recording.
+        end (`float`): seconds from the begin of the recording.
+        overlap (`float`): seconds at its begin that the segment before has too.
+        has_neighbors (`bool`): whether it shares audio with the segment before or behind it.
+        is_speech (`bool`): False if all of it is silence.
+        stride (`tuple[int, int]`): encoder frames at its begin and end that give no text.
+        extra (`dict`): the caller's own keys, which the result returns.
+    """
+
+    start: float
+    end: float
+    overlap: float
+    has_neighbors: bool
+    is_speech: bool
+    stride: tuple[int, int]
+    extra: dict[str, Any]
+
+
+class NaNRefusal(LogitsProcessor):
+    """Ends `generate()` with an error where the model predicts NaN, which otherwise becomes an empty text."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        _refuse_nan(scores)
+        return scores
+
+
 class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline):
     """
     Speech recognition with [`EchoForConditionalGeneration`] or [`EchoForCTC`], of recordings of any length.
 
-    Takes paths, URLs, bytes of files, arrays at the model's sampling rate, dicts with `"raw"` or `"array"` and
-    `"sampling_rate"`, rows of a `datasets` audio column, and lists, generators and data sets of these. A recording that
-    is silent throughout, no frame of it above -70 dB of full scale, gives an empty text without asking the model.
+    One recording is a path, a URL, the bytes of a file, a 1-D array at the model's sampling rate, a dict with `"raw"`
+    or `"array"` and `"sampling_rate"`, or an entry of a `datasets` audio column. Several are a list, a tuple, a 2-D
+    array of mono recordings, an audio column, a data set with a column `"audio"`, a generator or another iterable.
 
-    Besides the stock pipeline's, these arguments, when it is made or called:
+    Besides those of the stock pipeline, these arguments, when it is made or called:
 
-    - `chunk_length_s` (defaults to 20): a recording longer than so many seconds is cut into segments that are not, and
-      pauses of a second before and behind the speech are left out; see
-      [`~echo_hf.segmentation_echo.segment_blocks`]. 0: all of it goes through the model, as it is, unless it is silent
-      throughout. `batch_size` segments go through the model together.
+    - `chunk_length_s` (defaults to 20): a longer recording is cut into segments of at most so many seconds, and pauses
+      of a second before and behind the speech are left out; see [`~echo_hf.segmentation_echo.segment_blocks`]. With 0
+      the whole recording is one segment. `batch_size` segments go through the model together.
     - `stride_length_s` (defaults to a sixth of it): where there is no pause to cut at, two segments share twice so many
       seconds, or the sum of two such lengths. Their texts are joined at the words that both have.
     - `return_timestamps`: `True` for the times of segments, `"word"`, or with [`EchoForCTC`] `"char"`.
     - `progress`: called with a number of seconds whenever that much more of a recording was read.
 
-    Gives `{"text": str}`, and with `return_timestamps` also `"chunks"`, each with `"text"` and `"timestamp"`: start and
-    end in seconds. Chunks joined are the text: as Whisper's, words come with the space before them. The words of an
-    [`EchoForCTC`] come without, as those of other CTC models do.
+    Returns:
+        `{"text": str}` of one recording, and a list of these of several; an iterator for generators and torch data
+        sets. With `return_timestamps` also `"chunks"`, each with `"text"` and `"timestamp"`, its start and end in
+        seconds. Chunks joined are the text: as with Whisper, words come with the space before them. The words of an
+        [`EchoForCTC`] come without, as those of other CTC models do. Other keys of a dict that was given come back in
+        lists of one, as in the stock pipeline, except `"text"` and `"chunks"`.
+        A recording with no frame above -70 dB of full scale has an empty text, and the model is not run.
 
     Raises:
-        `ValueError`: the audio cannot be read, is empty, not finite or shorter than a frame; or the kind of timestamps
-            is not known.
+        `ValueError`: the audio cannot be read, is empty, not finite or shorter than a frame; the input is of no known
+            kind; the model predicts NaN; or the kind of timestamps is not known.
+        `FileNotFoundError`: there is no file at a path.
 
     Example:
 
@@ -86,15 +131,20 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
 
     ```"""
 
+    def __new__(cls, model=None, *args, **kwargs):
+        # Transformers makes this class for every model, since it is registered for the task.
+        if model is not None and model.config.model_type == "echo_whisper":
+            # By name: what is imported relatively travels with the checkpoints of Echo.
+            return import_module(f"{__package__}.whisper_echo").EchoWhisperPipeline(model, *args, **kwargs)
+        if model is not None and model.config.model_type != "echo":
+            return AutomaticSpeechRecognitionPipeline(model, *args, **kwargs)
+        return super().__new__(cls)
+
     def __init__(self, model, *args, **kwargs):
         super().__init__(model, *args, **kwargs)
-        if self._is_echo and model.can_generate():
-            # generation_config alone decides.
-            self._generation_defaults = {}
-
-    @property
-    def _is_echo(self) -> bool:
-        return self.model.config.model_type == "echo"
+        self.type = "seq2seq" if model.can_generate() else "ctc"
+        if model.can_generate():
+            self._generation_defaults = {}  # the model's generation_config alone decides
 
     def _sanitize_parameters(
         self,
@@ -105,143 +155,153 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
         progress=None,
         **kwargs,
     ):
-        ours = {"chunk_length_s": chunk_length_s, "stride_length_s": stride_length_s, "progress": progress}
-        ours = {name: value for name, value in ours.items() if value is not None}
-        if not self._is_echo:
-            if self.model.config.model_type == "echo_whisper":  # which the library tells by the type "whisper" alone
-                self.type = "seq2seq_whisper"
-            return super()._sanitize_parameters(
-                **ours, ignore_warning=ignore_warning, return_timestamps=return_timestamps, **kwargs
-            )
-        # The first that the library calls once it has set `type`, and it depends on it.
-        if self.model.can_generate():
-            self.type = "seq2seq"
+        segmenting = {"chunk_length_s": chunk_length_s, "stride_length_s": stride_length_s, "progress": progress}
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
+        preprocess.update({name: value for name, value in segmenting.items() if value is not None})
         among_generate_kwargs = forward.pop("return_timestamps", None)  # where scripts for Whisper have it
         if return_timestamps is None:
             return_timestamps = among_generate_kwargs
         if return_timestamps is not None:
-            kinds = (False, True, "word") if self.type == "seq2seq" else (False, True, "word", "char")
+            kinds = (False, True, "word") if self.model.can_generate() else (False, True, "word", "char")
             if return_timestamps not in kinds:
                 raise ValueError(
                     f"return_timestamps={return_timestamps!r} is not known to {type(self.model).__name__}; give one of"
                     f" {', '.join(map(repr, kinds))}."
                 )
             forward["return_timestamps"] = postprocess["return_timestamps"] = return_timestamps
-        return {**preprocess, **ours}, forward, postprocess
+        return preprocess, forward, postprocess
+
+    def __call__(self, inputs, **kwargs):
+        recordings = _as_several(inputs)
+        if recordings is None:
+            return super().__call__(inputs, **kwargs)
+        if not isinstance(recordings, Sequence):
+            return super().__call__(recordings, **kwargs)
+        # A generator, since a column of a data set decodes its audio as it is read.
+        return list(super().__call__((recording for recording in recordings), **kwargs)) if len(recordings) else []
 
     # From a recording to segments ------------------------------------------------------------------------------------
 
-    def preprocess(self, inputs, chunk_length_s=None, stride_length_s=None, progress=None):
-        if not self._is_echo:
-            options = {"chunk_length_s": chunk_length_s or 0, "stride_length_s": stride_length_s}
-            yield from super().preprocess(inputs, **options)
+    def preprocess(self, inputs, chunk_length_s=LONGEST_SEGMENT, stride_length_s=None, progress=None):
+        blocks, stride, extra = self._read(inputs)
+        if progress is not None:
+            blocks = _count_seconds(blocks, self.feature_extractor.sampling_rate, progress)
+        if stride_length_s is None:
+            stride_length_s = chunk_length_s / 6
+        overlap = 2 * stride_length_s if isinstance(stride_length_s, Number) else sum(stride_length_s)
+        segments = self._segments(blocks, chunk_length_s if stride is None else 0, overlap)
+        segment = next(segments)
+        while segment is not None:
+            following = next(segments, None)
+            yield {"is_last": following is None, **self._features(segment, stride or (0, 0), extra)}
+            segment = following
+
+    def _read(self, inputs) -> tuple[Iterator[np.ndarray], tuple[int, int] | None, dict[str, Any]]:
+        """Audio of any kind as blocks of shape `(samples,)` at the extractor's rate, its stride in encoder frames, and
+        the caller's other keys."""
+        rate = self.feature_extractor.sampling_rate
+        source, stride, extra = inputs, None, {}
+        if isinstance(inputs, Mapping):
+            if "audio" in inputs and not any(key in inputs for key in AUDIO_KEYS):
+                raise ValueError("A row of a data set holds its recording in a column. Pass row['audio'].")
+            is_array = inputs.get("raw") is not None or inputs.get("array") is not None
+            if is_array and inputs.get("sampling_rate") is None:
+                raise ValueError("A dict with audio needs its 'sampling_rate' (in Hz) besides 'raw' or 'array'.")
+            stride = self._stride(inputs.get("stride"), inputs.get("sampling_rate") or rate)
+            consumed = (*AUDIO_KEYS, "sampling_rate", "stride")
+            extra = {key: value for key, value in inputs.items() if key not in consumed}
+            source = next((inputs[key] for key in AUDIO_KEYS if inputs.get(key) is not None), None)
+        elif isinstance(inputs, str) and inputs.startswith(("http://", "https://")):
+            source = _download(inputs)
+        if is_file(source):
+            return read_blocks(source, rate), stride, extra
+        waveform = self.feature_extractor._read(inputs, "audio", rate, resample=True)
+        blocks = (waveform[start : start + BLOCK_FRAMES] for start in range(0, len(waveform), BLOCK_FRAMES))
+        return blocks, stride, extra
+
+    def _stride(self, samples, sampling_rate: int) -> tuple[int, int] | None:
+        """The stride of a dict, samples at its own rate, in encoder frames."""
+        if samples is None:
+            return None
+        if self.type == "seq2seq":
+            raise ValueError("A stride is only usable with EchoForCTC. Leave it out: pauses decide.")
+        if len(samples) != 2 or min(samples) < 0:
+            raise ValueError(f"stride must be two numbers of samples, left and right, got {samples!r}.")
+        scale = self.feature_extractor.sampling_rate / sampling_rate / self._align_to
+        return round(samples[0] * scale), round(samples[1] * scale)
+
+    def _segments(self, blocks: Iterator[np.ndarray], longest: float, overlap: float) -> Iterator[Segment]:
+        """Segments of a recording, lengths in seconds, and at least one; a single one if `longest` is 0."""
+        extractor, num_samples, is_silent = self.feature_extractor, 0, True
+        rate, hop_length = extractor.sampling_rate, extractor.hop_length
+        if not longest:
+            yield whole_segment(np.concatenate([np.zeros(0, np.float32), *blocks]), hop_length)
             return
-        blocks, extra = self._read(inputs)
-        rate, hop_length = self.feature_extractor.sampling_rate, self.feature_extractor.hop_length
-        num_samples = 0
 
         def counted() -> Iterator[np.ndarray]:
             nonlocal num_samples
             for block in blocks:
                 num_samples += len(block)
-                if progress is not None:
-                    progress(len(block) / rate)
                 yield block
 
-        chunk_length_s = LONGEST_SEGMENT if chunk_length_s is None else chunk_length_s
-        if stride_length_s is None:
-            stride_length_s = chunk_length_s / 6
-        overlap = 2 * stride_length_s if isinstance(stride_length_s, (int, float)) else sum(stride_length_s)
-        if chunk_length_s and "stride" not in extra:
-            options = (self.feature_extractor.f0_method, self.feature_extractor.f0_min, self.feature_extractor.f0_max)
-            has_f0 = any(name in self.feature_extractor.feature_groups for name in F0_GROUPS)
-            voice = (lambda waveform: estimate_f0(waveform, rate, hop_length, *options)) if has_f0 else None
-            segments = segment_blocks(counted(), rate, hop_length, chunk_length_s, overlap, voice)
-        else:
-            segments = iter([whole_segment(np.concatenate([np.zeros(0, np.float32), *counted()]), hop_length)])
-        segment = next(segments, None)
-        if segment is None:  # nothing but silence, however much of it, or not a single sample
-            segment = Segment(np.zeros(min(num_samples, hop_length), np.float32), 0, 0, False, False)
-        while segment is not None:
-            following = next(segments, None)
-            yield {"is_last": following is None, **self._features(segment), **extra}
-            segment = following
+        def voice(waveform: np.ndarray) -> np.ndarray:
+            return estimate_f0(waveform, rate, hop_length, extractor.f0_method, extractor.f0_min, extractor.f0_max)
 
-    def _read(self, inputs) -> tuple[Iterator[np.ndarray], dict]:
-        """Audio of any kind as blocks of shape `(samples,)` at the extractor's rate, and what else was in `inputs` if
-        it was a dict."""
-        rate = self.feature_extractor.sampling_rate
-        extra = {}
-        if isinstance(inputs, str) and inputs.startswith(("http://", "https://")):
-            inputs = httpx.get(inputs, follow_redirects=True).raise_for_status().content
-        source = inputs
-        if isinstance(inputs, Mapping):
-            extra = {key: value for key, value in inputs.items() if key not in (*AUDIO_KEYS, "sampling_rate")}
-            is_array = inputs.get("raw") is not None or inputs.get("array") is not None
-            if is_array and inputs.get("sampling_rate") is None:
-                raise ValueError("A dict with audio needs its 'sampling_rate' (in Hz) besides 'raw' or 'array'.")
-            if extra.get("stride") is None:
-                extra.pop("stride", None)
-            elif self.type == "seq2seq":
-                raise ValueError("A stride is only usable with EchoForCTC. Leave it out: pauses decide.")
-            else:
-                scale = rate / (inputs.get("sampling_rate") or rate) / self._align_to
-                extra["stride"] = tuple(round(samples * scale) for samples in extra["stride"])  # encoder frames
-            source = next((inputs[key] for key in AUDIO_KEYS if inputs.get(key) is not None), None)
-        if is_file(source):
-            return read_blocks(source, rate), extra
-        waveform = self.feature_extractor._read(inputs, "audio", rate, resample=True)
-        return (waveform[start : start + BLOCK_FRAMES] for start in range(0, len(waveform), BLOCK_FRAMES)), extra
+        has_f0 = any(name in extractor.feature_groups for name in F0_GROUPS)
+        for segment in segment_blocks(counted(), rate, hop_length, longest, overlap, voice if has_f0 else None):
+            is_silent = False
+            yield segment
+        if is_silent:  # nothing but silence, or not a single sample
+            yield Segment(np.zeros(min(num_samples, hop_length), np.float32), 0, 0, False, False)
 
-    def _features(self, segment: Segment) -> dict:
-        """What the model is given of a segment, and what is remembered of it: its times in seconds (start, end, and how
-        much of it the segment before has too), and whether the texts around it overlap."""
+    def _features(self, segment: Segment, stride: tuple[int, int], extra: dict[str, Any]) -> dict[str, Any]:
+        """The model's inputs of a segment, and its [`SegmentContext`]."""
         rate = self.feature_extractor.sampling_rate
+        start, end = segment.start / rate, (segment.start + len(segment.waveform)) / rate
         if segment.is_speech or len(segment.waveform) < self.feature_extractor.hop_length:  # which is an error
             features = self.feature_extractor(
                 segment.waveform, sampling_rate=rate, return_tensors="pt", return_attention_mask=True
             )  # in float32: the model casts all but F0, of which half precision would keep a hertz or two
-        else:  # a frame, so that it can be in a batch; the model does not get to see it
+            if not torch.isfinite(features["input_features"]).all():
+                raise ValueError(
+                    f"The features of the audio from {start:.2f} s to {end:.2f} s have NaN or infinite values. Check"
+                    " the settings of the feature extractor."
+                )
+        else:  # a frame, so that it can be in a batch; the model is not run on it
             features = {
                 "input_features": torch.zeros(1, 1, self.feature_extractor.feature_size),
                 "attention_mask": torch.ones(1, 1, dtype=torch.int32),
             }
-        times = (segment.start / rate, (segment.start + len(segment.waveform)) / rate, segment.overlap / rate)
-        overlaps = segment.overlap > 0 or segment.is_shared
-        return {**features, "segment": times, "overlaps": overlaps, "is_speech": segment.is_speech}
+        has_neighbors = segment.overlap > 0 or segment.is_shared
+        context = SegmentContext(start, end, segment.overlap / rate, has_neighbors, segment.is_speech, stride, extra)
+        return {**features, "context": context}
 
     # From segments to tokens -----------------------------------------------------------------------------------------
 
     def _forward(self, model_inputs, return_timestamps=None, **generate_kwargs):
-        if not self._is_echo:
-            if return_timestamps is not None:
-                generate_kwargs["return_timestamps"] = return_timestamps
-            return super()._forward(model_inputs, **generate_kwargs)
         is_batch = isinstance(model_inputs["is_last"], list)
-        if not is_batch:
-            tensors = ("input_features", "attention_mask")
-            model_inputs = {key: value if key in tensors else [value] for key, value in model_inputs.items()}
-        features, attention_mask = model_inputs.pop("input_features"), model_inputs.pop("attention_mask")
-        is_speech, overlaps = model_inputs.pop("is_speech"), model_inputs.pop("overlaps")
-        strides = model_inputs.pop("stride", None)
-        tokens, spans = [[] for _ in is_speech], [None for _ in is_speech]
-        rows = [row for row, speech in enumerate(is_speech) if speech]
+        contexts = model_inputs["context"] if is_batch else [model_inputs["context"]]
+        tokens, spans = [[] for _ in contexts], [None for _ in contexts]
+        rows = [row for row, context in enumerate(contexts) if context.is_speech]
         if rows:
+            features, attention_mask = model_inputs["input_features"][rows], model_inputs["attention_mask"][rows]
             if self.type == "ctc":
-                strides = [strides[row] for row in rows] if strides else [(0, 0)] * len(rows)
-                heard = self._best_paths(features[rows], attention_mask[rows], strides)
+                found = self._best_paths(features, attention_mask, [contexts[row].stride for row in rows])
             else:
-                with_times = return_timestamps == "word" or any(overlaps)
-                heard = self._generate(features[rows], attention_mask[rows], with_times, generate_kwargs)
-            for row, found in zip(rows, heard):
-                tokens[row], spans[row] = found
-        outputs = {"is_last": model_inputs.pop("is_last"), "tokens": tokens, "spans": spans, **model_inputs}
-        return outputs if is_batch else {key: value[0] for key, value in outputs.items()}
+                with_times = return_timestamps == "word" or any(context.has_neighbors for context in contexts)
+                found = self._generate(features, attention_mask, with_times, generate_kwargs)
+            for row, (row_tokens, row_spans) in zip(rows, found):
+                tokens[row], spans[row] = row_tokens, row_spans
+        outputs = {"tokens": tokens, "spans": spans, "context": contexts}
+        if not is_batch:
+            outputs = {key: value[0] for key, value in outputs.items()}
+        return {"is_last": model_inputs["is_last"], **outputs}
 
     def _best_paths(self, features, attention_mask, strides) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
         """Tokens of each utterance and their encoder frames, first and behind the last."""
-        paths = self.model(features, attention_mask=attention_mask).logits.argmax(-1).tolist()
+        logits = self.model(features, attention_mask=attention_mask).logits
+        _refuse_nan(logits)
+        paths = logits.argmax(-1).tolist()
         lengths = self.model._get_feat_extract_output_lengths(attention_mask.sum(-1)).tolist()
         for path, length, (left, right) in zip(paths, lengths, strides):
             tokens, spans, frame = [], [], 0
@@ -256,8 +316,10 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
         self, features, attention_mask, with_times: bool, generate_kwargs: dict
     ) -> Iterator[tuple[list[int], list[tuple[int, int]] | None]]:
         """The same by free-running generation; without the frames unless they are asked for."""
-        # The features also where the encoder has heard them, for an assistant that hears by itself.
+        # The features also where the encoder has run already, for an assistant model that encodes by itself.
         options = {**self._prepare_generate_kwargs(generate_kwargs), self.model.main_input_name: features}
+        options["logits_processor"] = [*(options.get("logits_processor") or []), NaNRefusal()]
+        encoder_outputs = None
         if with_times:
             encoder_outputs = self.model.get_encoder()(features, attention_mask=attention_mask)
             # A copy: generate() repeats it in place for every beam.
@@ -273,13 +335,15 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
         special = set(self.tokenizer.all_special_ids)
         texts = [[token for token in row if token not in special] for row in ids.tolist()]
         if not with_times:
-            yield from ((tokens, None) for tokens in texts)
-            return
+            return ((tokens, None) for tokens in texts)
         lengths = self.model._get_feat_extract_output_lengths(attention_mask.sum(-1)).tolist()
-        log_probs = None
+        return self._align(texts, encoder_outputs, lengths)
+
+    def _align(self, texts, encoder_outputs, lengths) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+        """The tokens of each text and their encoder frames, by the CTC head or else by cross-attention."""
+        log_probs = weights = None
         if self.model.ctc_head is not None:
             log_probs = self.model.ctc_head(encoder_outputs.last_hidden_state).float().log_softmax(-1).cpu().numpy()
-        weights = None
         for row, (tokens, length) in enumerate(zip(texts, lengths)):
             spans = None
             if log_probs is not None:
@@ -303,33 +367,12 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
     # From tokens to a text and its times -----------------------------------------------------------------------------
 
     def postprocess(self, model_outputs, decoder_kwargs=None, return_timestamps=None, return_language=None):
-        if not self._is_echo:
-            return super().postprocess(model_outputs, decoder_kwargs, return_timestamps, return_language)
-        parts, times = [], []  # of each segment: its words, or characters with CTC; its start and end
-        for outputs in model_outputs:
-            start, end, overlap = outputs["segment"]
-            words = self._words(outputs["tokens"], outputs["spans"], start, end)
-            if len(model_outputs) > 1:
-                words = _strip(words)
-            kept = dropped = 0
-            if overlap and parts:
-                kept, dropped = join_overlap(parts[-1], words, start, start + overlap)
-                parts[-1], words = parts[-1][:kept], words[dropped:]
-                joint = min(max(words[0].start if words else start + overlap / 2, start), start + overlap)
-                times[-1], start = (times[-1][0], joint), joint
-            said = next((part for part in reversed(parts) if part), None)
-            while said and words and said[-1].text[-1].isspace() and words[0].text.isspace():
-                del words[0]
-            if said and words and not dropped and needs_space(said[-1].text, words[0].text):
-                if self.type == "ctc":
-                    words.insert(0, Word(" ", words[0].start, words[0].start))
-                else:
-                    words[0] = words[0]._replace(text=" " + words[0].text)
-            parts.append(words)
-            times.append((start, end))
-        known = ("is_last", "tokens", "spans", "segment")
-        extra = {key: [value] for key, value in model_outputs[0].items() if key not in known}
-        result = {"text": "".join(word.text for part in parts for word in part)}
+        parts, times = self._join(model_outputs)
+        text = "".join(word.text for part in parts for word in part)
+        # The caller's keys come first, so that none replaces what the pipeline found.
+        result = {key: [value] for key, value in model_outputs[0]["context"].extra.items()}
+        result.pop("chunks", None)
+        result["text"] = text
         if return_timestamps:
             if return_timestamps is True:
                 chunks = [Word("".join(word.text for word in part), *time) for part, time in zip(parts, times) if part]
@@ -338,10 +381,36 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
             if return_timestamps == "word" and self.type == "ctc":
                 chunks = [word._replace(text=word.text.strip()) for word in group_words(chunks)]
             result["chunks"] = list(_in_order(chunks, times[-1][1]))
-        return {**result, **extra}
+        return result
+
+    def _join(self, model_outputs) -> tuple[list[list[Word]], list[tuple[float, float]]]:
+        """Of each segment its words (characters with CTC) that are in the text, and its start and end in seconds."""
+        parts, times = [], []
+        for outputs in model_outputs:
+            start, end, overlap = outputs["context"].start, outputs["context"].end, outputs["context"].overlap
+            words = self._words(outputs["tokens"], outputs["spans"], start, end)
+            if len(model_outputs) > 1:
+                words = _strip(words)
+            dropped = 0
+            if overlap and parts:
+                kept, dropped = join_overlap(parts[-1], words, start, start + overlap)
+                parts[-1], words = parts[-1][:kept], words[dropped:]
+                joint = min(max(words[0].start if words else start + overlap / 2, start), start + overlap)
+                times[-1], start = (times[-1][0], joint), joint
+            last = next((part for part in reversed(parts) if part), None)
+            while last and words and last[-1].text[-1].isspace() and words[0].text.isspace():
+                del words[0]
+            if last and words and not dropped and needs_space(last[-1].text, words[0].text):
+                if self.type == "ctc":
+                    words.insert(0, Word(" ", words[0].start, words[0].start))
+                else:
+                    words[0] = words[0]._replace(text=" " + words[0].text)
+            parts.append(words)
+            times.append((start, end))
+        return parts, times
 
     def _words(self, tokens: list[int], spans: list[tuple[int, int]] | None, start: float, end: float) -> list[Word]:
-        """What was said in a segment with its times in seconds: characters with CTC, else words, else all of it."""
+        """The text of a segment with its times in seconds: characters with CTC, else words, else all of it."""
         if spans is None:
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)
             return [Word(text, start, end)] if text else []
@@ -365,6 +434,57 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
                 pending = []
         if pending:  # bytes that make no character
             yield from ((character, first, end) for character in text)
+
+
+def _as_several(inputs) -> Iterable | None:
+    """The recordings in `inputs`: a sequence, a generator or a torch data set. None if it is one recording."""
+    if hasattr(inputs, "column_names"):  # of `datasets`
+        names = inputs.column_names
+        if isinstance(names, Mapping):
+            raise ValueError(f"The data set has the splits {', '.join(names)}. Pass one of them, e.g. dataset['test'].")
+        if names is not None and "audio" not in names:
+            raise ValueError(f"The data set has the columns {', '.join(names)}. Pass that with audio, dataset[name].")
+        inputs = inputs["audio"]
+    if isinstance(inputs, torch.utils.data.Dataset):
+        return inputs
+    if isinstance(inputs, np.ndarray) or is_torch_tensor(inputs):
+        if inputs.ndim != 2:
+            return None
+        if inputs.shape[1] <= MAX_CHANNELS and inputs.shape[1] < inputs.shape[0]:
+            raise ValueError(
+                f"Audio of shape {tuple(inputs.shape)} looks like (samples, channels), and a 2-D array is a batch of"
+                " mono recordings. Average its channels before: `audio.mean(axis=1)`."
+            )
+        return list(inputs)
+    if is_file(inputs) or isinstance(inputs, Mapping):
+        return None
+    if isinstance(inputs, Sequence):
+        if len(inputs) and isinstance(inputs[0], Number):
+            raise ValueError("A list holds recordings, not samples. Give samples as an array: np.asarray(samples).")
+        return inputs
+    return (recording for recording in inputs) if hasattr(inputs, "__iter__") else None
+
+
+def _download(url: str) -> bytes:
+    try:
+        return httpx.get(url, follow_redirects=True).raise_for_status().content
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ValueError(f"{url} cannot be downloaded: {error}") from error
+
+
+def _count_seconds(blocks: Iterable[np.ndarray], sampling_rate: int, progress) -> Iterator[np.ndarray]:
+    """The blocks, and for each of them a call of `progress` with its seconds."""
+    for block in blocks:
+        progress(len(block) / sampling_rate)
+        yield block
+
+
+def _refuse_nan(logits: torch.Tensor) -> None:
+    if logits.isnan().any():
+        raise ValueError(
+            "The model predicts NaN. Its weights are damaged, or it needs a wider type: load it with"
+            " dtype=torch.float32."
+        )
 
 
 def _strip(words: list[Word]) -> list[Word]:

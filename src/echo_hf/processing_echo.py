@@ -8,6 +8,10 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.processing_utils import Unpack
 from transformers.tokenization_utils_base import TextInput
 
+from .configuration_echo import attach_module
+
+attach_module(__name__)
+
 
 class EchoAudioKwargs(AudioKwargs, total=False):
     """Options of [`EchoFeatureExtractor`] when a processor is called; `resample` is Echo's own."""

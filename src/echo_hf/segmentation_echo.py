@@ -5,6 +5,7 @@ stream of blocks into segments of at most a given length, and `join_overlap` fin
 cover the end of one segment and the begin of the next. All is numpy; soundfile and soxr are imported where needed.
 """
 
+import math
 import re
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -168,7 +169,9 @@ def segment_blocks(
         `ValueError`: the lengths cannot work.
     """
     frame_rate = sampling_rate / frame
-    limit, shared = round(longest * frame_rate), round(overlap * frame_rate)  # frames
+    limit = shared = 0  # frames
+    if math.isfinite(longest) and math.isfinite(overlap):
+        limit, shared = round(longest * frame_rate), round(overlap * frame_rate)
     if limit < 1 or not 0 <= shared < limit:
         raise ValueError(
             f"Segments of {longest:g} s that overlap by {overlap:g} s are not possible: they must be at least"
@@ -192,20 +195,38 @@ def segment_blocks(
             return
         if len(buffer) < frame:
             return
-        first, stop, advance, shared_after = cutter.cut(buffer[: limit * frame], shared_before, shared, ended)
-        if stop > first:
+        cut = cutter.cut(buffer[: limit * frame], shared_before, shared, ended)
+        if cut.stop > cut.first:
             # The end of a recording keeps the samples behind its last whole frame.
-            end = len(buffer) if ended and stop == advance == len(buffer) // frame else stop * frame
-            common = max(0, shared_before - first) * frame
-            yield Segment(buffer[first * frame : end].copy(), offset + first * frame, common, shared_after > 0, True)
-        shared_before = shared_after
-        buffer, offset = buffer[advance * frame :], offset + advance * frame
+            end = len(buffer) if ended and cut.stop == cut.advance == len(buffer) // frame else cut.stop * frame
+            common = max(0, shared_before - cut.first) * frame
+            start = offset + cut.first * frame
+            yield Segment(buffer[cut.first * frame : end].copy(), start, common, cut.shared > 0, True)
+        shared_before = cut.shared
+        buffer, offset = buffer[cut.advance * frame :], offset + cut.advance * frame
 
 
 def whole_segment(waveform: np.ndarray, frame: int) -> Segment:
     """A recording that is not cut, `(samples,)`; speech unless no frame of so many samples is above `SILENCE_LEVEL`."""
     silent = len(waveform) >= frame and frame_levels(waveform, frame).max() <= SILENCE_LEVEL
     return Segment(waveform, 0, 0, False, not silent)
+
+
+class Cut(NamedTuple):
+    """
+    Where a segment lies in what is known of a recording, in frames.
+
+    Args:
+        first (`int`): its first frame.
+        stop (`int`): the frame behind its last; `first` where there is no speech, and then there is no segment.
+        advance (`int`): the frame at which the rest of the recording begins.
+        shared (`int`): frames of the rest that this segment has too.
+    """
+
+    first: int
+    stop: int
+    advance: int
+    shared: int
 
 
 class _Cutter:
@@ -242,33 +263,61 @@ class _Cutter:
         highest = min(background + PAUSE_MARGIN, self.speech_level - PAUSE_DEPTH)
         return levels <= max(highest, SILENCE_LEVEL)
 
-    def cut(self, waveform: np.ndarray, shared_before: int, shared: int, ended: bool) -> tuple[int, int, int, int]:
-        """First frame and the frame behind the last of the next segment, the frame to go on from, and how many frames
-        from there on have been heard. The segment is empty where there is no speech."""
+    def cut(self, waveform: np.ndarray, shared_before: int, shared: int, ended: bool) -> Cut:
+        """
+        The next segment of a recording.
+
+        Args:
+            waveform: what is known of it, shape `(samples,)`; as long as the longest segment unless it has ended.
+            shared_before: frames at its begin that the last segment ended with.
+            shared: frames that two segments share where there is no pause.
+            ended: whether the recording ends with it.
+        """
         levels = frame_levels(waveform, self.frame)
-        num_frames = len(levels)
+        first, pauses = self._candidate_pauses(waveform, levels, shared_before, ended)
+        return self._choose_cut(first, pauses, len(levels), shared_before, shared, ended)
+
+    def _candidate_pauses(
+        self, waveform: np.ndarray, levels: np.ndarray, shared_before: int, ended: bool
+    ) -> tuple[int, list[tuple[int, int]]]:
+        """First frame of the segment, which is the number of frames if there is no speech, and the pauses at which it
+        may end, up to the first at which it has to."""
         first, pauses = 0, []
         for start, stop in self._pauses(waveform, levels, self._quiet(levels)):
             if start == 0:
-                if stop == num_frames:
-                    return 0, 0, num_frames - (0 if ended else min(self.kept, num_frames - 1)), 0
-                first = max(0, stop - self.kept)
-            elif start >= max(first + 1, shared_before):  # a cut within the overlap would repeat what was heard
+                first = stop if stop == len(levels) else max(0, stop - self.kept)
+            elif start >= max(first + 1, shared_before):  # a cut within the overlap would repeat its words
                 pauses.append((start, stop))
-                if stop - start >= self.long or (ended and stop == num_frames):
+                if self._ends_segment(start, stop, len(levels), ended):
                     break
-        else:  # no pause that ends a segment by itself
+        return first, pauses
+
+    def _ends_segment(self, start: int, stop: int, num_frames: int, ended: bool) -> bool:
+        return stop - start >= self.long or (ended and stop == num_frames)
+
+    def _choose_cut(
+        self,
+        first: int,
+        pauses: list[tuple[int, int]],
+        num_frames: int,
+        shared_before: int,
+        shared: int,
+        ended: bool,
+    ) -> Cut:
+        if first == num_frames:  # no speech; what is kept of the silence may belong to the next segment
+            return Cut(0, 0, num_frames - (0 if ended else min(self.kept, num_frames - 1)), 0)
+        if not pauses or not self._ends_segment(*pauses[-1], num_frames, ended):
             if ended:
-                return first, num_frames, num_frames, 0
+                return Cut(first, num_frames, num_frames, 0)
             if first:  # more of the recording fits in once the silence is gone
-                return 0, 0, first, max(0, shared_before - first)
+                return Cut(0, 0, first, max(0, shared_before - first))
             if not pauses:
-                return first, num_frames, num_frames - shared, shared
+                return Cut(first, num_frames, num_frames - shared, shared)
             late = [(start, stop) for start, stop in pauses if start + stop >= num_frames]
             pauses = [max(late or pauses, key=lambda pause: pause[1] - pause[0])]
         start, stop = pauses[-1]
         advance = stop if ended and stop == num_frames else max(start, stop - self.kept)
-        return first, min(start + self.kept, stop), advance, 0
+        return Cut(first, min(start + self.kept, stop), advance, 0)
 
     def _pauses(
         self, waveform: np.ndarray, levels: np.ndarray, quiet: np.ndarray, voiced_run: int = VOICED_RUN

@@ -19,6 +19,10 @@ from tokenizers.models import BPE
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from transformers.utils import to_py_obj
 
+from .configuration_echo import attach_module
+
+attach_module(__name__)
+
 # Merged tokens stay within one of these pieces: a word with the space before it, up to three digits, signs, blanks.
 # Unlike GPT-2's pattern it keeps combining marks (\p{M}) with their letters, which Indic and other scripts need, and
 # has no English contractions.
