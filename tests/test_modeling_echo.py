@@ -27,10 +27,10 @@ from echo_hf.modeling_echo import EchoForConditionalGeneration
 from echo_hf.modeling_echo import EchoForCTC
 from echo_hf.modeling_echo import EchoModel
 from echo_hf.modeling_echo import EchoRotaryEmbedding
-from echo_hf.conditioning_echo import carry_log_f0
 from echo_hf.modeling_echo import align_f0
 from echo_hf.modeling_echo import mean_cross_attention
 from echo_hf.modeling_echo import normalize_f0
+from echo_hf.normalization_echo import carry_log_f0
 from echo_hf.modeling_echo import pitch_per_token
 from echo_hf.modeling_echo import standardize_f0
 

@@ -52,7 +52,6 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder
 from transformers.utils.output_capturing import capture_outputs
 
-from .conditioning_echo import PITCH_CHANNELS
 from .conditioning_echo import EchoPitch
 from .conditioning_echo import EchoPitchProjection
 from .conditioning_echo import EchoRotaryEmbedding
@@ -61,8 +60,6 @@ from .conditioning_echo import find_silence
 from .conditioning_echo import gaussian_bias_channels
 from .conditioning_echo import laplacian_bias
 from .conditioning_echo import mask_frames
-from .conditioning_echo import masked_mean
-from .conditioning_echo import normalize_f0
 from .conditioning_echo import pitch_per_token
 from .conditioning_echo import precise_dtype
 from .conditioning_echo import rotate
@@ -78,6 +75,9 @@ from .generation_echo import drop_whisper_settings
 from .loss_echo import cross_entropy
 from .loss_echo import ctc_loss
 from .loss_echo import ignore_padding
+from .normalization_echo import PITCH_CHANNELS
+from .normalization_echo import masked_mean
+from .normalization_echo import normalize_f0
 
 attach_module(__name__)
 if __name__.startswith("transformers_modules."):

@@ -11,22 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .options import add_both
-from .options import add_decoding
-from .options import add_format
-from .options import add_skip_broken
-from .options import count
-from .options import generate_options
-from .options import new_parser
-from .options import refuse_folder
-from .options import require
-from .options import seed
-from .output import duration
-from .output import percent
-from .output import printable
-from .output import rates
-from .output import tell
-from .output import write
+from .options import (
+    add_both,
+    add_decoding,
+    add_format,
+    add_skip_broken,
+    count,
+    generate_options,
+    new_parser,
+    refuse_folder,
+    require,
+    seed,
+)
+from .output import duration, percent, printable, rates, tell, write
 
 REAL = "real"  # what the figures of the audio as recorded are called, beside those of the controls
 CONTROL_NAMES = {"zeroed": ("audio zeroed", "zeroed"), "shuffled": ("other utterances' audio", "other")}  # and short
@@ -99,17 +96,17 @@ def run(options) -> int:
     """Evaluates the checkpoint and writes the report."""
     require("datasets", "jiwer")
     from ..checkpoint import parse_overrides
-    from ..data import load_sources
-    from ..data import prepare_dataset
-    from ..training.model_card import active_mechanisms
-    from ..training.model_card import name_mechanisms
-    from ..inference import load_checkpoint
+    from ..data import load_sources, prepare_dataset
+    from ..data.whisper import frame_processor
+    from ..inference import config_class_of, load_recognizer
+    from ..training.model_card import active_mechanisms, name_mechanisms
 
     refuse_folder(options.output)
-    overrides = parse_overrides(options.config_overrides)
+    overrides = parse_overrides(options.config_overrides, config_class_of(options.checkpoint))
     columns = (options.dataset_config, options.audio_column, options.text_column)
     tables = [load_sources(source, options.split, *columns) for source in options.data]
-    model, processor = load_checkpoint(options.checkpoint, options.device, **overrides)
+    model, processor = load_recognizer(options.checkpoint, options.device, **overrides)
+    processor = frame_processor(processor)
     decoding = generate_options(options, model)
     prepared = [
         prepare_dataset(
