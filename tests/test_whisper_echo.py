@@ -36,7 +36,7 @@ from echo_hf import (
     estimate_f0,
 )
 from echo_hf.cli import main
-from echo_hf.whisper_echo import PITCH_MODULES, PITCH_SCALE, EchoWhisperPitchAttention, normalize_f0
+from echo_hf.whisper_echo import PITCH_MODULES, PITCH_SCALE, EchoWhisperPitchAttention, normalize_window
 from tiny_whisper import FRAMES, make_processor, make_whisper
 
 SWITCHES = ("pitch_stem", "pitch_gate", "pitch_radius", "pitch_theta", "pitch_bias")
@@ -251,17 +251,17 @@ def test_a_batch_changes_nothing(switches):
         torch.testing.assert_close(together[row : row + 1], encode(model, features[row : row + 1]), atol=1e-5, rtol=0)
 
 
-def test_normalize_f0():
+def test_normalize_window():
     f0 = torch.tensor([[0.0, 100.0, 200.0, 0.0], [150.0, 150.0, 0.0, torch.nan]])
     half = np.log(2) / 2
-    voiced, contour, register = normalize_f0(f0).unbind(-1)
+    voiced, contour, register = normalize_window(f0).unbind(-1)
     assert voiced.tolist() == [[0, 1, 1, 0], [1, 1, 0, 0]]
     torch.testing.assert_close(contour, torch.tensor([[0.0, -1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]))
     expected = np.log([100 / 150, 200 / 150]) / 0.5
     np.testing.assert_allclose(register[0, 1:3], expected, rtol=1e-5)
     assert half > 0.1  # else the floor of the spread would show in the contour
-    padded = normalize_f0(torch.nn.functional.pad(f0, (0, 5)))
-    assert torch.equal(padded[:, :4], normalize_f0(f0)) and not padded[:, 4:].any()
+    padded = normalize_window(torch.nn.functional.pad(f0, (0, 5)))
+    assert torch.equal(padded[:, :4], normalize_window(f0)) and not padded[:, 4:].any()
 
 
 def test_scores_with_pitch_are_as_written():
@@ -272,7 +272,7 @@ def test_scores_with_pitch_are_as_written():
     with torch.no_grad():
         for parameter in attention.parameters():
             parameter.normal_(0.0, 0.05, generator=generator)
-    pitch = normalize_f0(make_f0(batch=1, frames=12))
+    pitch = normalize_window(make_f0(batch=1, frames=12))
     query, key = torch.randn(2, 1, 2, 12, 6, generator=generator, dtype=torch.float64)
     turned_query, turned_key, bias = attention(query, key, pitch)
     scores = (turned_query @ turned_key.transpose(2, 3) + bias)[0].detach()
@@ -536,7 +536,7 @@ def needed_modules() -> set[str]:
         if name not in found:
             found.add(name)
             with open(os.path.join(package, name), encoding="utf-8") as file:
-                lines = [line.split() for line in file if line.startswith("from .")]
+                lines = [line.split() for line in file if line.lstrip().startswith("from .")]
             waiting += [line[1].lstrip(".") + ".py" for line in lines]
     return found
 

@@ -226,7 +226,7 @@ def split_f0(input_features: torch.Tensor, config: EchoWhisperConfig) -> tuple[t
     return input_features[:, :-1], input_features[:, -1]
 
 
-def see_pitch(f0: torch.Tensor) -> torch.Tensor:
+def normalize_window(f0: torch.Tensor) -> torch.Tensor:
     """[`normalize_f0`] over the window, of F0 in Hz `(B, S)` to `(B, S, 3)`. What is not finite is unvoiced."""
     f0 = f0.float()
     f0 = torch.where((f0 > 0) & f0.isfinite(), f0.clamp(*F0_RANGE), 0.0)
@@ -406,7 +406,7 @@ class EchoWhisperEncoder(EchoWhisperPreTrainedModel, WhisperEncoder):
         """
         log_mel, f0 = split_f0(input_features, self.config)
         # Encoder frame s is centered at frame 2 s of the features. The nearest F0, not a mean: a contour stays sharp.
-        pitch = see_pitch(f0[:, ::FRAMES_PER_POSITION])
+        pitch = normalize_window(f0[:, ::FRAMES_PER_POSITION])
         # A copy: a kernel may round otherwise where rows are apart in memory.
         return super().forward(log_mel.contiguous(), pitch=pitch, **kwargs)
 

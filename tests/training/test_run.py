@@ -17,6 +17,7 @@ from echo_hf.training import (
     RunArguments,
     build_model_and_processor,
     find_last_checkpoint,
+    preparation,
     run,
     train,
 )
@@ -185,7 +186,7 @@ def test_clips_without_speech_are_trained_on_with_an_empty_text(manifest, tmp_pa
 
 
 def test_settings_that_cannot_be_are_refused_before_features_are_computed(manifest, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "prepare_dataset", lambda *_, **__: pytest.fail("features were computed"))
+    monkeypatch.setattr(preparation, "prepare_dataset", lambda *_, **__: pytest.fail("features were computed"))
     for options, settings, message in (
         (AugmentationArguments(non_speech_share=1.5), {}, r"non_speech_share must be in \[0, 1\], got 1.5"),
         (

@@ -12,7 +12,14 @@ from echo_hf import EchoWhisperFeatureExtractor, EchoWhisperForConditionalGenera
 from echo_hf.cli import main
 from echo_hf.data import load_sources, prepare_dataset
 from echo_hf.data.whisper import WhisperDataCollator, WhisperFrameProcessor
-from echo_hf.training import DataArguments, ModelArguments, build_model_and_processor, find_last_checkpoint, train
+from echo_hf.training import (
+    AugmentationArguments,
+    DataArguments,
+    ModelArguments,
+    build_model_and_processor,
+    find_last_checkpoint,
+    train,
+)
 from tiny_training import trainer_arguments, write_six_tones
 from tiny_whisper import FRAMES, make_processor, make_whisper
 
@@ -107,21 +114,84 @@ def test_speech_longer_than_the_window_is_left_out_and_not_cut(whisper, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("model", "data", "trainer", "message"),
+    ("model", "augmentation", "trainer", "message"),
     [
         ({"preset": "all"}, {}, {}, "preset: only an Echo"),
         ({}, {"join": 0.5}, {}, "join: only an Echo"),
         ({}, {}, {"label_smoothing_factor": 0.1}, "label_smoothing_factor: only an Echo"),
-        ({}, {}, {"learning_rate": 5e-4}, "Give at most 0.0001; --learning_rate 1e-5 is usual"),
+        ({}, {}, {"learning_rate": 5e-4}, "Give at most 0.0001; 1e-05 is usual"),
         ({"config_overrides": "pitch_gates=true"}, {}, {}, "EchoWhisperConfig has no field 'pitch_gates'"),
         ({"language": "klingon"}, {}, {}, "klingon"),
         ({"window": 3}, {}, {}, "from 1 to 2, got 3"),
     ],
 )
-def test_what_a_whisper_cannot_be_trained_with_is_refused(whisper, manifest, tmp_path, model, data, trainer, message):
-    data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"), **data)
+def test_what_a_whisper_cannot_be_trained_with_is_refused(
+    whisper, manifest, tmp_path, model, augmentation, trainer, message
+):
+    data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"))
+    arguments = whisper_arguments(tmp_path / "run", **trainer)
+    augmentation = AugmentationArguments(**augmentation)
     with pytest.raises(ValueError, match=message):
-        train(ModelArguments(whisper, **model), data, whisper_arguments(tmp_path / "run", **trainer))
+        train(ModelArguments(whisper, **model), data, arguments, augmentation_arguments=augmentation)
+
+
+def test_the_learning_rate_is_a_whispers_where_none_is_given(whisper, monkeypatch):
+    given = {}
+
+    def record(model, data, training, **options):
+        given[model.model_name_or_path] = training.learning_rate
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("echo_hf.training.train", record)
+    command = ["train", "--train_data", "x.jsonl", "--output_dir", "out", "--use_cpu"]
+    for options in (["--model_name_or_path", whisper], []):
+        assert main([*command, *options]) == 130
+    assert given == {whisper: 1e-5, None: 5e-4}
+
+
+@pytest.fixture
+def pitched(whisper, tmp_path):
+    """A checkpoint of a Whisper with pitch whose window is 1 s."""
+    assert (
+        main(["add-pitch", whisper, str(tmp_path / "pitched"), "--window", "1", "--mechanisms", "stem", "theta"]) == 0
+    )
+    return str(tmp_path / "pitched")
+
+
+def test_transcribe_takes_a_whisper_and_recordings_longer_than_its_window(pitched, manifest, capsys):
+    folder = manifest.parent
+    times = np.arange(40000) / 16000
+    soundfile.write(folder / "long.flac", 0.3 * np.sin(2 * np.pi * 150 * times), 16000)
+    files = [str(folder / name) for name in ("0.wav", "long.flac", "1.wav")]
+    command = ["transcribe", *files, "--checkpoint", pitched, "--device", "cpu", "--format", "json"]
+    capsys.readouterr()
+    assert main(command) == 0
+    results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    recognize = pipeline("automatic-speech-recognition", pitched, device="cpu")
+    for path, result in zip(files, results, strict=True):
+        audio = load_audio(path)[0]
+        long = {"return_timestamps": True} if len(audio) > 16000 else {}
+        assert result["text"] == recognize(audio, generate_kwargs={"num_beams": 1}, **long)["text"]
+        assert result["seconds"] == len(audio) / 16000 and "chunks" not in result
+    assert main([*command, "--timestamps", "segment"]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        result = json.loads(line)
+        ends = [chunk["end"] for chunk in result["chunks"]]
+        assert ends and all(isinstance(end, float) for end in ends)  # those that Whisper leaves open, too
+    for option in (["--chunk_length_s", "5"], ["--ctc_weight", "0.5"]):
+        assert main([*command, *option]) == 1
+        assert "does not apply to EchoWhisperForConditionalGeneration" in capsys.readouterr().err
+
+
+def test_evaluate_names_and_switches_the_mechanisms_of_a_whisper(pitched, manifest, tmp_path, capsys):
+    command = ["evaluate", str(manifest), "--checkpoint", pitched, "--device", "cpu", "--max_new_tokens", "4"]
+    command += ["--format", "json", "--cache_dir", str(tmp_path / "cache")]
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["mechanisms"] == {"pitch_stem": True, "pitch_theta": True}
+    assert main([*command, "--config_overrides", "pitch_theta=false"]) == 0
+    assert json.loads(capsys.readouterr().out)["mechanisms"] == {"pitch_stem": True}
+    assert main([*command, "--config_overrides", "theta_mode=none"]) == 1
+    assert "EchoWhisperConfig has no field 'theta_mode'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", [{"language": "en"}, {"window": 10}])

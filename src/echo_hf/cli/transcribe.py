@@ -70,6 +70,8 @@ def run(options) -> int:
     elif len(files) > 1 and format in ("srt", "vtt"):
         raise ValueError(f"Subtitles of {len(files)} files need a file each. Name a folder with --output_dir.")
     model, processor = load_recognizer(options.checkpoint, options.device)
+    if options.chunk_length_s is not None and model.config.model_type != "echo":
+        raise ValueError(f"--chunk_length_s does not apply to {type(model).__name__}, which has a window. Omit it.")
     # Subtitles are made of words, unless whole segments or single words are asked for.
     is_grouped = options.timestamps is None and format in ("srt", "vtt")
     transcripts = transcribe_files(

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import datasets
 from transformers import Seq2SeqTrainingArguments
@@ -57,13 +56,12 @@ class Preparation:
     @classmethod
     def check_arguments(
         cls,
-        start: str | Path | None,
         model: ModelArguments,
         augmentation: AugmentationArguments,
         run: RunArguments,
         training: Seq2SeqTrainingArguments,
     ) -> None:
-        """Refuses what the kind of model in the checkpoint `start` cannot be trained with, before anything is read."""
+        """Refuses what the kind of model cannot be trained with, before anything is read."""
 
     def prepare(self, train_table: datasets.Dataset, eval_table: datasets.Dataset | None) -> Speech:
         """Features and labels of all utterances. Of several processes one computes them, and the others wait for its

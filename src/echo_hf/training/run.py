@@ -62,8 +62,7 @@ def train(
         resume (`bool`, defaults to `False`): whether to go on from the last checkpoint in `output_dir`.
         callbacks (`list[TrainerCallback]`, *optional*): more callbacks for the Trainer.
         card_arguments ([`CardArguments`], *optional*): what the model card says beside what was measured.
-        augmentation_arguments ([`AugmentationArguments`], *optional*): what is changed in training speech; nothing if
-            not given.
+        augmentation_arguments ([`AugmentationArguments`], *optional*): how training speech is changed, if it is.
         run_arguments ([`RunArguments`], *optional*): what is done beside training; nothing if not given.
 
     Returns:
@@ -80,9 +79,8 @@ def train(
 
     check_settings(training_arguments, augmentation, run)
     checkpoint = find_start(output_dir, resume)
-    start = checkpoint or model_arguments.model_name_or_path
-    kind = choose_preparation(start)
-    kind.check_arguments(start, model_arguments, augmentation, run, training_arguments)
+    kind = choose_preparation(checkpoint or model_arguments.model_name_or_path)
+    kind.check_arguments(model_arguments, augmentation, run, training_arguments)
     set_seed(training_arguments.seed)  # before the model is made, so that its weights follow from the seed
     train_table, eval_table = load_tables(data_arguments)
     model, processor, training_arguments = build_start(model_arguments, training_arguments, train_table, checkpoint)

@@ -85,7 +85,6 @@ class WhisperPreparation(Preparation):
     @classmethod
     def check_arguments(
         cls,
-        start: str | Path,
         model: ModelArguments,
         augmentation: AugmentationArguments,
         run: RunArguments,
@@ -103,7 +102,7 @@ class WhisperPreparation(Preparation):
         given += ["label_smoothing_factor"] if training.label_smoothing_factor else []
         if given:
             raise ValueError(
-                f"{', '.join(given)}: only an Echo can be trained with that, and {start} is a Whisper. Leave it out."
+                f"{', '.join(given)}: only an Echo can be trained with that, and this is a Whisper. Leave it out."
                 " SpecAugment is there for both: --config_overrides apply_spec_augment=true."
             )
         if training.learning_rate > HIGHEST_LEARNING_RATE:
