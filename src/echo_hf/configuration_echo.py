@@ -12,17 +12,13 @@ import sys
 from dataclasses import field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
-from typing import Any
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation.configuration_utils import GenerationConfig
 
-from .presets_echo import BASELINE
-from .presets_echo import PRESETS
-from .presets_echo import SIZES
+from .presets_echo import BASELINE, PRESETS, SIZES
 
 # Where echo_hf is not installed, the library copies a file of a checkpoint together with what it imports relatively,
 # and looks for that in the text. So with this file come all, and a model saved again takes all the code along.

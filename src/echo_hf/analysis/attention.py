@@ -121,7 +121,9 @@ def plot_similarity(model, input_features, theta_modes: Sequence[str] = THETA_MO
         raise ValueError(f"theta_modes: name at least one of {', '.join(THETA_MODES)}.")
     figure = new_figure(3.0 * len(theta_modes) + 1.2, 6.4)
     encoder, f0, pitch, seconds = _encode_f0(model, input_features)
-    similarities = [position_similarity(_angles(encoder, f0, pitch, _check_mode(encoder, mode))) for mode in theta_modes]
+    similarities = [
+        position_similarity(_angles(encoder, f0, pitch, _check_mode(encoder, mode))) for mode in theta_modes
+    ]
     standard = position_similarity(_angles(encoder, f0, pitch, "none"))
     differences = [similarity - standard for similarity in similarities]
     largest = max(max(np.abs(difference).max() for difference in differences), 1e-3)
