@@ -1,7 +1,7 @@
 """The mechanisms by which an utterance's F0, and its silence, enter the model: each a function or a small module with
 its equation.
 
-    F0's forms           align_f0, carry_log_f0, normalize_f0, standardize_f0, pitch_per_token, and together: EchoPitch
+    F0's forms           align_f0, standardize_f0, pitch_per_token, those of normalization_echo; all together: EchoPitch
     theta and radius     EchoRotaryEmbedding, rotate
     bias                 laplacian_bias, gaussian_bias_channels
     gate, token pitch    EchoPitchProjection
@@ -18,14 +18,11 @@ import torch
 from torch import nn
 
 from .configuration_echo import EchoConfig
+from .normalization_echo import masked_mean
 
 MEL_THETA = 220.0  # theta at which the mel frequencies are what they are named
 MEL_UNIT = 1000.0  # mel frequencies are given in thousands
 
-PITCH_CHANNELS = 3  # voiced, contour, register: what the network sees of F0
-REGISTER_CENTRE = 150.0  # Hz, between low and high voices
-REGISTER_WIDTH = 0.5  # natural log units; e ** 0.5 is about nine semitones
-CONTOUR_FLOOR = 0.1  # natural log units; keeps a monotone's tiny wobble from being blown up to a contour
 SPREAD_FLOOR = 1e-3  # Hz; F0 that varies less is constant but for rounding
 
 TOKEN_PITCH_MIN, TOKEN_PITCH_LOW, TOKEN_PITCH_HIGH = 100.0, 71.0, 500.0  # Hz, as published
@@ -34,11 +31,6 @@ TOKEN_PITCH_MIN, TOKEN_PITCH_LOW, TOKEN_PITCH_HIGH = 100.0, 71.0, 500.0  # Hz, a
 def precise_dtype(device: torch.device) -> torch.dtype:
     """The dtype that angles are made in: float64, or float32 where the device has no float64 (MPS)."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the last dimension of what `mask` holds, kept as a dimension: `(..., N)` to `(..., 1)`."""
-    return (values * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
 
 
 def mask_frames(lengths: torch.Tensor, num_frames: int) -> torch.Tensor:
@@ -66,62 +58,6 @@ def align_f0(
     index = frames * lengths[:, None] // encoder_lengths[:, None].clamp(min=1)
     index = torch.minimum(index, lengths[:, None] - 1).clamp(min=0)
     return f0.gather(1, index) * (frames < encoder_lengths[:, None])
-
-
-def carry_log_f0(log_f0: torch.Tensor, voiced: torch.Tensor) -> torch.Tensor:
-    """Log-F0 carried across unvoiced frames: a straight line between voiced neighbors, and constant before the first
-    voiced frame and after the last.
-
-    Args:
-        log_f0 (`torch.Tensor` of shape `(B, T)`): natural logarithm of Hz; its unvoiced frames are not read.
-        voiced (`torch.Tensor` of shape `(B, T)`): 1 or 0.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T)`; an utterance without a voiced frame stays as it is.
-    """
-    number = log_f0.shape[1]
-    frames = torch.arange(number, device=log_f0.device)[None]
-    before = torch.where(voiced > 0, frames, -1).cummax(1).values  # -1: none
-    after = number - torch.where(voiced > 0, number - frames, -1).flip(1).cummax(1).values.flip(1)  # number + 1: none
-    start = torch.where(before < 0, after, before).clamp(max=number - 1)
-    end = torch.where(after > number, before, after).clamp(min=0)
-    carried = torch.lerp(
-        log_f0.gather(1, start),
-        log_f0.gather(1, end),
-        ((frames - start) / (end - start).clamp(min=1)).to(log_f0.dtype),
-    )
-    return torch.where(voiced.amax(1, keepdim=True) > 0, carried, log_f0)
-
-
-def normalize_f0(f0: torch.Tensor, mask: torch.Tensor, voicing: torch.Tensor | None = None) -> torch.Tensor:
-    """Pitch as the network sees it.
-
-    Channel 0, voiced: 1 or 0. Channel 1, contour: `(ln f0 - mean) / max(std, 0.1)`, mean and std over the utterance's
-    voiced frames. Channel 2, register: `(ln f0 - ln 150) / 0.5`. All 0 where unvoiced.
-
-    With `voicing` pitch is continuous, after Ghahremani et al. (https://doi.org/10.1109/ICASSP.2014.6854049): channel 0
-    is the voicing, and the other two are those of [`carry_log_f0`]. All 0 in padding, and in an utterance without a
-    voiced frame.
-
-    Args:
-        f0 (`torch.Tensor` of shape `(B, T)`): Hz, 0 = unvoiced.
-        mask (`torch.Tensor` of shape `(B, T)`): 1 for real frames.
-        voicing (`torch.Tensor` of shape `(B, T)`, *optional*): from 0, noise, to 1, periodic.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T, 3)`, float32.
-    """
-    voiced = ((f0 > 0) & (mask > 0)).float()
-    log_f0 = torch.where(voiced > 0, f0, 1.0).float().log()
-    if voicing is not None:
-        log_f0 = carry_log_f0(log_f0, voiced)
-    deviation = log_f0 - masked_mean(log_f0, voiced)
-    spread = masked_mean(deviation.square(), voiced).sqrt().clamp(min=CONTOUR_FLOOR)
-    register = (log_f0 - math.log(REGISTER_CENTRE)) / REGISTER_WIDTH
-    if voicing is None:
-        return torch.stack((voiced, voiced * deviation / spread, voiced * register), dim=-1)
-    known = (mask > 0) * voiced.amax(-1, keepdim=True)
-    return torch.stack((known * voicing.float(), known * deviation / spread, known * register), dim=-1)
 
 
 def standardize_f0(f0: torch.Tensor, mask: torch.Tensor, correction: int = 0) -> torch.Tensor:
@@ -213,7 +149,7 @@ class EchoPitch(NamedTuple):
         mean_f0 (`torch.Tensor` of shape `(B, 1)`): Hz, mean of the real input frames, unvoiced ones included.
         f0 (`torch.Tensor` of shape `(B, S)`): Hz at the encoder's frames.
         normalized (`torch.Tensor` of shape `(B, S, 3)`): see [`normalize_f0`].
-        frame_voicing (`torch.Tensor` of shape `(B, T)`, *optional*): voicing at the input frames, if there is any.
+        frame_voicing (`torch.Tensor` of shape `(B, T)`, *optional*): voicing at the input frames, if there is one.
     """
 
     frame_f0: torch.Tensor

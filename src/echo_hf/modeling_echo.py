@@ -47,7 +47,6 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .conditioning_echo import (
-    PITCH_CHANNELS,
     EchoPitch,
     EchoPitchProjection,
     EchoRotaryEmbedding,
@@ -56,8 +55,6 @@ from .conditioning_echo import (
     gaussian_bias_channels,
     laplacian_bias,
     mask_frames,
-    masked_mean,
-    normalize_f0,
     pitch_per_token,
     precise_dtype,
     rotate,
@@ -71,6 +68,7 @@ from .generation_echo import (
     drop_whisper_settings,
 )
 from .loss_echo import cross_entropy, ctc_loss, ignore_padding
+from .normalization_echo import PITCH_CHANNELS, masked_mean, normalize_f0
 
 attach_module(__name__)
 if __name__.startswith("transformers_modules."):

@@ -80,14 +80,6 @@ class NaNRefusal(LogitsProcessor):
         return scores
 
 
-class EchoWhisperPipeline(AutomaticSpeechRecognitionPipeline):
-    """The stock pipeline for a Whisper with pitch, which the library knows by the model type "whisper" alone."""
-
-    def _sanitize_parameters(self, *args, **kwargs):
-        self.type = "seq2seq_whisper"
-        return super()._sanitize_parameters(*args, **kwargs)
-
-
 class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline):
     """
     Speech recognition with [`EchoForConditionalGeneration`] or [`EchoForCTC`], of recordings of any length.
@@ -133,10 +125,8 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
 
     def __new__(cls, model=None, *args, **kwargs):
         # Transformers makes this class for every model, since it is registered for the task.
-        if model is not None and model.config.model_type == "echo_whisper":
-            return EchoWhisperPipeline(model, *args, **kwargs)
         if model is not None and model.config.model_type != "echo":
-            return AutomaticSpeechRecognitionPipeline(model, *args, **kwargs)
+            return getattr(model, "pipeline_class", AutomaticSpeechRecognitionPipeline)(model, *args, **kwargs)
         return super().__new__(cls)
 
     def __init__(self, model, *args, **kwargs):
