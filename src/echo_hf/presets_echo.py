@@ -1,4 +1,4 @@
-"""Named settings of the pitch mechanisms, and named sizes, for `EchoConfig.from_preset`."""
+"""Named settings of the pitch mechanisms and named sizes, for `EchoConfig.from_preset`."""
 
 # All pitch mechanisms off: a plain rotary transformer. Every preset starts from here.
 BASELINE = {
@@ -11,7 +11,6 @@ BASELINE = {
     "token_pitch": "none",
 }
 
-# What pitch may do, each by itself.
 MECHANISMS = {
     "theta": {"theta_mode": "phase"},
     "radius": {"radius_mode": "bounded"},
@@ -22,7 +21,7 @@ MECHANISMS = {
     "token_pitch": {"token_pitch": "mean"},
 }
 
-# Of both settings of the published prototype: its first mel frequencies and a learned theta.
+# Shared by both settings of the published prototype.
 PUBLISHED = {
     "rotary_frequencies": "mel",
     "rotary_theta": 10000.0,
@@ -39,8 +38,8 @@ PRESETS = {
     "published_frame_raw": {"theta_mode": "frame", "radius_mode": "raw", **PUBLISHED},
 }
 
-# Sizes by about the number of parameters they give with the byte vocabulary: layers, width, heads and inner width of a
-# deep encoder and a shallow decoder; narrower too in the large sizes, as all of its weights are read once a token.
+# Layers, width, heads and inner width of each size, named by its parameters with the byte vocabulary. The decoder is
+# small, since generation reads all of its weights for every token.
 SIZES = {
     "2m": {"encoder": (5, 144, 4, 384), "decoder": (1, 144, 4, 384)},
     "5m": {"encoder": (6, 208, 4, 560), "decoder": (2, 208, 4, 560)},
