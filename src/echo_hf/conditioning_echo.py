@@ -48,19 +48,10 @@ def mask_frames(lengths: torch.Tensor, num_frames: int) -> torch.Tensor:
 def align_f0(
     f0: torch.Tensor, lengths: torch.Tensor, encoder_lengths: torch.Tensor, encoder_frames: int
 ) -> torch.Tensor:
-    """F0 at the encoder's frames, by nearest index: `index_i = min(floor(i * F / S), F - 1)`.
+    """F0, `(B, T)` in Hz, at the encoder's frames, `(B, encoder_frames)`, by nearest index; 0 in padding.
 
-    F and S are the utterance's own lengths, so padding changes nothing.
-
-    Args:
-        f0 (`torch.Tensor` of shape `(B, T)`): Hz.
-        lengths (`torch.Tensor` of shape `(B,)`): F, real input frames.
-        encoder_lengths (`torch.Tensor` of shape `(B,)`): S, real encoder frames.
-        encoder_frames (`int`): encoder frames of the padded batch.
-
-    Returns:
-        `torch.Tensor` of shape `(B, encoder_frames)`: Hz; 0 in padding.
-    """
+    `index_i = min(floor(i * F / S), F - 1)` with the utterance's own numbers of real frames, `lengths` F and
+    `encoder_lengths` S, each `(B,)`, so that padding changes nothing."""
     frames = torch.arange(encoder_frames, device=f0.device)[None]
     index = frames * lengths[:, None] // encoder_lengths[:, None].clamp(min=1)
     index = torch.minimum(index, lengths[:, None] - 1).clamp(min=0)
@@ -68,15 +59,8 @@ def align_f0(
 
 
 def carry_log_f0(log_f0: torch.Tensor, voiced: torch.Tensor) -> torch.Tensor:
-    """Log-F0 interpolated linearly across unvoiced frames, and constant before the first and after the last voiced one.
-
-    Args:
-        log_f0 (`torch.Tensor` of shape `(B, T)`): natural logarithm of Hz; unvoiced frames are not read.
-        voiced (`torch.Tensor` of shape `(B, T)`): 1 or 0.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T)`; an utterance without a voiced frame is unchanged.
-    """
+    """Log-F0, `(B, T)`, interpolated linearly across frames that are not `voiced` (1 or 0), and constant before the
+    first and after the last voiced one. An utterance without a voiced frame is unchanged."""
     number = log_f0.shape[1]
     frames = torch.arange(number, device=log_f0.device)[None]
     before = torch.where(voiced > 0, frames, -1).cummax(1).values  # -1: none
@@ -120,18 +104,11 @@ def normalize_f0(f0: torch.Tensor, mask: torch.Tensor, voicing: torch.Tensor | N
 
 
 def standardize_f0(f0: torch.Tensor, mask: torch.Tensor, correction: int = 0) -> torch.Tensor:
-    """F0 for the pitch bias: `(f0 - mean) / max(std, 0.001)` over the real frames, unvoiced ones (0 Hz) included.
+    """F0 for the pitch bias, `(B, S)` in Hz: `(f0 - mean) / max(std, 0.001)` over the real frames, unvoiced ones (0 Hz)
+    included; float32, 0 in padding. `correction` is subtracted from the number of frames in the variance: 0, or 1 as
+    published.
 
-    The floor replaces the published `std + 1e-8`: ONNX optimizers drop an epsilon that small.
-
-    Args:
-        f0 (`torch.Tensor` of shape `(B, S)`): Hz.
-        mask (`torch.Tensor` of shape `(B, S)`): 1 for real frames.
-        correction (`int`): subtracted from the number of frames in the variance: 0, or 1 as published.
-
-    Returns:
-        `torch.Tensor` of shape `(B, S)`, float32; 0 in padding.
-    """
+    The floor replaces the published `std + 1e-8`: ONNX optimizers drop an epsilon that small."""
     mask = mask.float()
     deviation = (f0.float() - masked_mean(f0.float(), mask)) * mask
     variance = deviation.square().sum(-1, keepdim=True) / (mask.sum(-1, keepdim=True) - correction).clamp(min=1)
@@ -141,19 +118,15 @@ def standardize_f0(f0: torch.Tensor, mask: torch.Tensor, correction: int = 0) ->
 def pitch_per_token(
     f0: torch.Tensor, lengths: torch.Tensor, frames_per_token: float, method: str = "mean"
 ) -> torch.Tensor:
-    """Pitch of each span of a fixed token rate, for the decoder.
+    """Pitch of each span of a fixed token rate, for the decoder: `(B, N)`, `N = ceil(T / R)`, float32.
 
-    Token i covers the frames k with `i * R <= k <= (i + 1) * R`, at least one. Its F0 is their mean, median or last;
-    below 100 Hz it becomes 0, else `(f0 - 71) / (500 - 71)`.
+    Token i covers the frames k with `i * R <= k <= (i + 1) * R`, at least one, with R `frames_per_token`. Its F0 is
+    their `"mean"`, `"median"` or `"last"`; below 100 Hz and beyond an utterance's end it becomes 0,
+    else `(f0 - 71) / (500 - 71)`.
 
     Args:
         f0 (`torch.Tensor` of shape `(B, T)`): Hz.
         lengths (`torch.Tensor` of shape `(B,)`): real input frames.
-        frames_per_token (`float`): R.
-        method (`str`): `"mean"`, `"median"` or `"last"`.
-
-    Returns:
-        `torch.Tensor` of shape `(B, N)`, `N = ceil(T / R)`, float32; 0 beyond an utterance's end.
     """
     tokens = torch.arange(math.ceil(f0.shape[1] / frames_per_token), device=f0.device, dtype=torch.float32)
     last_frame = (lengths[:, None] - 1).clamp(min=0)  # (B, 1)
@@ -180,39 +153,21 @@ def pitch_per_token(
 def find_silence(
     spectrogram: torch.Tensor, attention_mask: torch.Tensor, encoder_frames: int, stride: int, threshold: float
 ) -> torch.Tensor:
-    """Which encoder frames are silent: no mel channel of their input frames is above the threshold.
-
-    Args:
-        spectrogram (`torch.Tensor` of shape `(B, T, bins)`): log-mel, 0 at the extractor's floor.
-        attention_mask (`torch.Tensor` of shape `(B, T)`): 1 for real frames.
-        encoder_frames (`int`): S.
-        stride (`int`): input frames to an encoder frame.
-        threshold (`float`): in units of the spectrogram.
-
-    Returns:
-        `torch.Tensor` of shape `(B, S)`, bool.
-    """
+    """Which encoder frames are silent, `(B, encoder_frames)`: no mel channel of their `stride` input frames is above
+    the threshold. The spectrogram is `(B, T, bins)`, log-mel, with its mask `(B, T)`."""
     loudness = spectrogram.amax(-1) * attention_mask  # (B, T)
     loudness = nn.functional.pad(loudness, (0, encoder_frames * stride - loudness.shape[1]))
     return loudness.view(-1, encoder_frames, stride).amax(-1) <= threshold
 
 
 class EchoPitch(NamedTuple):
-    """F0 of a batch, in the forms that the mechanisms read.
+    """F0 of a batch, in the forms that the mechanisms read."""
 
-    Args:
-        frame_f0 (`torch.Tensor` of shape `(B, T)`): Hz at the input frames, 0 = unvoiced or padding, float32.
-        mean_f0 (`torch.Tensor` of shape `(B, 1)`): Hz, mean of the real input frames, unvoiced ones included.
-        f0 (`torch.Tensor` of shape `(B, S)`): Hz at the encoder's frames.
-        normalized (`torch.Tensor` of shape `(B, S, 3)`): see [`normalize_f0`].
-        frame_voicing (`torch.Tensor` of shape `(B, T)`, *optional*): voicing at the input frames.
-    """
-
-    frame_f0: torch.Tensor
-    mean_f0: torch.Tensor
-    f0: torch.Tensor
-    normalized: torch.Tensor
-    frame_voicing: torch.Tensor | None = None
+    frame_f0: torch.Tensor  # (B, T), Hz at the input frames, 0 = unvoiced or padding, float32
+    mean_f0: torch.Tensor  # (B, 1), Hz, mean of the real input frames, unvoiced ones included
+    f0: torch.Tensor  # (B, S), Hz at the encoder's frames
+    normalized: torch.Tensor  # (B, S, 3), see normalize_f0
+    frame_voicing: torch.Tensor | None = None  # (B, T), voicing at the input frames
 
 
 class EchoRotaryEmbedding(nn.Module):
@@ -315,15 +270,8 @@ class EchoRotaryEmbedding(nn.Module):
         pitch: torch.Tensor | None = None,
         mean_f0: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Args:
-            position_ids (`torch.Tensor` of shape `(B or 1, S)`): integer positions.
-            dtype (`torch.dtype`): of the result.
-            f0, pitch, mean_f0 (`torch.Tensor`, *optional*): `f0`, `normalized` and `mean_f0` of [`EchoPitch`].
-
-        Returns:
-            Two `torch.Tensor` of shape `(B or 1, 1, S, C)`: radius times cosine, radius times sine.
-        """
+        """Radius times cosine and radius times sine, each `(B or 1, 1, S, C)`, at integer positions `(B or 1, S)`.
+        `f0`, `pitch` and `mean_f0` are `f0`, `normalized` and `mean_f0` of [`EchoPitch`]."""
         angles = self.angles(position_ids, f0, mean_f0, pitch).float()
         cos, sin = angles.cos(), angles.sin()
         if (radius := self.radius(f0, pitch)) is not None:
@@ -346,19 +294,12 @@ def laplacian_bias(f0: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def gaussian_bias_channels(f: torch.Tensor, strength: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pitch bias as two channels of queries and keys, without a matrix of frames by frames:
+    """The pitch bias as two channels of queries, `(B, H, S, 2)`, and of keys, `(B, 1, S, 2)`:
 
         bias_ij = s_h * (2 f_i f_j - f_j ** 2)   =   s_h * (2 f_i, -1) . (f_j, f_j ** 2)
 
-    Softmax ignores terms of the query alone, so this equals `-s_h * (f_i - f_j) ** 2`.
-
-    Args:
-        f (`torch.Tensor` of shape `(B, S)`): standardized F0.
-        strength (`torch.Tensor` of shape `(H,)`): s of each head.
-
-    Returns:
-        Channels of the queries, `(B, H, S, 2)`, and of the keys, `(B, 1, S, 2)`.
-    """
+    with f the standardized F0, `(B, S)`, and s the strength of each head, `(H,)`. Softmax ignores terms of the query
+    alone, so this equals `-s_h * (f_i - f_j) ** 2`, without a matrix of frames by frames."""
     f = f[:, None]  # (B, 1, S)
     of_queries = strength[None, :, None, None] * torch.stack((2 * f, -torch.ones_like(f)), dim=-1)
     return of_queries, torch.stack((f, f * f), dim=-1)
