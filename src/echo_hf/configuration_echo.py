@@ -67,8 +67,9 @@ SIDES = ("encoder", "decoder")
 # Smallest and largest value of each number. They refuse a damaged or malicious config before anything is allocated.
 BOUNDS = {
     "vocab_size": (1, 10_000_000),
-    "sampling_rate": (1, 1_000_000),
-    "hop_length": (1, 1_000_000),
+    **dict.fromkeys(("sampling_rate", "hop_length", "mask_time_length", "mask_feature_length"), (1, 1_000_000)),
+    **dict.fromkeys(("mask_time_min_masks", "mask_feature_min_masks"), (0, 1_000_000)),
+    **dict.fromkeys(("mask_time_prob", "mask_feature_prob", "ctc_loss_weight"), (0, 1)),
     "stem_num_layers": (0, 1000),
     **{f"{side}_hidden_size": (1, 65_536) for side in SIDES},
     **{f"{side}_intermediate_size": (1, 262_144) for side in SIDES},
@@ -80,17 +81,8 @@ BOUNDS = {
     "initializer_range": (0, 10),
     "rms_norm_eps": (1e-7, 1),  # exported graphs drop a smaller one
     "rotary_theta": (1e-3, 1e9),
-    "mel_corner_frequency": (1e-3, 1e6),
-    "mel_max_frequency": (1e-3, 1e6),
+    **dict.fromkeys(("mel_corner_frequency", "mel_max_frequency", "tokens_per_second"), (1e-3, 1e6)),
     "silence_threshold": (0, 1e6),
-    "tokens_per_second": (1e-3, 1e6),
-    "ctc_loss_weight": (0, 1),
-    "mask_time_prob": (0, 1),
-    "mask_time_length": (1, 1_000_000),
-    "mask_time_min_masks": (0, 1_000_000),
-    "mask_feature_prob": (0, 1),
-    "mask_feature_length": (1, 1_000_000),
-    "mask_feature_min_masks": (0, 1_000_000),
 }
 MAX_GROUP_WIDTH = 65_536  # channels
 MAX_STRIDES, MAX_FRAMES_PER_ENCODER_FRAME = 16, 1024
@@ -128,8 +120,8 @@ def validate_feature_groups(feature_groups: dict[str, int]) -> dict[str, int]:
             raise ValueError(f"feature_groups: unknown group {name!r}; known are {', '.join(FEATURE_GROUPS)}.")
         if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= MAX_GROUP_WIDTH:
             raise ValueError(
-                f"feature_groups: the width of {name!r} must be a whole number from 1 to {MAX_GROUP_WIDTH}, got"
-                f" {width!r}."
+                f"feature_groups: the width of {name!r} must be at most {MAX_GROUP_WIDTH} and a whole number above 0,"
+                f" got {width!r}."
             )
         if name in ("phase", "voicing", "pitch") and width != 1:
             raise ValueError(f"feature_groups: {name!r} is a single channel, got a width of {width}.")
