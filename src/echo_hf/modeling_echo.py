@@ -92,38 +92,24 @@ CACHE_NAME = "cache" if "cache" in Seq2SeqModelOutput.__dataclass_fields__ else 
 
 @dataclass
 class EchoEncoderOutput(BaseModelOutput):
-    """Output of the encoder.
+    """Output of the encoder."""
 
-    Args:
-        attention_mask (`torch.Tensor` of shape `(B, S)`): 1 for real encoder frames, 0 for padding.
-        f0 (`torch.Tensor` of shape `(B, S)`): F0 in Hz, 0 = unvoiced or padding.
-        silence (`torch.Tensor` of shape `(B, S)`, *optional*): whether the frame is silent; with `silence_scaling`.
-        token_pitch (`torch.Tensor` of shape `(B, N)`, *optional*): normalized pitch of each span of
-            `1 / tokens_per_second` seconds; with `token_pitch`.
-        intermediate_logits (`torch.Tensor` of shape `(B, N, S, vocab_size)`, *optional*): predictions behind N layers;
-            in training, with `self_conditioning_layers`.
-    """
-
-    attention_mask: torch.Tensor | None = None
-    f0: torch.Tensor | None = None
-    silence: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None  # (B, S), 1 for real encoder frames, 0 for padding
+    f0: torch.Tensor | None = None  # (B, S), Hz, 0 = unvoiced or padding
+    silence: torch.Tensor | None = None  # (B, S), whether the frame is silent; with `silence_scaling`
+    # (B, N), normalized pitch of each span of `1 / tokens_per_second` seconds; with `token_pitch`
     token_pitch: torch.Tensor | None = None
+    # (B, N, S, vocab_size), predictions behind N layers; in training, with `self_conditioning_layers`
     intermediate_logits: torch.Tensor | None = None
 
 
 @dataclass
 class EchoSeq2SeqLMOutput(Seq2SeqLMOutput):
-    """[`Seq2SeqLMOutput`] with the parts of the hybrid loss.
+    """[`Seq2SeqLMOutput`] with the parts of the hybrid loss."""
 
-    Args:
-        ce_loss (`torch.Tensor` of shape `()`, *optional*): cross-entropy a token.
-        ctc_loss (`torch.Tensor` of shape `()`, *optional*): CTC loss a token; with `ctc_loss_weight > 0`.
-        ctc_logits (`torch.Tensor` of shape `(B, S, vocab_size)`, *optional*): of the CTC head; with labels.
-    """
-
-    ce_loss: torch.Tensor | None = None
-    ctc_loss: torch.Tensor | None = None
-    ctc_logits: torch.Tensor | None = None
+    ce_loss: torch.Tensor | None = None  # (), cross-entropy a token
+    ctc_loss: torch.Tensor | None = None  # (), CTC loss a token; with `ctc_loss_weight > 0`
+    ctc_logits: torch.Tensor | None = None  # (B, S, vocab_size), of the CTC head; with labels
 
 
 def has_values(tensor: torch.Tensor) -> bool:
@@ -142,26 +128,16 @@ def check_right_padding(attention_mask: torch.Tensor):
 
 class EchoEncoderLayerInputs(NamedTuple):
     """Inputs that all layers of the encoder share, in the order of their arguments. They are passed by position, since
-    gradient checkpointing follows gradients into positional tensors only.
+    gradient checkpointing follows gradients into positional tensors only."""
 
-    Args:
-        attention_mask (`torch.Tensor`, *optional*): as the attention implementation wants it.
-        cos, sin (`torch.Tensor` of shape `(B or 1, 1, S, C)`): of [`EchoRotaryEmbedding`].
-        silence (`torch.Tensor` of shape `(B, S)`, *optional*): which frames are silent.
-        standardized_f0 (`torch.Tensor` of shape `(B, S)`, *optional*): for the gaussian bias.
-        position_bias (`torch.Tensor` of shape `(B, 1, S, S)`, *optional*): the laplacian bias.
-        pitch (`torch.Tensor` of shape `(B, S, 3)`): normalized, for the gates.
-        encoder_mask (`torch.Tensor` of shape `(B, S)`): 1 for real frames, for the convolutions.
-    """
-
-    attention_mask: torch.Tensor | None
-    cos: torch.Tensor
-    sin: torch.Tensor
-    silence: torch.Tensor | None
-    standardized_f0: torch.Tensor | None
-    position_bias: torch.Tensor | None
-    pitch: torch.Tensor
-    encoder_mask: torch.Tensor
+    attention_mask: torch.Tensor | None  # as the attention implementation wants it
+    cos: torch.Tensor  # (B or 1, 1, S, C), of EchoRotaryEmbedding
+    sin: torch.Tensor  # (B or 1, 1, S, C)
+    silence: torch.Tensor | None  # (B, S), which frames are silent
+    standardized_f0: torch.Tensor | None  # (B, S), for the gaussian bias
+    position_bias: torch.Tensor | None  # (B, 1, S, S), the laplacian bias
+    pitch: torch.Tensor  # (B, S, 3), normalized, for the gates
+    encoder_mask: torch.Tensor  # (B, S), 1 for real frames, for the convolutions
 
 
 class EchoStem(nn.Module):
@@ -423,15 +399,9 @@ class EchoEncoderLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         if self.convolution is not None:
             hidden_states = self.convolution(hidden_states, encoder_mask)
+        normed = self.self_attn_norm(hidden_states)
         attended, _ = self.self_attn(
-            self.self_attn_norm(hidden_states),
-            attention_mask,
-            cos,
-            sin,
-            silence,
-            standardized_f0,
-            position_bias,
-            **kwargs,
+            normed, attention_mask, cos, sin, silence, standardized_f0, position_bias, **kwargs
         )
         hidden_states = hidden_states + self.dropout(attended)
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states), pitch))
@@ -465,14 +435,8 @@ class EchoDecoderLayer(GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """Appends its cross-attention, `(B, H, L, S)`, to the list `cross_attention_weights`, if given."""
-        attended, _ = self.self_attn(
-            self.self_attn_norm(hidden_states),
-            attention_mask,
-            cos,
-            sin,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
+        normed = self.self_attn_norm(hidden_states)
+        attended, _ = self.self_attn(normed, attention_mask, cos, sin, past_key_values=past_key_values, **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
         if encoder_hidden_states is not None:
             attended, weights = self.encoder_attn(
@@ -837,14 +801,8 @@ class EchoDecoder(EchoPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """
-        Args:
-            input_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): tokens; or `inputs_embeds`, `(B, L, E)`.
-            attention_mask (`torch.Tensor` of shape `(B, past + L)`, *optional*): 1 for real tokens.
-            encoder_hidden_states (`torch.Tensor` of shape `(B, S, E)`, *optional*): the encoder's frames.
-            encoder_attention_mask, encoder_silence, token_pitch: see [`EchoEncoderOutput`].
-            past_key_values (`EncoderDecoderCache`, *optional*): keys and values of past tokens.
-            position_ids (`torch.LongTensor` of shape `(B or 1, L)`, *optional*): those behind the past if not given.
+        """Arguments as of [`EchoModel.forward`] without `decoder_`, and of the encoder `encoder_hidden_states`, `(B, S,
+        E)`, and what [`EchoEncoderOutput`] describes.
 
         Returns:
             `BaseModelOutputWithPastAndCrossAttentions` with `last_hidden_state` of shape `(B, L, E)`.
@@ -1244,14 +1202,12 @@ def mean_cross_attention(
     attention_mask: torch.Tensor | None = None,
     encoder_outputs: EchoEncoderOutput | None = None,
 ) -> torch.Tensor:
-    """Cross-attention behind each predicted token: the mean of all heads and layers, `(B, L, S)`, float32.
-
-    Only this call's cross-attention is eager. The model is not changed, so other threads may use it.
+    """Cross-attention behind each predicted token, `(B, L, S)`, float32: the mean of all heads and layers. Only this
+    call's cross-attention is eager. The model is not changed, so other threads may use it.
 
     Args:
-        model ([`EchoForConditionalGeneration`]): any attention implementation.
         decoder_input_ids (`torch.LongTensor` of shape `(B, L)`): tokens, the first `decoder_start_token_id`.
-        input_features, attention_mask, encoder_outputs: as the model takes them.
+        others: as of [`EchoModel.forward`].
     """
     if encoder_outputs is None:
         encoder_outputs = model.get_encoder()(input_features, attention_mask=attention_mask)
