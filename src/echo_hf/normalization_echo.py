@@ -1,55 +1,44 @@
-"""F0 in Hz as a network sees it: voiced, contour and register. A module of its own, since a Whisper with pitch travels
-with it, and without the rest of Echo."""
+"""F0 in Hz as a network sees it: voiced, contour and register. A Whisper with pitch carries this module, and not the
+rest of Echo."""
 
 import math
 
 import torch
 
-PITCH_CHANNELS = 3  # voiced, contour, register: what the network sees of F0
-REGISTER_CENTRE = 150.0  # Hz, between low and high voices
-REGISTER_WIDTH = 0.5  # natural log units; e ** 0.5 is about nine semitones
-CONTOUR_FLOOR = 0.1  # natural log units; keeps a monotone's tiny wobble from being blown up to a contour
+PITCH_CHANNELS = 3  # voiced, contour, register
+REGISTER_CENTER = 150.0  # Hz, between low and high voices
+REGISTER_WIDTH = 0.5  # natural log units, about nine semitones
+CONTOUR_FLOOR = 0.1  # natural log units; smaller deviations are not scaled up
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the last dimension of what `mask` holds, kept as a dimension: `(..., N)` to `(..., 1)`."""
+    """Mean of the values where `mask` is 1: `(..., N)` to `(..., 1)`."""
     return (values * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
 
 
 def carry_log_f0(log_f0: torch.Tensor, voiced: torch.Tensor) -> torch.Tensor:
-    """Log-F0 carried across unvoiced frames: a straight line between voiced neighbors, and constant before the first
-    voiced frame and after the last.
-
-    Args:
-        log_f0 (`torch.Tensor` of shape `(B, T)`): natural logarithm of Hz; its unvoiced frames are not read.
-        voiced (`torch.Tensor` of shape `(B, T)`): 1 or 0.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T)`; an utterance without a voiced frame stays as it is.
-    """
+    """Log-F0, `(B, T)`, interpolated linearly across frames that are not `voiced` (1 or 0), and constant before the
+    first and after the last voiced one. An utterance without a voiced frame is unchanged."""
     number = log_f0.shape[1]
     frames = torch.arange(number, device=log_f0.device)[None]
     before = torch.where(voiced > 0, frames, -1).cummax(1).values  # -1: none
     after = number - torch.where(voiced > 0, number - frames, -1).flip(1).cummax(1).values.flip(1)  # number + 1: none
     start = torch.where(before < 0, after, before).clamp(max=number - 1)
     end = torch.where(after > number, before, after).clamp(min=0)
-    carried = torch.lerp(
-        log_f0.gather(1, start),
-        log_f0.gather(1, end),
-        ((frames - start) / (end - start).clamp(min=1)).to(log_f0.dtype),
-    )
+    weight = ((frames - start) / (end - start).clamp(min=1)).to(log_f0.dtype)
+    carried = torch.lerp(log_f0.gather(1, start), log_f0.gather(1, end), weight)
     return torch.where(voiced.amax(1, keepdim=True) > 0, carried, log_f0)
 
 
 def normalize_f0(f0: torch.Tensor, mask: torch.Tensor, voicing: torch.Tensor | None = None) -> torch.Tensor:
-    """Pitch as the network sees it.
+    """Pitch as the network sees it, in three channels that are 0 where unvoiced:
 
-    Channel 0, voiced: 1 or 0. Channel 1, contour: `(ln f0 - mean) / max(std, 0.1)`, mean and std over the utterance's
-    voiced frames. Channel 2, register: `(ln f0 - ln 150) / 0.5`. All 0 where unvoiced.
+        voiced     1
+        contour    (ln f0 - mean) / max(std, 0.1), mean and std of the utterance's voiced frames
+        register   (ln f0 - ln 150) / 0.5
 
-    With `voicing` pitch is continuous, after Ghahremani et al. (https://doi.org/10.1109/ICASSP.2014.6854049): channel 0
-    is the voicing, and the other two are those of [`carry_log_f0`]. All 0 in padding, and in an utterance without a
-    voiced frame.
+    With `voicing`, pitch is continuous (Ghahremani et al., https://doi.org/10.1109/ICASSP.2014.6854049): channel 0 is
+    the voicing, and the others use [`carry_log_f0`]. An utterance without a voiced frame is all 0.
 
     Args:
         f0 (`torch.Tensor` of shape `(B, T)`): Hz, 0 = unvoiced.
@@ -57,7 +46,7 @@ def normalize_f0(f0: torch.Tensor, mask: torch.Tensor, voicing: torch.Tensor | N
         voicing (`torch.Tensor` of shape `(B, T)`, *optional*): from 0, noise, to 1, periodic.
 
     Returns:
-        `torch.Tensor` of shape `(B, T, 3)`, float32.
+        `torch.Tensor` of shape `(B, T, 3)`, float32; 0 in padding.
     """
     voiced = ((f0 > 0) & (mask > 0)).float()
     log_f0 = torch.where(voiced > 0, f0, 1.0).float().log()
@@ -65,7 +54,7 @@ def normalize_f0(f0: torch.Tensor, mask: torch.Tensor, voicing: torch.Tensor | N
         log_f0 = carry_log_f0(log_f0, voiced)
     deviation = log_f0 - masked_mean(log_f0, voiced)
     spread = masked_mean(deviation.square(), voiced).sqrt().clamp(min=CONTOUR_FLOOR)
-    register = (log_f0 - math.log(REGISTER_CENTRE)) / REGISTER_WIDTH
+    register = (log_f0 - math.log(REGISTER_CENTER)) / REGISTER_WIDTH
     if voicing is None:
         return torch.stack((voiced, voiced * deviation / spread, voiced * register), dim=-1)
     known = (mask > 0) * voiced.amax(-1, keepdim=True)
