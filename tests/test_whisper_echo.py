@@ -572,7 +572,7 @@ def test_auto_classes(folder):
 
 
 def needed_modules() -> set[str]:
-    """whisper_echo.py and what it imports of the package, by following the imports."""
+    """whisper_echo.py and what it imports of the package, by following the imports, within functions too."""
     package = os.path.dirname(sys.modules["echo_hf"].__file__)
     found, waiting = set(), ["whisper_echo.py"]
     while waiting:
@@ -580,7 +580,7 @@ def needed_modules() -> set[str]:
         if name not in found:
             found.add(name)
             with open(os.path.join(package, name), encoding="utf-8") as file:
-                lines = [line.split() for line in file if line.startswith("from .")]
+                lines = [line.split() for line in file if line.lstrip().startswith("from .")]
             waiting += [line[1].lstrip(".") + ".py" for line in lines]
     return found
 
