@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from echo_hf.metrics import format_table
-from echo_hf.pitch_echo import TRACKERS
-from echo_hf.pitch_echo import estimate_f0
+from echo_hf.pitch_echo import TRACKERS, estimate_f0
 
 SAMPLING_RATE = 16000  # Hz
 HOP_LENGTH = 160  # samples, 10 ms

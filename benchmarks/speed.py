@@ -37,7 +37,6 @@ from echo_hf.feature_extraction_echo import EchoFeatureExtractor, log_mel_spectr
 from echo_hf.metrics import format_table
 from echo_hf.modeling_echo import DEFAULT_CTC_WEIGHT, EchoForConditionalGeneration
 from echo_hf.pitch_echo import TRACKERS, estimate_f0
-from f0_trackers import synthetic_voice
 
 SECTIONS = ("features", "pitch", "generation", "training", "scaling")
 SAMPLING_RATE = 16000  # Hz

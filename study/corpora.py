@@ -97,8 +97,7 @@ class Corpora:
     Args:
         speech (`Path`): folder of the corpora.
         cache (`Path`): folder for features.
-        num_mel_bins (`int`): channels of the spectrogram; voicing in [0, 1] and F0 in Hz by DIO, 0 = unvoiced,
-            follow them.
+        num_mel_bins (`int`): channels of the spectrogram; voicing in [0, 1] and F0 in Hz, 0 = unvoiced, follow them.
     """
 
     def __init__(self, speech: Path, cache: Path, num_mel_bins: int = 80):

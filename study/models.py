@@ -1,4 +1,4 @@
-"""The models of the study: one trunk a seed, from which every arm starts, and how both are trained.
+"""The models of the study: one trunk, from which every arm starts, and how both are trained.
 
 All arms have the same modules, so that they have the same parameters but for the mechanism that they are about. The
 stem of pitch is in all of them; in an arm without pitch as input its first convolution is 0 and stays so.
@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from echo_hf.data.augmentation import VoicePerturbation
 
 from echo_hf import EchoConfig, EchoForConditionalGeneration, EchoProcessor
-from echo_hf.presets_echo import PUBLISHED
+from echo_hf.data.augmentation import VoicePerturbation
 from echo_hf.data.collator import EchoDataCollator
+from echo_hf.presets_echo import PUBLISHED
 
 GAINS = (".gain", ".contour_gain", ".bias_strength")  # single numbers that start at 0
 CONDITIONING = {"theta_mode": "contour", "radius_mode": "bounded", "pitch_bias": "gaussian", "pitch_gate": True}
@@ -28,8 +28,7 @@ class Arm:
         hears_input: whether pitch is an input, beside the spectrogram.
         f0: what is done to F0, in training and in testing alike; see `change_f0`.
         continuous: whether pitch is continuous, with a voicing probability in place of decisions.
-        from_trunk: whether it starts from the trunk; if not, it is trained from scratch as the trunk was, then as the
-            other arms.
+        from_trunk: whether it starts from the trunk; if not, it is trained as the trunk was, then as the other arms.
     """
 
     config: dict
@@ -63,8 +62,8 @@ ARMS = {
 class Settings:
     """How trunk and arms are trained. Tuned for the baseline on `dev`, then the same for all arms.
 
-    The trunk is trained with hardly any perturbation, since it leaves CTC's plateau several times as fast so. It is
-    short: a trunk that knows tone from the spectrogram already leaves the arms nothing to learn from pitch.
+    The trunk is trained with hardly any perturbation, since a model leaves CTC's plateau several times as fast so. It has
+    left it, and does not know tone yet: a trunk that does leaves the arms nothing to learn from pitch.
     """
 
     num_mel_bins: int = 80
@@ -72,8 +71,10 @@ class Settings:
     minutes: float | None = None  # of training speech; all if not given
     hidden_size: int = 112
     intermediate_size: int = 288
-    trunk_steps: int = 500
-    arm_steps: int = 5500
+    trunk_seed: int = 2
+    trunk_steps: int = 1500
+    arm_steps: int = 4500
+    decay_steps: int = 1500  # the last, in which the learning rate falls to 0
     batch_size: int = 16
     learning_rate: float = 2e-3
     gain_learning_rate: float = 16 * 2e-3  # of the gains and strengths that start at 0
@@ -89,7 +90,7 @@ class Settings:
     max_grad_norm: float = 1.0
 
     def plain(self) -> "Settings":
-        """The settings of the trunk: vocal tracts are up to 10% longer or shorter, and nothing else is perturbed."""
+        """The settings of the trunk: vocal tracts are up to 10% longer or shorter, nothing else is perturbed."""
         return replace(self, tempo=0.0, voice=0.1, channel=0.0, dropout=0.0, mask_feature_prob=0.0)
 
 
@@ -168,17 +169,17 @@ def train(
     seed: int,
     steps: int,
     first_step: int = 0,
-    decay: bool = True,
+    decay_steps: int = 0,
     log=None,
 ) -> list[float]:
     """Trains a model in place, with dropout and masks as the settings have them. Order, perturbations and dropout
-    depend on the seed and the step alone, not on the arm.
+    follow from the seed and the step alone, not from the arm.
 
     Args:
         rows: with `input_features` and `labels`.
         steps: how many.
         first_step: of the order of batches; an arm goes on where the trunk ended.
-        decay: whether the learning rate falls to 0 by a cosine at the end; if not, it stays.
+        decay_steps: the last so many, in which the learning rate falls to 0 by a cosine.
         log: called with the step and the mean loss every 100 steps.
 
     Returns:
@@ -208,8 +209,8 @@ def train(
     )
 
     def rate(step: int) -> float:
-        warm = min(1.0, (step + 1) / settings.warmup_steps)
-        return warm * (0.5 * (1.0 + np.cos(np.pi * step / steps)) if decay else 1.0)
+        left = min(1.0, (steps - step) / decay_steps) if decay_steps else 1.0
+        return min(1.0, (step + 1) / settings.warmup_steps) * 0.5 * (1.0 - np.cos(np.pi * left))
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     model.train()

@@ -8,6 +8,7 @@ Reads `results.jsonl` and `texts/` beside this file and writes `report.md` and `
 import argparse
 import gzip
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -24,15 +25,34 @@ T_QUANTILES = (
     *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
 
-# Name of a measure in the tables, and how it is read from the counts of a test: a share in percent.
+# Name of a measure in the tables, and the counts of a test that it is made of: errors and what could be wrong.
 MEASURES = {
-    "tone, forced choice": lambda counts: 100.0 * counts["forced_both"][0] / counts["forced_both"][1],
-    "tone, decoder alone": lambda counts: 100.0 * counts["forced_decoder"][0] / counts["forced_decoder"][1],
-    "tone, CTC alone": lambda counts: 100.0 * counts["forced_ctc"][0] / counts["forced_ctc"][1],
-    "words, free-running": lambda counts: 100.0 * counts["wer"],
-    "tones, free-running": lambda counts: 100.0 * counts["tone_error_rate"],
-    "base syllables, free-running": lambda counts: 100.0 * counts["base_syllable_error_rate"],
+    "tone, forced choice": "forced_both",
+    "tone, decoder alone": "forced_decoder",
+    "tone, CTC alone": "forced_ctc",
+    "words, free-running": "wer",
+    "tones, free-running": "tone_error_rate",
+    "base syllables, free-running": "base_syllable_error_rate",
+    "words without tone marks, free-running": "base_word_error_rate",
 }
+FORCED_CHOICE = "tone, forced choice"
+
+
+def measure(counts: dict, name: str) -> float | None:
+    """A measure of a test in percent, or None where it has none. Forced choices are a list of errors and choices."""
+    value = counts.get(MEASURES[name])
+    if isinstance(value, list):
+        return 100.0 * value[0] / value[1] if value[1] else None
+    return None if value is None else 100.0 * value
+
+
+def show(values: list[float | None]) -> str:
+    """Mean and 95% interval over seeds as text; empty where there is no value."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    mean, half = interval(known)
+    return f"{mean:.1f} ± {half:.1f}" if np.isfinite(half) else f"{mean:.1f}"
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -112,36 +132,33 @@ def forced_errors(texts: dict, test: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def compare(results: Results, part: str, prefix: str) -> list[str]:
-    """Table of the arms of a part on a test: every measure, and the difference from the baseline."""
+    """Table of the arms of a part on a test: every measure, and the difference from the baseline in tone errors by
+    forced choice, where there are such."""
     baseline, arms = results.baseline(part), dict(results.rows[part])
-    lines = [
-        f"| arm | seeds | {' | '.join(MEASURES)} | difference in forced choice (95%, seeds) | bootstrap | p (Holm) |",
-        "|---" * (len(MEASURES) + 5) + "|",
-    ]
-    compared, p_values = {}, {}
-    for arm, rows in arms.items():
-        seeds = sorted(set(rows) & set(baseline))
-        if arm == "baseline" or not seeds:
-            continue
-        differences, counts = [], None
-        for seed in seeds:
-            errors, counts = forced_errors(results.texts(part, arm, seed), own_test(rows[seed], prefix))
-            other = results.texts(results.baseline_part(part), "baseline", seed)
-            differences.append(errors - forced_errors(other, own_test(baseline[seed], prefix))[0])
-        by_seed = [100.0 * difference.sum() / counts.sum() for difference in differences]
-        low, high, p_values[arm] = bootstrap(np.array(differences), counts)
-        compared[arm] = (interval(by_seed), low, high)
-    corrected = holm(p_values)
     if "baseline" not in arms:
         arms = {"baseline": baseline, **arms}
+    test = {
+        arm: {seed: row["scores"][own_test(row, prefix)] for seed, row in rows.items()} for arm, rows in arms.items()
+    }
+    some = next(iter(test["baseline"].values()))
+    names = [name for name in MEASURES if measure(some, name) is not None]
+    lines = [
+        f"| arm | seeds | {' | '.join(names)} | difference in forced choice (95%, seeds) | bootstrap | p (Holm) |",
+        "|---" * (len(names) + 5) + "|",
+    ]
+    compared = {}
     for arm, rows in arms.items():
-        cells = []
-        for measure in MEASURES.values():
-            mean, half = interval([measure(row["scores"][own_test(row, prefix)]) for row in rows.values()])
-            cells.append(f"{mean:.1f} ± {half:.1f}" if np.isfinite(half) else f"{mean:.1f}")
+        seeds = sorted(set(rows) & set(baseline))
+        if arm != "baseline" and seeds and FORCED_CHOICE in names:
+            differences, counts = paired_differences(results, part, arm, seeds, prefix)
+            by_seed = [100.0 * difference.sum() / counts.sum() for difference in differences]
+            compared[arm] = (interval(by_seed), *bootstrap(differences, counts))
+    corrected = holm({arm: found[-1] for arm, found in compared.items()})
+    for arm, rows in test.items():
+        cells = [show([measure(counts, name) for counts in rows.values()]) for name in names]
         if arm in compared:
-            (mean, half), low, high = compared[arm]
-            cells += [f"{mean:+.1f} ± {half:.1f}" if np.isfinite(half) else f"{mean:+.1f}"]
+            (mean, half), low, high, _ = compared[arm]
+            cells.append(f"{mean:+.1f} ± {half:.1f}" if np.isfinite(half) else f"{mean:+.1f}")
             cells += [f"{low:+.1f} to {high:+.1f}", f"{corrected[arm]:.4f}"]
         else:
             cells += ["", "", ""]
@@ -149,29 +166,36 @@ def compare(results: Results, part: str, prefix: str) -> list[str]:
     return lines
 
 
+def paired_differences(
+    results: Results, part: str, arm: str, seeds: list[int], prefix: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Errors by forced choice of an arm less those of the baseline of the same seed, `(seeds, utterances)`, and how
+    many choices there were, `(utterances,)`."""
+    differences, counts = [], None
+    for seed in seeds:
+        row, other = results.rows[part][arm][seed], results.baseline(part)[seed]
+        errors, counts = forced_errors(results.texts(part, arm, seed), own_test(row, prefix))
+        before = results.texts(results.baseline_part(part), "baseline", seed)
+        differences.append(errors - forced_errors(before, own_test(other, prefix))[0])
+    return np.array(differences), counts
+
+
 def controls(results: Results, part: str) -> list[str]:
     """Table of forced-choice tone errors under every condition and change of F0."""
-    names = sorted(
-        {
-            name.rsplit("/", 1)[0]
-            for rows in results.rows[part].values()
-            for row in rows.values()
-            for name in row["scores"]
-        }
-    )
-    lines = ["| test | F0 | " + " | ".join(f"`{arm}`" for arm in results.rows[part]) + " |"]
-    lines.append("|---" * (len(results.rows[part]) + 2) + "|")
-    for name in names:
+    arms = results.rows[part]
+    tests = {name for rows in arms.values() for row in rows.values() for name in row["scores"]}
+    lines = ["| test | F0 | " + " | ".join(f"`{arm}`" for arm in arms) + " |", "|---" * (len(arms) + 2) + "|"]
+    for name in sorted({test.rpartition("/")[0] for test in tests}):
         for change in ("as trained", "zero", "constant", "shuffled"):
             cells = []
-            for rows in results.rows[part].values():
-                values = []
+            for rows in arms.values():
+                scores = []
                 for row in rows.values():
-                    test = own_test(row, name) if change == "as trained" else f"{name}/{change}"
-                    if test in row["scores"] and not (change != "as trained" and test == own_test(row, name)):
-                        values.append(MEASURES["tone, forced choice"](row["scores"][test]))
-                mean, half = interval(values) if values else (None, None)
-                cells.append("" if mean is None else f"{mean:.1f} ± {half:.1f}" if np.isfinite(half) else f"{mean:.1f}")
+                    own = own_test(row, name)
+                    test = own if change == "as trained" else f"{name}/{change}"
+                    if test in row["scores"] and (change == "as trained" or test != own):
+                        scores.append(measure(row["scores"][test], FORCED_CHOICE))
+                cells.append(show(scores))
             if any(cells):
                 lines.append(f"| {name} | {change} | {' | '.join(cells)} |")
     return lines
@@ -200,24 +224,17 @@ def confusions(results: Results, part: str, arm: str, prefix: str) -> list[str]:
 
 def learned(results: Results) -> list[str]:
     """What the mechanisms learned, mean and largest magnitude over seeds and layers."""
-    lines = [
-        "| part | arm | parameter | values | mean | mean magnitude | largest magnitude |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = ["| part | arm | parameter | values | mean | mean magnitude | largest magnitude |", "|---" * 7 + "|"]
     for part, arms in results.rows.items():
         for arm, rows in arms.items():
             kinds = defaultdict(list)
             for row in rows.values():
                 for name, values in row["learned"].items():
-                    kinds[
-                        name.removesuffix(".rms").split(".", 2)[-1] if "layers" not in name else name.split(".", 4)[-1]
-                    ] += values
+                    kinds[re.sub(r".*\.layers\.\d+\.|^model\.encoder\.", "", name)] += values
             for kind, values in sorted(kinds.items()):
-                values = np.array(values)
-                lines.append(
-                    f"| {part} | `{arm}` | `{kind}` | {len(values)} | {values.mean():.4f} |"
-                    f" {np.abs(values).mean():.4f} | {np.abs(values).max():.4f} |"
-                )
+                size = np.abs(values)
+                numbers = f"{np.mean(values):.4f} | {size.mean():.4f} | {size.max():.4f}"
+                lines.append(f"| {part} | `{arm}` | `{kind}` | {len(values)} | {numbers} |")
     return lines
 
 
@@ -229,16 +246,18 @@ def draw(results: Results, folder: Path):
     from matplotlib import pyplot
 
     folder.mkdir(exist_ok=True)
-    measure = MEASURES["tone, forced choice"]
     for part, arms in results.rows.items():
+        if not any(name.startswith(PRIMARY_TEST) for name in next(iter(results.baseline(part).values()))["scores"]):
+            continue
         arms = {"baseline": results.baseline(part), **{arm: rows for arm, rows in arms.items() if arm != "baseline"}}
         figure, axes = pyplot.subplots(figsize=(1.2 + 1.1 * len(arms), 4), layout="constrained")
         for seed in sorted({seed for rows in arms.values() for seed in rows}):
             heard = [(place, rows[seed]) for place, rows in enumerate(arms.values()) if seed in rows]
-            values = [measure(row["scores"][own_test(row, PRIMARY_TEST)]) for _, row in heard]
+            values = [measure(row["scores"][own_test(row, PRIMARY_TEST)], FORCED_CHOICE) for _, row in heard]
             axes.plot([place for place, _ in heard], values, "o-", color="0.6", linewidth=0.7, markersize=4)
         for place, rows in enumerate(arms.values()):
-            mean, half = interval([measure(row["scores"][own_test(row, PRIMARY_TEST)]) for row in rows.values()])
+            values = [measure(row["scores"][own_test(row, PRIMARY_TEST)], FORCED_CHOICE) for row in rows.values()]
+            mean, half = interval(values)
             axes.errorbar(place, mean, half if np.isfinite(half) else 0, fmt="s", color="C0", capsize=5, zorder=3)
         axes.set_xticks(range(len(arms)), list(arms), rotation=30, ha="right")
         axes.set_ylabel("tone error by forced choice (%)")
@@ -248,30 +267,20 @@ def draw(results: Results, folder: Path):
 
 
 def write(results: Results, path: Path):
-    lines = [
-        "# Report of the study of pitch",
-        "",
-        "Made by `python study/report.py` from `results.jsonl` and `texts/`.",
-        "",
-    ]
+    """Writes the report."""
+    lines = ["# Report of the study of pitch", "", "Made by `python study/report.py` from the stored rows.", ""]
     for part, arms in results.rows.items():
         some = next(iter(next(iter(arms.values())).values()))
         lines += [f"## {part}", "", f"Trained on {', '.join(some['train'])}. Machines: {machines(arms)}.", ""]
-        prefixes = sorted({name.rsplit("/", 1)[0] for name in some["scores"] if "/clean/" in name})
-        for prefix in prefixes:
-            lines += [
-                f"### {prefix}",
-                "",
-                "Errors in percent, mean ± 95% over seeds.",
-                "",
-                *compare(results, part, prefix),
-                "",
-            ]
-        lines += ["### Controls", "", "Tone errors by forced choice, percent.", "", *controls(results, part), ""]
-        lines += ["### Confusions of tones, " + PRIMARY_TEST, ""]
-        for arm in arms:
-            lines += [*confusions(results, part, arm, PRIMARY_TEST), ""]
-        lines += [f"![Tone errors of {part}](figures/{part}.png)", ""]
+        for prefix in sorted({name.rpartition("/")[0] for name in some["scores"] if "/clean/" in name}):
+            lines += [f"### {prefix}", "", "Errors in percent, mean ± 95% over seeds.", ""]
+            lines += [*compare(results, part, prefix), ""]
+        lines += ["### Controls", "", "Tone errors by forced choice, in percent.", "", *controls(results, part), ""]
+        if any(name.startswith(PRIMARY_TEST) for name in some["scores"]):
+            lines += [f"### Confusions of tones, {PRIMARY_TEST}", ""]
+            for arm in arms:
+                lines += [*confusions(results, part, arm, PRIMARY_TEST), ""]
+            lines += [f"![Tone errors of {part}](figures/{part}.png)", ""]
     lines += ["## What the mechanisms learned", "", *learned(results), ""]
     path.write_text("\n".join(lines), encoding="utf-8")
 

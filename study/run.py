@@ -2,7 +2,7 @@
 
     python study/run.py --speech FOLDER --cache FOLDER --workers 2
 
-A run is an arm and a seed of a part of the study. It starts from the trunk of its seed, which the first run that needs
+A run is an arm and a seed of a part of the study. It starts from the trunk of its part, which the first run that needs
 it trains. Each run appends one row to `study/results.jsonl` and writes its texts to `study/texts/`. Several workers may
 run side by side, one thread each.
 """
@@ -24,12 +24,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from corpora import Corpora, change_f0, drop_voicing, read_manifest
-from models import ARMS, Arm, Settings, build_model, learned_scalars, train
-from scoring import TONES, choose_tones, transcribe
 
+from corpora import Corpora, change_f0, drop_voicing, read_manifest
 from echo_hf import EchoFeatureExtractor, EchoProcessor, EchoTokenizer
 from echo_hf.metrics import score
+from models import ARMS, Arm, Settings, build_model, learned_scalars, train
+from scoring import TONES, choose_tones, transcribe
 
 HERE = Path(__file__).parent
 
@@ -57,7 +57,7 @@ LADDER = (
     *("theta", "radius", "bias", "conditioning", "continuous_input", "continuous_all"),
     *("published_mean_sigmoid", "published_frame_raw"),
 )
-SENTENCES = Settings(trunk_steps=1500, arm_steps=6000)
+SENTENCES = Settings(trunk_steps=3000, arm_steps=6000)
 FACTORS = {
     "mel_23": {"num_mel_bins": 23},
     "minutes_15": {"minutes": 15},
@@ -145,22 +145,20 @@ class Study:
             else:
                 return
 
-    def trunk(self, part: Part, seed: int) -> dict | None:
-        """The weights that the arms of a seed start from, or None while another worker trains them."""
+    def trunk(self, part: Part) -> dict | None:
+        """The weights that the arms of a part start from, or None while another worker trains them."""
         settings = part.settings
         key = json.dumps([part.train, dataclasses.asdict(settings)], sort_keys=True)
-        name = f"trunk-{hashlib.sha256(key.encode()).hexdigest()[:8]}-{seed}"
+        name = f"trunk-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
         path = self.cache / "trunks" / f"{name}.pt"
         with hold(self.cache / "locks" / name) as mine:
             if not mine:
                 return None
             if not path.exists():
-                arm = ARMS["baseline"]
+                arm, seed = ARMS["baseline"], settings.trunk_seed
                 processor = self.processor(part, arm)
                 model, rows = build_model(arm, settings, processor, seed, None), self.train_rows(part, arm, processor)
-                train(
-                    model, rows, processor, settings.plain(), seed, settings.trunk_steps, decay=False, log=logger(name)
-                )
+                train(model, rows, processor, settings.plain(), seed, settings.trunk_steps, log=logger(name))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.save(model.state_dict(), path)
         return torch.load(path)
@@ -177,16 +175,16 @@ class Study:
         """Trains and tests one arm and writes its row; False if its trunk is being trained elsewhere."""
         arm, settings = ARMS[arm_name], part.settings
         processor = self.processor(part, arm)
-        trunk = self.trunk(part, seed) if arm.from_trunk else None
+        trunk = self.trunk(part) if arm.from_trunk else None
         if trunk is None and arm.from_trunk:
             return False
         began = time.time()
-        model = build_model(arm, settings, processor, seed, trunk)
+        model = build_model(arm, settings, processor, settings.trunk_seed, trunk)
         rows, log = self.train_rows(part, arm, processor), logger(f"{part.name} {arm_name} {seed}")
         first = settings.trunk_steps
         if not arm.from_trunk:  # what it would have learned as the trunk
-            train(model, rows, processor, settings.plain(), seed, first, decay=False, log=log)
-        losses = train(model, rows, processor, settings, seed, settings.arm_steps, first, log=log)
+            train(model, rows, processor, settings.plain(), settings.trunk_seed, first, log=log)
+        losses = train(model, rows, processor, settings, seed, settings.arm_steps, first, settings.decay_steps, log=log)
         trained = time.time()
         scores, texts = {}, {}
         for name, rows in self.tests(part, arm_name):

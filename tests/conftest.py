@@ -26,10 +26,7 @@ def save_checkpoint(folder, model_class):
     """A tiny random model of the class, with its processor, in `folder`. It transcribes as nonsense in ASCII."""
     import torch
 
-    from echo_hf import EchoConfig
-    from echo_hf import EchoFeatureExtractor
-    from echo_hf import EchoProcessor
-    from echo_hf import EchoTokenizer
+    from echo_hf import EchoConfig, EchoFeatureExtractor, EchoProcessor, EchoTokenizer
 
     config = EchoConfig.from_preset(
         "all", size="2m", encoder_num_hidden_layers=1, decoder_num_hidden_layers=1, max_target_positions=24

@@ -1,14 +1,11 @@
 """The alignments are the best of all: against brute force, and where the answer is known."""
 
-from itertools import combinations_with_replacement
-from itertools import groupby
-from itertools import product
+from itertools import combinations_with_replacement, groupby, product
 
 import numpy as np
 import pytest
 
-from echo_hf.alignment_echo import align_by_attention
-from echo_hf.alignment_echo import align_by_ctc
+from echo_hf.alignment_echo import align_by_attention, align_by_ctc
 
 
 def log_probabilities(path: list[int], vocabulary: int = 6, confidence: float = 0.9) -> np.ndarray:

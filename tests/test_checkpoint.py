@@ -6,18 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from echo_hf import EchoForConditionalGeneration
-from echo_hf import EchoForCTC
-from echo_hf import EchoTokenizer
-from echo_hf.checkpoint import load_model_and_processor
-from echo_hf.checkpoint import parse_overrides
+from echo_hf import EchoForConditionalGeneration, EchoForCTC, EchoTokenizer
+from echo_hf.checkpoint import load_model_and_processor, parse_overrides
 from echo_hf.cli import main
-from echo_hf.training import ModelArguments
-from echo_hf.training import build_model_and_processor
 from echo_hf.inference import load_checkpoint
+from echo_hf.training import ModelArguments, build_model_and_processor
 
 WEIGHTS = "model.safetensors"
 

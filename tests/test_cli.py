@@ -18,17 +18,13 @@ import torch
 import echo_hf
 from conftest import voice
 from echo_hf import inference
-from echo_hf.cli import COMMANDS
-from echo_hf.cli import main
-from echo_hf.cli.output import printable
-from echo_hf.cli.output import write
-from echo_hf.cli.train import _settle
-from echo_hf.cli.train import _with_recipe
+from echo_hf.cli import COMMANDS, main
+from echo_hf.cli.output import printable, write
+from echo_hf.cli.train import _settle, _with_recipe
 from echo_hf.configuration_echo import BASELINE
 from echo_hf.metrics import MAX_CHARACTERS
 from echo_hf.training import build_config
-from test_subtitles import parse_srt
-from test_subtitles import parse_vtt
+from test_subtitles import parse_srt, parse_vtt
 
 RATE = 16000
 
@@ -576,8 +572,7 @@ def test_what_is_no_source_of_speech_is_said_so(capsys, recordings, manifest, ch
 
 
 def test_output_that_is_not_finite_is_an_error(capsys, manifest, ctc_checkpoint, tmp_path):
-    from safetensors.torch import load_file
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
 
     for path in ctc_checkpoint.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -6,10 +6,7 @@ import logging
 import pytest
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 
-from echo_hf.configuration_echo import BASELINE
-from echo_hf.configuration_echo import PRESETS
-from echo_hf.configuration_echo import SIZES
-from echo_hf.configuration_echo import EchoConfig
+from echo_hf.configuration_echo import BASELINE, PRESETS, SIZES, EchoConfig
 
 
 def test_default_config_logs_nothing(caplog):

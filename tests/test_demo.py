@@ -11,10 +11,8 @@ import soundfile
 
 from conftest import voice
 from echo_hf.cli import main
-from echo_hf.demo import build_demo
-from echo_hf.demo import launch
-from echo_hf.inference import BUNDLED_RECORDINGS
-from echo_hf.inference import load_checkpoint
+from echo_hf.demo import build_demo, launch
+from echo_hf.inference import BUNDLED_RECORDINGS, load_checkpoint
 
 SPEECH_RATE = 22050  # Hz, not the model's
 
@@ -28,8 +26,7 @@ def free_port() -> int:
 @pytest.mark.slow
 def test_page_writes_draws_and_tells_times(tmp_path, ctc_checkpoint, monkeypatch, capsys):
     gradio = pytest.importorskip("gradio")
-    from gradio_client import Client
-    from gradio_client import handle_file
+    from gradio_client import Client, handle_file
 
     soundfile.write(tmp_path / "voice.wav", voice(1.0, sampling_rate=SPEECH_RATE), SPEECH_RATE)
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), SPEECH_RATE)

@@ -7,15 +7,16 @@ import pytest
 import torch
 from transformers import TorchAoConfig
 
-from echo_hf import EchoConfig
-from echo_hf import EchoForConditionalGeneration
-from echo_hf.export import DECODER_FILE
-from echo_hf.export import DecoderForExport
-from echo_hf.export import EncoderForExport
-from echo_hf.export import OnnxEcho
-from echo_hf.export import export_onnx
-from echo_hf.export import export_programs
-from echo_hf.export import min_frames
+from echo_hf import EchoConfig, EchoForConditionalGeneration
+from echo_hf.export import (
+    DECODER_FILE,
+    DecoderForExport,
+    EncoderForExport,
+    OnnxEcho,
+    export_onnx,
+    export_programs,
+    min_frames,
+)
 from echo_hf.modeling_echo import standardize_f0
 
 SMALL = {"size": "2m", "encoder_num_hidden_layers": 1, "decoder_num_hidden_layers": 1, "stem_num_layers": 1}

@@ -12,17 +12,15 @@ import torch
 from datasets import Dataset
 from transformers.audio_utils import mel_filter_bank
 
-from echo_hf import EchoProcessor
-from echo_hf import EchoTokenizer
-from echo_hf import feature_extraction_echo
-from echo_hf import pitch_echo
-from echo_hf.feature_extraction_echo import EchoFeatureExtractor
-from echo_hf.feature_extraction_echo import load_audio
-from echo_hf.feature_extraction_echo import log_mel_spectrogram
-from echo_hf.feature_extraction_echo import resample_audio
-from echo_hf.feature_extraction_echo import to_mono
-from echo_hf.pitch_echo import accumulated_phase
-from echo_hf.pitch_echo import voicing
+from echo_hf import EchoProcessor, EchoTokenizer, feature_extraction_echo, pitch_echo
+from echo_hf.feature_extraction_echo import (
+    EchoFeatureExtractor,
+    load_audio,
+    log_mel_spectrogram,
+    resample_audio,
+    to_mono,
+)
+from echo_hf.pitch_echo import accumulated_phase, voicing
 
 RATE = 16000  # Hz
 ALL_GROUPS = {

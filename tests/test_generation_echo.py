@@ -8,12 +8,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from echo_hf import EchoConfig
-from echo_hf import EchoForConditionalGeneration
-from echo_hf.generation_echo import IMPOSSIBLE
-from echo_hf.generation_echo import EchoCTCPrefixLogitsProcessor
-from echo_hf.generation_echo import find_cut_off
-from echo_hf.generation_echo import log_cumulative_products
+from echo_hf import EchoConfig, EchoForConditionalGeneration
+from echo_hf.generation_echo import IMPOSSIBLE, EchoCTCPrefixLogitsProcessor, find_cut_off, log_cumulative_products
 
 BLANK, BOS, EOS = 0, 1, 2
 VOCAB, FRAMES = 5, 5  # the blank, begin, end, and two letters: 3, 4

@@ -12,9 +12,7 @@ import soundfile
 
 import echo_hf
 from conftest import voice
-from hub_server import PICKLES
-from hub_server import Hub
-from hub_server import metadata_of
+from hub_server import PICKLES, Hub, metadata_of
 
 TOKEN, RATE = "hf_of_someone", 16000
 
@@ -279,10 +277,8 @@ def test_a_wrong_token_ends_a_run_before_it_trains(tmp_path, monkeypatch):
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import close_session
 
-    from echo_hf.training import DataArguments
-    from echo_hf.training import train
-    from tiny_training import model_arguments
-    from tiny_training import trainer_arguments
+    from echo_hf.training import DataArguments, train
+    from tiny_training import model_arguments, trainer_arguments
 
     soundfile.write(tmp_path / "one.wav", voice(0.4), RATE)
     (tmp_path / "one.txt").write_text("one")

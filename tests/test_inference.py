@@ -11,17 +11,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from speed import peak_memory
 
-from conftest import SAMPLING_RATE
-from conftest import voice
+from conftest import SAMPLING_RATE, voice
 from echo_hf import inference
+from echo_hf.inference import Transcript, expand_paths, find_audio_files, load_checkpoint, transcribe_files
 from echo_hf.pipeline_echo import EchoAutomaticSpeechRecognitionPipeline
-from echo_hf.inference import Transcript
-from echo_hf.inference import expand_paths
-from echo_hf.inference import find_audio_files
-from echo_hf.inference import load_checkpoint
-from echo_hf.inference import transcribe_files
+from speed import peak_memory
 
 FORMATS = [
     ("WAV", "PCM_16"),

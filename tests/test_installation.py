@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoProcessor
-from transformers import pipeline
+from transformers import AutoProcessor, pipeline
 
 import echo_hf
 from echo_hf.metrics import score

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from transformers import EvalPrediction
 
-from echo_hf.metrics import format_table
-from echo_hf.metrics import make_compute_metrics
+from echo_hf.metrics import format_table, make_compute_metrics
 
 
 class LetterTokenizer:

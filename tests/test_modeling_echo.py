@@ -9,30 +9,28 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache
-from transformers import EncoderDecoderCache
-from transformers import GenerationConfig
-from transformers import StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
 from echo_hf import modeling_echo
-from echo_hf.configuration_echo import PRESETS
-from echo_hf.configuration_echo import EchoConfig
-from echo_hf.modeling_echo import CACHE_NAME
-from echo_hf.modeling_echo import EchoEncoder
-from echo_hf.modeling_echo import EchoEncoderModel
-from echo_hf.modeling_echo import EchoEncoderOutput
-from echo_hf.modeling_echo import EchoForConditionalGeneration
-from echo_hf.modeling_echo import EchoForCTC
-from echo_hf.modeling_echo import EchoModel
-from echo_hf.modeling_echo import EchoRotaryEmbedding
 from echo_hf.conditioning_echo import carry_log_f0
-from echo_hf.modeling_echo import align_f0
-from echo_hf.modeling_echo import mean_cross_attention
-from echo_hf.modeling_echo import normalize_f0
-from echo_hf.modeling_echo import pitch_per_token
-from echo_hf.modeling_echo import standardize_f0
+from echo_hf.configuration_echo import PRESETS, EchoConfig
+from echo_hf.modeling_echo import (
+    CACHE_NAME,
+    EchoEncoder,
+    EchoEncoderModel,
+    EchoEncoderOutput,
+    EchoForConditionalGeneration,
+    EchoForCTC,
+    EchoModel,
+    EchoRotaryEmbedding,
+    align_f0,
+    mean_cross_attention,
+    normalize_f0,
+    pitch_per_token,
+    standardize_f0,
+)
 
 TINY = {
     "vocab_size": 67,

@@ -9,8 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from http.server import SimpleHTTPRequestHandler
-from http.server import ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
@@ -19,32 +18,31 @@ import pytest
 import soundfile
 import soxr
 import torch
-from datasets import Dataset
-from datasets import DatasetDict
-from transformers import AutomaticSpeechRecognitionPipeline
-from transformers import Wav2Vec2Config
-from transformers import Wav2Vec2CTCTokenizer
-from transformers import Wav2Vec2FeatureExtractor
-from transformers import Wav2Vec2ForCTC
-from transformers import WhisperConfig
-from transformers import WhisperFeatureExtractor
-from transformers import WhisperForConditionalGeneration
-from transformers import pipeline
+from datasets import Dataset, DatasetDict
+from transformers import (
+    AutomaticSpeechRecognitionPipeline,
+    Wav2Vec2Config,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    pipeline,
+)
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.pipelines.pt_utils import KeyDataset
 
-from conftest import SAMPLING_RATE
-from conftest import voice
-from echo_hf import EchoAutomaticSpeechRecognitionPipeline
-from echo_hf import EchoForConditionalGeneration
-from echo_hf import EchoForCTC
-from echo_hf import EchoTokenizer
-from echo_hf import pipeline_echo
-from echo_hf.segmentation_echo import read_blocks
-from echo_hf.segmentation_echo import runs
-from echo_hf.inference import BUNDLED_CHECKPOINT
-from echo_hf.inference import BUNDLED_RECORDINGS
-from echo_hf.inference import find_audio_files
+from conftest import SAMPLING_RATE, voice
+from echo_hf import (
+    EchoAutomaticSpeechRecognitionPipeline,
+    EchoForConditionalGeneration,
+    EchoForCTC,
+    EchoTokenizer,
+    pipeline_echo,
+)
+from echo_hf.inference import BUNDLED_CHECKPOINT, BUNDLED_RECORDINGS, find_audio_files
+from echo_hf.segmentation_echo import read_blocks, runs
 
 TASK = "automatic-speech-recognition"
 

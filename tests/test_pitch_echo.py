@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from echo_hf import autocorrelation_echo
-from echo_hf import pitch_echo
-from echo_hf.pitch_echo import accumulated_phase
-from echo_hf.pitch_echo import aperiodicity_code
-from echo_hf.pitch_echo import check_sampling_rate
-from echo_hf.pitch_echo import estimate_f0
-from echo_hf.pitch_echo import estimate_f0_batch
-from echo_hf.pitch_echo import interpolate_f0
-from echo_hf.pitch_echo import num_aperiodicity_bands
-from echo_hf.pitch_echo import spectral_envelope_code
-from echo_hf.pitch_echo import voicing
-from f0_trackers import f0_metrics
-from f0_trackers import f0_test_signals
+from echo_hf import autocorrelation_echo, pitch_echo
+from echo_hf.pitch_echo import (
+    accumulated_phase,
+    aperiodicity_code,
+    check_sampling_rate,
+    estimate_f0,
+    estimate_f0_batch,
+    interpolate_f0,
+    num_aperiodicity_bands,
+    spectral_envelope_code,
+    voicing,
+)
+from f0_trackers import f0_metrics, f0_test_signals
 
 
 def voice(f0, sampling_rate=16000, harmonics=8):

@@ -6,18 +6,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from transformers import AutoFeatureExtractor
-from transformers import AutoProcessor
-from transformers import AutoTokenizer
-from transformers import TokenizersBackend
-from transformers import WhisperFeatureExtractor
+from transformers import AutoFeatureExtractor, AutoProcessor, AutoTokenizer, TokenizersBackend, WhisperFeatureExtractor
 
-from conftest import SAMPLING_RATE
-from conftest import voice
-from echo_hf import EchoFeatureExtractor
-from echo_hf import EchoForConditionalGeneration
-from echo_hf import EchoProcessor
-from echo_hf import EchoTokenizer
+from conftest import SAMPLING_RATE, voice
+from echo_hf import EchoFeatureExtractor, EchoForConditionalGeneration, EchoProcessor, EchoTokenizer
 
 
 @pytest.fixture(scope="module")

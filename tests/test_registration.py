@@ -10,11 +10,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from transformers import AutoConfig
-from transformers import AutoModel
-from transformers import AutoModelForCTC
-from transformers import AutoModelForSpeechSeq2Seq
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForCTC, AutoModelForSpeechSeq2Seq, AutoProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
 
 import echo_hf

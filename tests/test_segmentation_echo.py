@@ -8,18 +8,19 @@ import pytest
 import soundfile
 import soxr
 
-from conftest import SAMPLING_RATE
-from conftest import voice
+from conftest import SAMPLING_RATE, voice
 from echo_hf import segmentation_echo
 from echo_hf.pitch_echo import estimate_f0
-from echo_hf.segmentation_echo import KEPT_PAUSE
-from echo_hf.segmentation_echo import Word
-from echo_hf.segmentation_echo import frame_levels
-from echo_hf.segmentation_echo import group_words
-from echo_hf.segmentation_echo import join_overlap
-from echo_hf.segmentation_echo import needs_space
-from echo_hf.segmentation_echo import read_blocks
-from echo_hf.segmentation_echo import segment_blocks
+from echo_hf.segmentation_echo import (
+    KEPT_PAUSE,
+    Word,
+    frame_levels,
+    group_words,
+    join_overlap,
+    needs_space,
+    read_blocks,
+    segment_blocks,
+)
 
 FRAME = 160
 KEPT = round(KEPT_PAUSE * SAMPLING_RATE)

@@ -12,8 +12,7 @@ import pytest
 import soundfile
 from transformers import pipeline
 
-from conftest import SAMPLING_RATE
-from conftest import voice
+from conftest import SAMPLING_RATE, voice
 
 ROOT = Path(__file__).parents[1]
 

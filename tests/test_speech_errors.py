@@ -17,10 +17,7 @@ import numpy as np
 import pytest
 
 from echo_hf import metrics
-from echo_hf.metrics import RATES
-from echo_hf.metrics import SPEECH_ERRORS
-from echo_hf.metrics import normalize_text
-from echo_hf.metrics import score
+from echo_hf.metrics import RATES, SPEECH_ERRORS, normalize_text, score
 from echo_hf.speech_errors import error_counts
 from echo_hf.speech_errors.error_counts import split_tone_marks
 

@@ -5,10 +5,7 @@ import re
 
 import pytest
 
-from echo_hf.subtitles import format_time
-from echo_hf.subtitles import group_cues
-from echo_hf.subtitles import to_srt
-from echo_hf.subtitles import to_vtt
+from echo_hf.subtitles import format_time, group_cues, to_srt, to_vtt
 
 CLOCK = r"(\d{2,}):([0-5]\d):([0-5]\d)[.,](\d{3})"
 

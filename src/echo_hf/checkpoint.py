@@ -15,14 +15,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers.utils import cached_file
-from transformers.utils import has_file
-from transformers.utils import logging
+from transformers.utils import cached_file, has_file, logging
 
-from .configuration_echo import REMOVED_FIELDS
-from .configuration_echo import EchoConfig
-from .modeling_echo import EchoForConditionalGeneration
-from .modeling_echo import EchoForCTC
+from .configuration_echo import REMOVED_FIELDS, EchoConfig
+from .modeling_echo import EchoForConditionalGeneration, EchoForCTC
 from .processing_echo import EchoProcessor
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"

@@ -9,11 +9,8 @@ from typing import Any
 
 import soundfile
 
-from .analysis.plotting import LONGEST_PICTURE
-from .analysis.plotting import plot_pitch
-from .inference import BUNDLED_RECORDINGS
-from .inference import find_audio_files
-from .inference import make_pipeline
+from .analysis.plotting import LONGEST_PICTURE, plot_pitch
+from .inference import BUNDLED_RECORDINGS, find_audio_files, make_pipeline
 
 HOST, PORT = "127.0.0.1", 7860
 

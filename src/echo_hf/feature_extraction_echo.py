@@ -8,36 +8,32 @@ can be forked freely.
 
 import io
 import os
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from numbers import Number
-from numbers import Real
+from numbers import Number, Real
 from typing import Any
 
 import numpy as np
 from transformers.audio_utils import mel_filter_bank
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.utils import TensorType
-from transformers.utils import is_torch_tensor
-from transformers.utils import logging
+from transformers.utils import TensorType, is_torch_tensor, logging
 
-from .configuration_echo import attach_module
-from .configuration_echo import validate_feature_groups
-from .pitch_echo import HIGHEST_RATE
-from .pitch_echo import LOWEST_RATE
-from .pitch_echo import accumulated_phase
-from .pitch_echo import aperiodicity_code
-from .pitch_echo import check_hop_length
-from .pitch_echo import check_sampling_rate
-from .pitch_echo import check_tracker
-from .pitch_echo import estimate_f0_batch
-from .pitch_echo import num_aperiodicity_bands
-from .pitch_echo import spectral_envelope_code
-from .pitch_echo import voicing
+from .configuration_echo import attach_module, validate_feature_groups
+from .pitch_echo import (
+    HIGHEST_RATE,
+    LOWEST_RATE,
+    accumulated_phase,
+    aperiodicity_code,
+    check_hop_length,
+    check_sampling_rate,
+    check_tracker,
+    estimate_f0_batch,
+    num_aperiodicity_bands,
+    spectral_envelope_code,
+    voicing,
+)
 
 attach_module(__name__)
 logger = logging.get_logger(__name__)

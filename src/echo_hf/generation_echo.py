@@ -11,18 +11,18 @@ ended, once its score has fallen below that of the text that ended there.
 import bisect
 import functools
 import math
-from numbers import Integral
-from numbers import Real
-from typing import Any
-from typing import NamedTuple
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import torch
-from transformers import DynamicCache
-from transformers import EncoderDecoderCache
-from transformers import EosTokenCriteria
-from transformers import GenerationConfig
-from transformers import LogitsProcessor
-from transformers import MaxLengthCriteria
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessor,
+    MaxLengthCriteria,
+)
 from transformers.generation import GenerationMixin
 
 from .configuration_echo import WHISPER_SETTINGS

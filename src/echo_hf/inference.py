@@ -11,12 +11,10 @@ import os
 import stat
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,8 +24,7 @@ from transformers.utils import logging
 from .checkpoint import load_model_and_processor
 from .feature_extraction_echo import open_audio
 from .generation_echo import find_cut_off
-from .pipeline_echo import LONGEST_SEGMENT
-from .pipeline_echo import EchoAutomaticSpeechRecognitionPipeline
+from .pipeline_echo import LONGEST_SEGMENT, EchoAutomaticSpeechRecognitionPipeline
 from .processing_echo import EchoProcessor
 from .segmentation_echo import read_blocks
 

@@ -4,20 +4,21 @@ Errors are counted in [`echo_hf.speech_errors.error_counts`], which is a metric 
 `evaluate.load(SPEECH_ERRORS)`. Only scoring needs jiwer, and only the metric needs `evaluate`.
 """
 
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from .speech_errors.error_counts import MAX_CHARACTERS
-from .speech_errors.error_counts import RATES
-from .speech_errors.error_counts import ErrorCounts
-from .speech_errors.error_counts import Rate
-from .speech_errors.error_counts import Score
-from .speech_errors.error_counts import has_half_surrogate
-from .speech_errors.error_counts import normalize_text
-from .speech_errors.error_counts import score
+from .speech_errors.error_counts import (
+    MAX_CHARACTERS,
+    RATES,
+    ErrorCounts,
+    Rate,
+    Score,
+    has_half_surrogate,
+    normalize_text,
+    score,
+)
 
 SPEECH_ERRORS = str(Path(__file__).parent / "speech_errors")  # the folder for `evaluate.load`, which takes no `Path`
 

@@ -29,55 +29,48 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache
-from transformers.cache_utils import DynamicCache
-from transformers.cache_utils import EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.integrations.sdpa_attention import repeat_kv
-from transformers.masking_utils import create_bidirectional_mask
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
-from transformers.modeling_outputs import CausalLMOutput
-from transformers.modeling_outputs import Seq2SeqLMOutput
-from transformers.modeling_outputs import Seq2SeqModelOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import PreTrainedModel
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPastAndCrossAttentions,
+    CausalLMOutput,
+    Seq2SeqLMOutput,
+    Seq2SeqModelOutput,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
-from transformers.utils import can_return_tuple
-from transformers.utils import is_tracing
-from transformers.utils import logging
+from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing, logging
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .conditioning_echo import PITCH_CHANNELS
-from .conditioning_echo import EchoPitch
-from .conditioning_echo import EchoPitchProjection
-from .conditioning_echo import EchoRotaryEmbedding
-from .conditioning_echo import align_f0
-from .conditioning_echo import find_silence
-from .conditioning_echo import gaussian_bias_channels
-from .conditioning_echo import laplacian_bias
-from .conditioning_echo import mask_frames
-from .conditioning_echo import masked_mean
-from .conditioning_echo import normalize_f0
-from .conditioning_echo import pitch_per_token
-from .conditioning_echo import precise_dtype
-from .conditioning_echo import rotate
-from .conditioning_echo import standardize_f0
-from .configuration_echo import EchoConfig
-from .configuration_echo import check_dtype
-from .configuration_echo import attach_module
-from .configuration_echo import attach_pipeline
-from .generation_echo import EchoCTCPrefixLogitsProcessor
-from .generation_echo import EchoGenerationMixin
-from .generation_echo import check_generation_config
-from .generation_echo import drop_whisper_settings
-from .loss_echo import cross_entropy
-from .loss_echo import ctc_loss
-from .loss_echo import ignore_padding
+from .conditioning_echo import (
+    PITCH_CHANNELS,
+    EchoPitch,
+    EchoPitchProjection,
+    EchoRotaryEmbedding,
+    align_f0,
+    find_silence,
+    gaussian_bias_channels,
+    laplacian_bias,
+    mask_frames,
+    masked_mean,
+    normalize_f0,
+    pitch_per_token,
+    precise_dtype,
+    rotate,
+    standardize_f0,
+)
+from .configuration_echo import EchoConfig, attach_module, attach_pipeline, check_dtype
+from .generation_echo import (
+    EchoCTCPrefixLogitsProcessor,
+    EchoGenerationMixin,
+    check_generation_config,
+    drop_whisper_settings,
+)
+from .loss_echo import cross_entropy, ctc_loss, ignore_padding
 
 attach_module(__name__)
 if __name__.startswith("transformers_modules."):

@@ -10,10 +10,7 @@
   Echo where this file came with a checkpoint.
 """
 
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from numbers import Number
@@ -24,28 +21,24 @@ import torch
 from huggingface_hub.utils import httpx
 from transformers import LogitsProcessor
 from transformers.pipelines.automatic_speech_recognition import AutomaticSpeechRecognitionPipeline
-from transformers.utils import is_torch_tensor
-from transformers.utils import logging
+from transformers.utils import is_torch_tensor, logging
 
-from .alignment_echo import align_by_attention
-from .alignment_echo import align_by_ctc
+from .alignment_echo import align_by_attention, align_by_ctc
 from .configuration_echo import attach_module
-from .feature_extraction_echo import AUDIO_KEYS
-from .feature_extraction_echo import BLOCK_FRAMES
-from .feature_extraction_echo import F0_GROUPS
-from .feature_extraction_echo import MAX_CHANNELS
-from .feature_extraction_echo import is_file
+from .feature_extraction_echo import AUDIO_KEYS, BLOCK_FRAMES, F0_GROUPS, MAX_CHANNELS, is_file
 from .generation_echo import find_cut_off
 from .modeling_echo import mean_cross_attention
 from .pitch_echo import estimate_f0
-from .segmentation_echo import Segment
-from .segmentation_echo import Word
-from .segmentation_echo import group_words
-from .segmentation_echo import join_overlap
-from .segmentation_echo import needs_space
-from .segmentation_echo import read_blocks
-from .segmentation_echo import segment_blocks
-from .segmentation_echo import whole_segment
+from .segmentation_echo import (
+    Segment,
+    Word,
+    group_words,
+    join_overlap,
+    needs_space,
+    read_blocks,
+    segment_blocks,
+    whole_segment,
+)
 
 attach_module(__name__)
 logger = logging.get_logger(__name__)

@@ -12,8 +12,7 @@ import operator
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from numbers import Integral
-from numbers import Real
+from numbers import Integral, Real
 
 import numpy as np
 

@@ -2,10 +2,7 @@
 
 from transformers.audio_utils import AudioInput
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import AudioKwargs
-from transformers.processing_utils import ProcessingKwargs
-from transformers.processing_utils import ProcessorMixin
-from transformers.processing_utils import Unpack
+from transformers.processing_utils import AudioKwargs, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import TextInput
 
 from .configuration_echo import attach_module

@@ -76,8 +76,7 @@ def add_pipeline(task: dict) -> None:
     wrong for Echo, whose two heads load each other's checkpoints. So one that goes by `config.architectures` is put
     before them; it declines every other model, and the library goes on.
     """
-    from transformers.models.auto.auto_factory import _BaseAutoModelClass
-    from transformers.models.auto.auto_factory import _LazyAutoMapping
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass, _LazyAutoMapping
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     class AutoModelForEcho(_BaseAutoModelClass):

@@ -7,18 +7,12 @@ cover the end of one segment and the begin of the next. All is numpy; soundfile 
 
 import math
 import re
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from .feature_extraction_echo import BLOCK_FRAMES
-from .feature_extraction_echo import MAX_CHANNELS
-from .feature_extraction_echo import open_audio
-from .feature_extraction_echo import to_mono
+from .feature_extraction_echo import BLOCK_FRAMES, MAX_CHANNELS, open_audio, to_mono
 
 SILENCE_LEVEL = -70.0  # dB under a full-scale square wave; no frame louder than this is speech
 NOISE_QUANTILE, SPEECH_QUANTILE = 0.1, 0.95  # of the levels of a stretch of audio: its background, and its speech

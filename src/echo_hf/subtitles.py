@@ -4,9 +4,7 @@ What the two ask for and a transcript may not keep is put right here: a cue is o
 it begins, and holds nothing that a player would read as markup or as times.
 """
 
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from .segmentation_echo import needs_space

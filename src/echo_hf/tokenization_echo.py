@@ -10,11 +10,7 @@ from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
-from tokenizers import AddedToken
-from tokenizers import Regex
-from tokenizers import Tokenizer
-from tokenizers import decoders
-from tokenizers import pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from transformers.utils import to_py_obj

@@ -125,6 +125,14 @@ def test_angles_are_the_models_own(features):
     assert np.abs(differences.lines[2].get_ydata()).max() > 0.1
 
 
+def test_mean_angles_are_by_the_mean_of_the_input_frames(features):
+    model = tiny_model(theta_mode="mean", rotary_theta=100.0)
+    angles = plot_angles(model, features).axes[0]
+    theta = 100.0 + features[..., -1].double().mean().item()
+    for pair in range(4):
+        assert np.allclose(np.diff(angles.lines[2 * pair + 1].get_ydata()), theta ** (-2 * pair / 36))
+
+
 def test_unwound_angles_of_frame_mode_are_position_times_frequency(features):
     """Where F0 ends, an angle may jump by more than half a circle, and is then the standard one again."""
     figure = plot_angles(tiny_model(rotary_theta=20.0), features.repeat(1, 4, 1), theta_mode="frame")

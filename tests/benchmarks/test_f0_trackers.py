@@ -5,11 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from f0_trackers import TRACKERS
-from f0_trackers import benchmark_trackers
-from f0_trackers import f0_metrics
-from f0_trackers import f0_test_signals
-from f0_trackers import synthetic_voice
+from f0_trackers import TRACKERS, benchmark_trackers, f0_metrics, f0_test_signals, synthetic_voice
 
 
 def test_f0_metrics_have_the_known_answer():

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..conditioning_echo import laplacian_bias
-from ..modeling_echo import align_f0, mean_cross_attention, normalize_f0, standardize_f0
+from ..conditioning_echo import EchoPitch, laplacian_bias, standardize_f0
+from ..modeling_echo import mean_cross_attention
 from .diagnostics import find_module
 from .figures import (
     BLACK,
@@ -57,11 +57,12 @@ def plot_angles(model, input_features, theta_mode: str | None = None, title: str
     from matplotlib.lines import Line2D
 
     figure = new_figure(9, 7.5)
-    encoder, f0, pitch, seconds = _encode_f0(model, input_features)
+    encoder, pitch, seconds = _encode_pitch(model, input_features)
+    f0 = pitch.f0[0].double().numpy()
     theta_mode = _check_mode(encoder, theta_mode or encoder.config.theta_mode)
     unwound = _fastest_turn(encoder, f0) < np.pi
-    standard = _angles(encoder, f0, pitch, "none", unwound)[:, :ROTARY_PAIRS]
-    adapted = _angles(encoder, f0, pitch, theta_mode, unwound)[:, :ROTARY_PAIRS]
+    standard = _angles(encoder, pitch, "none", unwound)[:, :ROTARY_PAIRS]
+    adapted = _angles(encoder, pitch, theta_mode, unwound)[:, :ROTARY_PAIRS]
     difference = adapted - standard
     difference -= difference[:1]
     if not unwound:
@@ -121,9 +122,10 @@ def plot_similarity(model, input_features, theta_modes: Sequence[str] = THETA_MO
     if not theta_modes:
         raise ValueError(f"theta_modes: name at least one of {', '.join(THETA_MODES)}.")
     figure = new_figure(3.0 * len(theta_modes) + 1.2, 6.4)
-    encoder, f0, pitch, seconds = _encode_f0(model, input_features)
-    similarities = [position_similarity(_angles(encoder, f0, pitch, _check_mode(encoder, mode))) for mode in theta_modes]
-    standard = position_similarity(_angles(encoder, f0, pitch, "none"))
+    encoder, pitch, seconds = _encode_pitch(model, input_features)
+    f0 = pitch.f0[0].double().numpy()
+    similarities = [position_similarity(_angles(encoder, pitch, _check_mode(encoder, mode))) for mode in theta_modes]
+    standard = position_similarity(_angles(encoder, pitch, "none"))
     differences = [similarity - standard for similarity in similarities]
     largest = max(max(np.abs(difference).max() for difference in differences), 1e-3)
     lowest = min(similarity.min() for similarity in similarities)
@@ -175,8 +177,8 @@ def plot_pitch_bias(
     title: str | None = None,
 ):
     """What the pitch bias adds to the score of frame i looking at frame j, both forms side by side, over the F0 they
-    compare: laplacian `exp(-|f_i - f_j|)` and gaussian `-s * (f_i - f_j) ** 2`, f the standardised F0 (by n - 1 in the
-    laplacian, as published, and by n in the gaussian).
+    compare: laplacian `exp(-|f_i - f_j|)` and gaussian `-s * (f_i - f_j) ** 2`, f the standardized F0
+    (the laplacian's by n - 1, as published).
 
     Args:
         model: an Echo model with an encoder, with whatever pitch bias.
@@ -195,22 +197,22 @@ def plot_pitch_bias(
             was learned.
     """
     figure = new_figure(10, 6.6)
-    encoder, f0, _, seconds = _encode_f0(model, input_features)
+    encoder, pitch, seconds = _encode_pitch(model, input_features)
+    f0 = pitch.f0[0].double().numpy()
     strength, described = _choose_strength(encoder, strength, layer, head)
-    f0_tensor = torch.from_numpy(f0)[None]
-    mask = torch.ones_like(f0_tensor)
-    laplacian = laplacian_bias(f0_tensor, mask)[0, 0].numpy()
-    f = standardize_f0(f0_tensor, mask)[0].numpy()
-    squares = np.square(f[:, None] - f[None, :])
+    everywhere = torch.ones_like(pitch.f0)
+    f = standardize_f0(pitch.f0, everywhere)[0].double().numpy()
+    laplacian = laplacian_bias(pitch.f0, everywhere)[0, 0].numpy()
+    distance = np.abs(f[:, None] - f[None, :])
     times = (np.arange(len(f0)) + 0.5) * seconds
     duration = len(f0) * seconds
     axes = figure.subplots(2, 2, sharex=True, height_ratios=(4, 1))
     # What has the value 0 changes nothing; a gaussian is below it, or above it if s is negative.
-    largest = float(abs(strength) * squares.max()) or 1.0
+    largest = float(abs(strength) * np.square(distance).max()) or 1.0
     low, high = (-largest, 0.0) if strength >= 0 else (0.0, largest)
     for axis, matrix, name, limits in (
         (axes[0, 0], laplacian, "laplacian", (0.0, 1.0)),
-        (axes[0, 1], -strength * squares, f"gaussian ({described})", (low, high)),
+        (axes[0, 1], -strength * np.square(distance), f"gaussian ({described})", (low, high)),
     ):
         image = axis.imshow(
             matrix,
@@ -348,24 +350,19 @@ def _one_utterance(model, input_features):
     return features.to(model.device, torch.float32)
 
 
-def _encode_f0(model, input_features):
-    """The encoder, F0 in Hz at its frames `(S,)`, the normalized pitch there `(1, S, 3)`, and the seconds from one of
-    them to the next."""
+def _encode_pitch(model, input_features):
+    """The encoder, its [`EchoPitch`] of one utterance on the CPU, and the seconds from one frame to the next."""
     encoder = find_module(model, "EchoEncoder")
     if encoder is None:
         raise ValueError(f"{type(model).__name__} is no Echo model with an encoder.")
-    if "pitch" not in encoder.config.feature_groups:
+    config = encoder.config
+    if "pitch" not in config.feature_groups:
         raise ValueError("The model's feature_groups have no 'pitch', and so nothing to adapt to.")
     features = _one_utterance(model, input_features).cpu()
-    length = torch.tensor([features.shape[1]])
-    encoder_length = encoder._get_feat_extract_output_lengths(length)
-    f0 = align_f0(features[..., -1], length, encoder_length, int(encoder_length))
-    voicing = None
-    if "voicing" in encoder.config.feature_groups:  # the channel before F0
-        voicing = align_f0(features[..., -2], length, encoder_length, int(encoder_length))
-    pitch = normalize_f0(f0, torch.ones_like(f0), voicing)
-    config = encoder.config
-    return encoder, f0[0].double().numpy(), pitch, config.inputs_to_logits_ratio / config.sampling_rate
+    groups = dict(zip(config.feature_groups, features.split(list(config.feature_groups.values()), dim=-1)))
+    frames = encoder._get_feat_extract_output_lengths(features.shape[1])
+    masks = (torch.ones(1, number, dtype=torch.long) for number in (features.shape[1], frames))
+    return encoder, encoder._read_pitch(groups, *masks), config.inputs_to_logits_ratio / config.sampling_rate
 
 
 def _check_mode(encoder, theta_mode: str) -> str:
@@ -386,15 +383,14 @@ def _rotary(encoder, theta_mode: str):
     return rotary.requires_grad_(False)
 
 
-def _angles(encoder, f0: np.ndarray, pitch: torch.Tensor, theta_mode: str, unwound: bool = False) -> np.ndarray:
+def _angles(encoder, pitch: EchoPitch, theta_mode: str, unwound: bool = False) -> np.ndarray:
     """Angles, `(S, C)`, float64: in [0, 2 pi), or unwound, which is right where no pair turns by pi or more a frame."""
-    rotary, f0_tensor = _rotary(encoder, theta_mode), torch.from_numpy(f0)[None]
-    positions = torch.arange(len(f0))[None]
+    rotary, positions = _rotary(encoder, theta_mode), torch.arange(pitch.f0.shape[1])[None]
     if unwound and theta_mode not in ("phase", "contour"):
         # Theirs is the position times the angle at position 1; it may jump by any number of turns with F0.
-        turns = rotary.angles(torch.ones_like(positions), f0_tensor, f0_tensor.mean(-1, keepdim=True))
+        turns = rotary.angles(torch.ones_like(positions), pitch.f0, pitch.mean_f0)
         return (positions[..., None] * turns)[0].numpy()
-    angles = rotary.angles(positions, f0_tensor, f0_tensor.mean(-1, keepdim=True), pitch)[0].numpy()
+    angles = rotary.angles(positions, pitch.f0, pitch.mean_f0, pitch.normalized)[0].numpy()
     return np.unwrap(angles, axis=0) if unwound else angles
 
 

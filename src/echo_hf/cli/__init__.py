@@ -8,19 +8,10 @@ used, and 2 if the command line is wrong. `run` imports what it needs, so that `
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
-from . import add_pitch
-from . import demo
-from . import diagnose
-from . import evaluate
-from . import plot
-from . import train
-from . import transcribe
-from .output import prepare_streams
-from .output import tell
-from .output import warnings_on_stderr
+from . import add_pitch, demo, diagnose, evaluate, plot, train, transcribe
+from .output import prepare_streams, tell, warnings_on_stderr
 
 COMMANDS = {
     "transcribe": transcribe,

@@ -1,9 +1,6 @@
 """`echo-hf demo`: a page to try a checkpoint on."""
 
-from .options import add_checkpoint
-from .options import add_device
-from .options import new_parser
-from .options import port
+from .options import add_checkpoint, add_device, new_parser, port
 from .output import tell
 
 
@@ -25,8 +22,7 @@ def add_parser(commands) -> None:
 
 def run(options) -> int:
     """Serves the page until it is interrupted."""
-    from ..demo import build_demo
-    from ..demo import launch
+    from ..demo import build_demo, launch
     from ..inference import load_checkpoint
 
     demo = build_demo(*load_checkpoint(options.checkpoint, options.device))

@@ -2,12 +2,7 @@
 
 import json
 
-from .options import add_batch_size
-from .options import add_checkpoint
-from .options import add_device
-from .options import add_skip_broken
-from .options import new_parser
-from .options import skip_or_stop
+from .options import add_batch_size, add_checkpoint, add_device, add_skip_broken, new_parser, skip_or_stop
 from .output import write
 
 EXAMPLES = """\
@@ -44,13 +39,8 @@ def run(options) -> int:
     import torch
 
     from ..analysis.diagnostics import EchoDiagnostics
-    from ..training.model_card import active_mechanisms
-    from ..training.model_card import name_mechanisms
-    from ..inference import bundled_recordings
-    from ..inference import expand_paths
-    from ..inference import load_checkpoint
-    from ..inference import make_pipeline
-    from ..inference import transcribe_files
+    from ..inference import bundled_recordings, expand_paths, load_checkpoint, make_pipeline, transcribe_files
+    from ..training.model_card import active_mechanisms, name_mechanisms
 
     files = expand_paths(options.paths or bundled_recordings())
     model, processor = load_checkpoint(options.checkpoint, options.device)

@@ -11,22 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .options import add_both
-from .options import add_decoding
-from .options import add_format
-from .options import add_skip_broken
-from .options import count
-from .options import generate_options
-from .options import new_parser
-from .options import refuse_folder
-from .options import require
-from .options import seed
-from .output import duration
-from .output import percent
-from .output import printable
-from .output import rates
-from .output import tell
-from .output import write
+from .options import (
+    add_both,
+    add_decoding,
+    add_format,
+    add_skip_broken,
+    count,
+    generate_options,
+    new_parser,
+    refuse_folder,
+    require,
+    seed,
+)
+from .output import duration, percent, printable, rates, tell, write
 
 REAL = "real"  # what the figures of the audio as recorded are called, beside those of the controls
 CONTROL_NAMES = {"zeroed": ("audio zeroed", "zeroed"), "shuffled": ("other utterances' audio", "other")}  # and short
@@ -99,11 +96,9 @@ def run(options) -> int:
     """Evaluates the checkpoint and writes the report."""
     require("datasets", "jiwer")
     from ..checkpoint import parse_overrides
-    from ..data import load_sources
-    from ..data import prepare_dataset
-    from ..training.model_card import active_mechanisms
-    from ..training.model_card import name_mechanisms
+    from ..data import load_sources, prepare_dataset
     from ..inference import load_checkpoint
+    from ..training.model_card import active_mechanisms, name_mechanisms
 
     refuse_folder(options.output)
     overrides = parse_overrides(options.config_overrides)

@@ -3,11 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .options import add_both
-from .options import add_checkpoint
-from .options import new_parser
-from .options import number
-from .options import whole_number
+from .options import add_both, add_checkpoint, new_parser, number, whole_number
 from .output import write
 
 # Options that a kind of picture reads, beside input, output and title.
@@ -90,12 +86,8 @@ def _draw_curves(options):
 
 def _draw_recording(options):
     from ..analysis import plotting
+    from ..inference import bundled_recordings, expand_paths, load_checkpoint, open_pipe, read_short
     from ..pipeline_echo import LONGEST_SEGMENT
-    from ..inference import bundled_recordings
-    from ..inference import expand_paths
-    from ..inference import load_checkpoint
-    from ..inference import open_pipe
-    from ..inference import read_short
 
     path = expand_paths([options.input] if options.input else bundled_recordings())[0]
     model, processor = load_checkpoint(options.checkpoint, "cpu")

@@ -13,13 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .options import Help
-from .options import add_both
-from .options import require
-from .output import duration
-from .output import rates
-from .output import tell
-from .output import write
+from .options import Help, add_both, require
+from .output import duration, rates, tell, write
 
 # What a checkpoint keeps of the optimizer, and what decides which one it is.
 OPTIMIZER_OPTIONS = (
@@ -94,8 +89,8 @@ def run(options) -> int:
     require("accelerate", "datasets", "jiwer")
     from transformers import Seq2SeqTrainingArguments
 
-    from ..training.model_card import COMMAND_FILE
     from ..training import find_last_checkpoint
+    from ..training.model_card import COMMAND_FILE
 
     parser = _build_parser()
     first, _ = _build_first_parser().parse_known_args(options.arguments)
@@ -130,8 +125,7 @@ def run(options) -> int:
 
 def _build_parser():
     """The parser of all options, those of the Trainer among them."""
-    from transformers import HfArgumentParser
-    from transformers import Seq2SeqTrainingArguments
+    from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
     from ..training import (
         TRAINING_DEFAULTS,
@@ -179,8 +173,7 @@ def _train(parsed: tuple, resume: bool, output_dir: Path, command_file: Path, co
     from accelerate import PartialState
     from transformers import TrainerCallback
 
-    from ..training import find_last_checkpoint
-    from ..training import train
+    from ..training import find_last_checkpoint, train
 
     class RememberCommand(TrainerCallback):
         # Written when training starts and not before, so that a run refused for its data leaves no trace.

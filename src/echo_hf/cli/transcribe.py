@@ -4,17 +4,17 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from .options import add_both
-from .options import add_decoding
-from .options import add_format
-from .options import add_skip_broken
-from .options import generate_options
-from .options import new_parser
-from .options import seconds
-from .options import skip_or_stop
-from .output import printable
-from .output import tell
-from .output import write
+from .options import (
+    add_both,
+    add_decoding,
+    add_format,
+    add_skip_broken,
+    generate_options,
+    new_parser,
+    seconds,
+    skip_or_stop,
+)
+from .output import printable, tell, write
 
 SUFFIXES = {"text": ".txt", "json": ".json", "srt": ".srt", "vtt": ".vtt"}  # of --format, for files
 
@@ -59,12 +59,8 @@ def add_parser(commands) -> None:
 
 def run(options) -> int:
     """Transcribes the files."""
+    from ..inference import bundled_recordings, expand_paths, load_checkpoint, make_pipeline, transcribe_files
     from ..subtitles import group_cues
-    from ..inference import bundled_recordings
-    from ..inference import expand_paths
-    from ..inference import load_checkpoint
-    from ..inference import make_pipeline
-    from ..inference import transcribe_files
 
     format = options.format or "text"
     files = expand_paths(options.paths or bundled_recordings())
@@ -125,9 +121,7 @@ def _output_files(folder: str, files: list[Path], suffix: str) -> dict[Path, Pat
 
 def _content(transcript, format: str, prefix: str) -> str:
     """A transcript as it is written, with its line breaks; `prefix` begins each line of text."""
-    from ..subtitles import format_time
-    from ..subtitles import to_srt
-    from ..subtitles import to_vtt
+    from ..subtitles import format_time, to_srt, to_vtt
 
     if format == "srt":
         return to_srt(transcript.chunks)

@@ -7,8 +7,7 @@ It works on features, not on audio, so that F0 is estimated once and every epoch
 import random
 
 import numpy as np
-from transformers.audio_utils import hertz_to_mel
-from transformers.audio_utils import mel_to_hertz
+from transformers.audio_utils import hertz_to_mel, mel_to_hertz
 
 SHORTEST = 4  # frames that tempo leaves an utterance at least
 LONGEST_PAUSES = (20, 1000)  # frames, 0.2 and 10 s: between them lies the longest pause of a batch

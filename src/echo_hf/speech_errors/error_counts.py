@@ -11,8 +11,7 @@ Nothing here imports Echo, so that the folder can be shared as it is.
 import math
 import re
 import unicodedata
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 

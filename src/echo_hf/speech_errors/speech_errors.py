@@ -5,10 +5,7 @@
 import datasets
 import evaluate
 
-from .error_counts import check_text
-from .error_counts import check_texts
-from .error_counts import normalize_text
-from .error_counts import score
+from .error_counts import check_text, check_texts, normalize_text, score
 
 DESCRIPTION = """
 Errors of words, characters, tones and base syllables of recognized speech, summed over a corpus: sums of errors over
