@@ -62,8 +62,8 @@ ARMS = {
 class Settings:
     """How trunk and arms are trained. Tuned for the baseline on `dev`, then the same for all arms.
 
-    The trunk is trained with hardly any perturbation, since a model leaves CTC's plateau several times as fast so. It
-    has left it, and does not know tone yet: a trunk that does leaves the arms nothing to learn from pitch.
+    The trunk is trained with hardly any perturbation, since a model leaves CTC's plateau several times as fast so. By
+    its end it does not know tone yet: a trunk that does leaves the arms nothing to learn from pitch.
     """
 
     num_mel_bins: int = 80

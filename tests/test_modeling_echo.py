@@ -14,7 +14,6 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
 from echo_hf import modeling_echo
-from echo_hf.conditioning_echo import carry_log_f0
 from echo_hf.configuration_echo import PRESETS, EchoConfig
 from echo_hf.modeling_echo import (
     CACHE_NAME,
@@ -31,6 +30,7 @@ from echo_hf.modeling_echo import (
     pitch_per_token,
     standardize_f0,
 )
+from echo_hf.normalization_echo import carry_log_f0
 
 TINY = {
     "vocab_size": 67,

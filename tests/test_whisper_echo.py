@@ -18,14 +18,11 @@ from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Wav2Vec2Config,
-    WhisperConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
-    WhisperProcessor,
     WhisperTokenizer,
     pipeline,
 )
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from conftest import SAMPLING_RATE, voice
 from echo_hf import (
@@ -39,55 +36,14 @@ from echo_hf import (
     estimate_f0,
 )
 from echo_hf.cli import main
-from echo_hf.whisper_echo import PITCH_MODULES, PITCH_SCALE, EchoWhisperPitchAttention, normalize_f0
+from echo_hf.whisper_echo import PITCH_MODULES, PITCH_SCALE, EchoWhisperPitchAttention, normalize_window
+from tiny_whisper import FRAMES, make_processor, make_whisper
 
 SWITCHES = ("pitch_stem", "pitch_gate", "pitch_radius", "pitch_theta", "pitch_bias")
 NONE = dict.fromkeys(SWITCHES, False)
 ALL = dict.fromkeys(SWITCHES, True)
 ALONE = {name: NONE | {name: True} for name in SWITCHES}
 SETTINGS = {"none": NONE, **ALONE, "all": ALL, "default": {}}
-FRAMES = 100  # of a window of 1 s
-
-
-def make_tokenizer() -> WhisperTokenizer:
-    """Bytes, Whisper's special tokens with two languages, and the timestamps of a second."""
-    special = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|zh|>", "<|translate|>", "<|transcribe|>"]
-    special += ["<|startoflm|>", "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"]
-    vocab = {token: index for index, token in enumerate([*bytes_to_unicode().values(), special[0]])}
-    tokenizer = WhisperTokenizer(vocab=vocab, merges=[], pad_token=special[0])
-    tokenizer.add_special_tokens({"additional_special_tokens": special[1:]})
-    tokenizer.add_tokens([f"<|{0.02 * step:.2f}|>" for step in range(51)])
-    return tokenizer
-
-
-def make_whisper(seed: int = 0, **overrides) -> WhisperForConditionalGeneration:
-    """A tiny Whisper with random weights, in which what it hears matters; in float32, as all here."""
-    ids = make_tokenizer().convert_tokens_to_ids
-    end = ids("<|endoftext|>")
-    sizes = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
-    tokens = {"pad_token_id": end, "bos_token_id": end, "eos_token_id": end, "vocab_size": 256 + 10 + 51}
-    settings = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "max_source_positions": FRAMES // 2, **sizes}
-    settings |= {"max_target_positions": 32, "median_filter_width": 3, "begin_suppress_tokens": [end], **tokens}
-    config = WhisperConfig(**{**settings, "decoder_start_token_id": end + 1, **overrides})
-    torch.manual_seed(seed)
-    model = WhisperForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and "embed_positions" not in name:
-                parameter.normal_(std=(2.0 if "encoder" in name else 1.0) * parameter[0].numel() ** -0.5)
-    settings = model.generation_config
-    settings.lang_to_id = {f"<|{name}|>": ids(f"<|{name}|>") for name in ("en", "zh")}
-    settings.task_to_id = {name: ids(f"<|{name}|>") for name in ("translate", "transcribe")}
-    settings.is_multilingual, settings.no_timestamps_token_id = True, ids("<|notimestamps|>")
-    settings.prev_sot_token_id, settings.max_initial_timestamp_index = ids("<|startofprev|>"), 10
-    settings.return_timestamps, settings.alignment_heads = False, [[0, 0], [1, 1]]
-    settings.max_length = 32
-    settings._from_model_config = False
-    return model
-
-
-def make_processor(**settings) -> WhisperProcessor:
-    return WhisperProcessor(WhisperFeatureExtractor(**{"chunk_length": 1, **settings}), make_tokenizer())
 
 
 def make_f0(batch: int = 2, frames: int = FRAMES, seed: int = 0) -> torch.Tensor:
@@ -295,17 +251,17 @@ def test_a_batch_changes_nothing(switches):
         torch.testing.assert_close(together[row : row + 1], encode(model, features[row : row + 1]), atol=1e-5, rtol=0)
 
 
-def test_normalize_f0():
+def test_normalize_window():
     f0 = torch.tensor([[0.0, 100.0, 200.0, 0.0], [150.0, 150.0, 0.0, torch.nan]])
     half = np.log(2) / 2
-    voiced, contour, register = normalize_f0(f0).unbind(-1)
+    voiced, contour, register = normalize_window(f0).unbind(-1)
     assert voiced.tolist() == [[0, 1, 1, 0], [1, 1, 0, 0]]
     torch.testing.assert_close(contour, torch.tensor([[0.0, -1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]))
     expected = np.log([100 / 150, 200 / 150]) / 0.5
     np.testing.assert_allclose(register[0, 1:3], expected, rtol=1e-5)
     assert half > 0.1  # else the floor of the spread would show in the contour
-    padded = normalize_f0(torch.nn.functional.pad(f0, (0, 5)))
-    assert torch.equal(padded[:, :4], normalize_f0(f0)) and not padded[:, 4:].any()
+    padded = normalize_window(torch.nn.functional.pad(f0, (0, 5)))
+    assert torch.equal(padded[:, :4], normalize_window(f0)) and not padded[:, 4:].any()
 
 
 def test_scores_with_pitch_are_as_written():
@@ -316,7 +272,7 @@ def test_scores_with_pitch_are_as_written():
     with torch.no_grad():
         for parameter in attention.parameters():
             parameter.normal_(0.0, 0.05, generator=generator)
-    pitch = normalize_f0(make_f0(batch=1, frames=12))
+    pitch = normalize_window(make_f0(batch=1, frames=12))
     query, key = torch.randn(2, 1, 2, 12, 6, generator=generator, dtype=torch.float64)
     turned_query, turned_key, bias = attention(query, key, pitch)
     scores = (turned_query @ turned_key.transpose(2, 3) + bias)[0].detach()

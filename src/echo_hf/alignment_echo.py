@@ -1,30 +1,26 @@
-"""When each token was said: tokens and what the model made of the audio in, a stretch of encoder frames a token out.
+"""When each token was said: the best monotone alignment of tokens to encoder frames, in numpy.
 
-Two ways, both exact searches for the best monotone alignment. The CTC head gives a probability of every token at every
-frame, so the tokens are laid along its frames as CTC itself would (`align_by_ctc`). A model without it has only the
-decoder's attention to the frames (`align_by_attention`). All is numpy.
-"""
+`align_by_ctc` uses the probabilities of the CTC head, `align_by_attention` the decoder's attention."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-CERTAIN = 0.1  # of a token's largest attention: frames at the edges of its stretch with less are left out
+CERTAIN = 0.1  # of a token's largest attention; frames with less at the edges of its stretch are left out
 
 
 def align_by_ctc(log_probs: np.ndarray, tokens: Sequence[int], blank: int = 0) -> np.ndarray | None:
-    """
-    The most probable path through CTC that spells the tokens, by Viterbi's algorithm over the blanks and tokens
-    `- t1 - t2 - ... -` (Graves et al., https://doi.org/10.1145/1143844.1143891, section 4.1).
+    """The most probable path through CTC that spells the tokens, by Viterbi's algorithm over the states `- t1 - t2 -
+    ... -` (Graves et al., https://doi.org/10.1145/1143844.1143891, section 4.1).
 
     Args:
-        log_probs: log-probabilities, shape `(frames, vocabulary)`.
-        tokens: the ids that were recognised, none of them the blank.
+        log_probs: shape `(frames, vocabulary)`.
+        tokens: ids, none of them the blank.
         blank: id of the blank.
 
     Returns:
-        int, shape `(tokens, 2)`: each token's first frame and the frame behind its last; stretches do not overlap. None
-        if there are fewer frames than CTC needs: one a token, and one between two of the same.
+        int, shape `(tokens, 2)`: each token's first frame and the frame behind its last, without overlap. None if there
+        are fewer frames than CTC needs: one a token, and one between two of the same.
     """
     num_frames, num_tokens = len(log_probs), len(tokens)
     if num_tokens == 0:
@@ -34,7 +30,7 @@ def align_by_ctc(log_probs: np.ndarray, tokens: Sequence[int], blank: int = 0) -
     repeats = states[3::2] == states[1:-2:2]
     if num_frames < num_tokens + np.count_nonzero(repeats):
         return None
-    # From a token to the next without a blank between them, unless they are the same.
+    # A blank may be skipped between two tokens, unless they are the same.
     may_skip = np.zeros(len(states), dtype=bool)
     may_skip[3::2] = ~repeats
     emissions = np.asarray(log_probs, dtype=np.float64)[:, states]
@@ -58,17 +54,15 @@ def align_by_ctc(log_probs: np.ndarray, tokens: Sequence[int], blank: int = 0) -
 
 
 def align_by_attention(weights: np.ndarray) -> np.ndarray:
-    """
-    Frames in their order shared out among tokens in their order, so that the attention of the tokens to their frames is
-    the most in all: `max over i_1 <= ... <= i_S of the sum of weights[i_s, s]`, by dynamic programming.
+    """Frames shared out among tokens, both in order, with the largest sum of attention: `max over i_1 <= ... <= i_S of
+    the sum of weights[i_s, s]`, by dynamic programming.
 
     Args:
-        weights: attention of each token to each frame when it was predicted, shape `(tokens, frames)`; the mean of the
-            heads and layers that there are.
+        weights: attention of each token to each frame, shape `(tokens, frames)`.
 
     Returns:
-        int, shape `(tokens, 2)`: each token's first frame and the frame behind its last, without the frames at either
-        edge that it hardly attends to; stretches do not overlap. A token that got no frame has an empty stretch.
+        int, shape `(tokens, 2)`: each token's first frame and the frame behind its last, without overlap and without
+        frames at either edge with little attention. A token without a frame has an empty stretch.
     """
     num_tokens, num_frames = weights.shape
     if not num_tokens:

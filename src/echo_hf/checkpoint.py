@@ -139,13 +139,14 @@ def read_object(path: str | Path) -> dict[str, Any]:
     return value
 
 
-def parse_overrides(text: str | None) -> dict[str, Any]:
+def parse_overrides(text: str | None, config_class: type | None = EchoConfig) -> dict[str, Any]:
     """
-    Fields of [`EchoConfig`] from one string.
+    Fields of a config from one string.
 
     Args:
         text (`str`, *optional*): `"dropout=0.1,theta_mode=none"`, values read as JSON where they are and as text where
             not; or a JSON object, which can also hold lists.
+        config_class (`type`, *optional*): whose fields there may be; [`EchoConfig`] if not given, and any if None.
 
     Returns:
         `dict[str, Any]`: value of each field; empty without text.
@@ -167,12 +168,12 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
                 overrides[key] = json.loads(value)
             except (json.JSONDecodeError, RecursionError):
                 overrides[key] = value
-    known = {entry.name for entry in fields(EchoConfig)}
+    known = set(overrides) if config_class is None else {entry.name for entry in fields(config_class)}
     for key in overrides:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=3)
             hint = f" Did you mean {', '.join(close)}?" if close else ""
-            raise ValueError(f"config_overrides: EchoConfig has no field {key!r}.{hint}")
+            raise ValueError(f"config_overrides: {config_class.__name__} has no field {key!r}.{hint}")
     return overrides
 
 

@@ -1,14 +1,13 @@
-"""The mechanisms by which an utterance's F0, and its silence, enter the model: each a function or a small module with
-its equation.
+"""How F0 and silence enter the model: each mechanism is a function or a small module with its equation.
 
-    F0's forms           align_f0, carry_log_f0, normalize_f0, standardize_f0, pitch_per_token, and together: EchoPitch
+    forms of F0          align_f0, standardize_f0, pitch_per_token, those of normalization_echo; together in EchoPitch
     theta and radius     EchoRotaryEmbedding, rotate
     bias                 laplacian_bias, gaussian_bias_channels
     gate, token pitch    EchoPitchProjection
     silence              find_silence
 
-The layers that read them are in `modeling_echo.py`, and so are the dimensions' names. `f0` is always in Hz, 0 where
-unvoiced; `pitch` is always normalized.
+`modeling_echo.py` has the layers that read them and the names of the dimensions. `f0` is in Hz, 0 where unvoiced;
+`pitch` is normalized.
 """
 
 import math
@@ -18,128 +17,45 @@ import torch
 from torch import nn
 
 from .configuration_echo import EchoConfig
+from .normalization_echo import masked_mean
 
-MEL_THETA = 220.0  # theta at which the mel frequencies are what they are named
-MEL_UNIT = 1000.0  # mel frequencies are given in thousands
+MEL_THETA = 220.0  # theta at which the mel frequencies have their nominal values
+MEL_UNIT = 1000.0  # Hz
 
-PITCH_CHANNELS = 3  # voiced, contour, register: what the network sees of F0
-REGISTER_CENTRE = 150.0  # Hz, between low and high voices
-REGISTER_WIDTH = 0.5  # natural log units; e ** 0.5 is about nine semitones
-CONTOUR_FLOOR = 0.1  # natural log units; keeps a monotone's tiny wobble from being blown up to a contour
-SPREAD_FLOOR = 1e-3  # Hz; F0 that varies less is constant but for rounding
+SPREAD_FLOOR = 1e-3  # Hz; a smaller deviation is rounding
 
 TOKEN_PITCH_MIN, TOKEN_PITCH_LOW, TOKEN_PITCH_HIGH = 100.0, 71.0, 500.0  # Hz, as published
 
 
 def precise_dtype(device: torch.device) -> torch.dtype:
-    """The dtype that angles are made in: float64, or float32 where the device has no float64 (MPS)."""
+    """float64, or float32 on a device without float64 (MPS)."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the last dimension of what `mask` holds, kept as a dimension: `(..., N)` to `(..., 1)`."""
-    return (values * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
-
-
 def mask_frames(lengths: torch.Tensor, num_frames: int) -> torch.Tensor:
-    """Which of `num_frames` frames are real where `lengths` of them are, `(B,)` to `(B, num_frames)`, boolean."""
+    """Boolean mask `(B, num_frames)` of the first `lengths` frames, `(B,)`."""
     return torch.arange(num_frames, device=lengths.device)[None] < lengths[:, None]
 
 
 def align_f0(
     f0: torch.Tensor, lengths: torch.Tensor, encoder_lengths: torch.Tensor, encoder_frames: int
 ) -> torch.Tensor:
-    """F0 at the encoder's frames, by nearest index, so that the contour keeps its character.
+    """F0, `(B, T)` in Hz, at the encoder's frames, `(B, encoder_frames)`, by nearest index; 0 in padding.
 
-    `index_i = min(floor(i * F / S), F - 1)` with the utterance's own F and S, so that padding changes nothing.
-
-    Args:
-        f0 (`torch.Tensor` of shape `(B, T)`): Hz.
-        lengths (`torch.Tensor` of shape `(B,)`): F, real input frames.
-        encoder_lengths (`torch.Tensor` of shape `(B,)`): S, real encoder frames.
-        encoder_frames (`int`): encoder frames of the padded batch.
-
-    Returns:
-        `torch.Tensor` of shape `(B, encoder_frames)`: Hz; 0 beyond an utterance's end.
-    """
+    `index_i = min(floor(i * F / S), F - 1)` with the utterance's own numbers of real frames, `lengths` F and
+    `encoder_lengths` S, each `(B,)`, so that padding changes nothing."""
     frames = torch.arange(encoder_frames, device=f0.device)[None]
     index = frames * lengths[:, None] // encoder_lengths[:, None].clamp(min=1)
     index = torch.minimum(index, lengths[:, None] - 1).clamp(min=0)
     return f0.gather(1, index) * (frames < encoder_lengths[:, None])
 
 
-def carry_log_f0(log_f0: torch.Tensor, voiced: torch.Tensor) -> torch.Tensor:
-    """Log-F0 carried across unvoiced frames: a straight line between voiced neighbors, and constant before the first
-    voiced frame and after the last.
-
-    Args:
-        log_f0 (`torch.Tensor` of shape `(B, T)`): natural logarithm of Hz; its unvoiced frames are not read.
-        voiced (`torch.Tensor` of shape `(B, T)`): 1 or 0.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T)`; an utterance without a voiced frame stays as it is.
-    """
-    number = log_f0.shape[1]
-    frames = torch.arange(number, device=log_f0.device)[None]
-    before = torch.where(voiced > 0, frames, -1).cummax(1).values  # -1: none
-    after = number - torch.where(voiced > 0, number - frames, -1).flip(1).cummax(1).values.flip(1)  # number + 1: none
-    start = torch.where(before < 0, after, before).clamp(max=number - 1)
-    end = torch.where(after > number, before, after).clamp(min=0)
-    carried = torch.lerp(
-        log_f0.gather(1, start),
-        log_f0.gather(1, end),
-        ((frames - start) / (end - start).clamp(min=1)).to(log_f0.dtype),
-    )
-    return torch.where(voiced.amax(1, keepdim=True) > 0, carried, log_f0)
-
-
-def normalize_f0(f0: torch.Tensor, mask: torch.Tensor, voicing: torch.Tensor | None = None) -> torch.Tensor:
-    """Pitch as the network sees it.
-
-    Channel 0, voiced: 1 or 0. Channel 1, contour: `(ln f0 - mean) / max(std, 0.1)`, mean and std over the utterance's
-    voiced frames. Channel 2, register: `(ln f0 - ln 150) / 0.5`. All 0 where unvoiced.
-
-    With `voicing` pitch is continuous, after Ghahremani et al. (https://doi.org/10.1109/ICASSP.2014.6854049): channel 0
-    is the voicing, and the other two are those of [`carry_log_f0`]. All 0 in padding, and in an utterance without a
-    voiced frame.
-
-    Args:
-        f0 (`torch.Tensor` of shape `(B, T)`): Hz, 0 = unvoiced.
-        mask (`torch.Tensor` of shape `(B, T)`): 1 for real frames.
-        voicing (`torch.Tensor` of shape `(B, T)`, *optional*): from 0, noise, to 1, periodic.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T, 3)`, float32.
-    """
-    voiced = ((f0 > 0) & (mask > 0)).float()
-    log_f0 = torch.where(voiced > 0, f0, 1.0).float().log()
-    if voicing is not None:
-        log_f0 = carry_log_f0(log_f0, voiced)
-    deviation = log_f0 - masked_mean(log_f0, voiced)
-    spread = masked_mean(deviation.square(), voiced).sqrt().clamp(min=CONTOUR_FLOOR)
-    register = (log_f0 - math.log(REGISTER_CENTRE)) / REGISTER_WIDTH
-    if voicing is None:
-        return torch.stack((voiced, voiced * deviation / spread, voiced * register), dim=-1)
-    known = (mask > 0) * voiced.amax(-1, keepdim=True)
-    return torch.stack((known * voicing.float(), known * deviation / spread, known * register), dim=-1)
-
-
 def standardize_f0(f0: torch.Tensor, mask: torch.Tensor, correction: int = 0) -> torch.Tensor:
-    """F0 as the pitch bias compares it: `(f0 - mean) / max(std, 0.001)` over the real frames, unvoiced ones (0 Hz)
-    included.
+    """F0 for the pitch bias, `(B, S)` in Hz: `(f0 - mean) / max(std, 0.001)` over the real frames, unvoiced ones (0 Hz)
+    included; float32, 0 in padding. `correction` is subtracted from the number of frames in the variance: 0, or 1 as
+    published.
 
-    The floor does for a constant F0 what the published `std + 1e-8` is meant to do. An epsilon that small is dropped by
-    ONNX optimizers, and 0 / 0 is left.
-
-    Args:
-        f0 (`torch.Tensor` of shape `(B, S)`): Hz.
-        mask (`torch.Tensor` of shape `(B, S)`): 1 for real frames.
-        correction (`int`): what is taken from the number of frames when the variance is divided by it: 0, or 1 as
-            published.
-
-    Returns:
-        `torch.Tensor` of shape `(B, S)`, float32; 0 in padding.
-    """
+    The floor replaces the published `std + 1e-8`: ONNX optimizers drop an epsilon that small."""
     mask = mask.float()
     deviation = (f0.float() - masked_mean(f0.float(), mask)) * mask
     variance = deviation.square().sum(-1, keepdim=True) / (mask.sum(-1, keepdim=True) - correction).clamp(min=1)
@@ -149,26 +65,22 @@ def standardize_f0(f0: torch.Tensor, mask: torch.Tensor, correction: int = 0) ->
 def pitch_per_token(
     f0: torch.Tensor, lengths: torch.Tensor, frames_per_token: float, method: str = "mean"
 ) -> torch.Tensor:
-    """Pitch of each span of a fixed token rate: what the decoder is told of F0, in training and in generation alike.
+    """Pitch of each span of a fixed token rate, for the decoder: `(B, N)`, `N = ceil(T / R)`, float32.
 
-    Token i holds the frames k with `i * R <= k <= (i + 1) * R`, R frames a token, at least one. Their mean, median or
-    last F0; below 100 Hz becomes 0; else `(f0 - 71) / (500 - 71)`.
+    Token i covers the frames k with `i * R <= k <= (i + 1) * R`, at least one, with R `frames_per_token`. Its F0 is
+    their `"mean"`, `"median"` or `"last"`; below 100 Hz and beyond an utterance's end it becomes 0,
+    else `(f0 - 71) / (500 - 71)`.
 
     Args:
         f0 (`torch.Tensor` of shape `(B, T)`): Hz.
         lengths (`torch.Tensor` of shape `(B,)`): real input frames.
-        frames_per_token (`float`): R.
-        method (`str`): `"mean"`, `"median"` or `"last"`.
-
-    Returns:
-        `torch.Tensor` of shape `(B, N)`, `N = ceil(T / R)`, float32; 0 for tokens beyond an utterance's end.
     """
     tokens = torch.arange(math.ceil(f0.shape[1] / frames_per_token), device=f0.device, dtype=torch.float32)
     last_frame = (lengths[:, None] - 1).clamp(min=0)  # (B, 1)
     start = torch.minimum((tokens * frames_per_token).ceil().long()[None], last_frame)  # (B, N)
     end = torch.minimum(((tokens + 1) * frames_per_token).floor().long()[None], last_frame)
     end = torch.maximum(end, start)
-    # Every span gets as many places as the longest can have; the places behind its end are left out.
+    # Every span has W places, as many as the longest needs; places behind its end repeat its last frame.
     place = start[..., None] + torch.arange(math.floor(frames_per_token) + 2, device=f0.device)  # (B, N, W)
     inside = place <= end[..., None]
     place = torch.minimum(place, end[..., None])
@@ -180,7 +92,7 @@ def pitch_per_token(
         count = inside.sum(-1, keepdim=True)
         value = (ordered.gather(2, (count - 1) // 2) + ordered.gather(2, count // 2)).squeeze(-1) / 2
     else:
-        value = spans[..., -1]  # places behind the end repeat the last frame
+        value = spans[..., -1]
     heard = (value >= TOKEN_PITCH_MIN) & (tokens[None] * frames_per_token < lengths[:, None])
     return torch.where(heard, (value - TOKEN_PITCH_LOW) / (TOKEN_PITCH_HIGH - TOKEN_PITCH_LOW), 0.0)
 
@@ -188,47 +100,29 @@ def pitch_per_token(
 def find_silence(
     spectrogram: torch.Tensor, attention_mask: torch.Tensor, encoder_frames: int, stride: int, threshold: float
 ) -> torch.Tensor:
-    """Which encoder frames are silent: those all of whose input frames have no mel channel above a threshold.
-
-    Args:
-        spectrogram (`torch.Tensor` of shape `(B, T, bins)`): log-mel, 0 at the extractor's floor.
-        attention_mask (`torch.Tensor` of shape `(B, T)`): 1 for real frames.
-        encoder_frames (`int`): S.
-        stride (`int`): input frames of an encoder frame.
-        threshold (`float`): in units of the spectrogram.
-
-    Returns:
-        `torch.Tensor` of shape `(B, S)`, bool.
-    """
+    """Which encoder frames are silent, `(B, encoder_frames)`: no mel channel of their `stride` input frames is above
+    the threshold. The spectrogram is `(B, T, bins)`, log-mel, with its mask `(B, T)`."""
     loudness = spectrogram.amax(-1) * attention_mask  # (B, T)
     loudness = nn.functional.pad(loudness, (0, encoder_frames * stride - loudness.shape[1]))
     return loudness.view(-1, encoder_frames, stride).amax(-1) <= threshold
 
 
 class EchoPitch(NamedTuple):
-    """F0 of a batch, in the forms that the mechanisms read.
+    """F0 of a batch, in the forms that the mechanisms read."""
 
-    Args:
-        frame_f0 (`torch.Tensor` of shape `(B, T)`): Hz at the input frames, 0 = unvoiced or padding, float32.
-        mean_f0 (`torch.Tensor` of shape `(B, 1)`): Hz, mean of the real input frames, unvoiced ones included.
-        f0 (`torch.Tensor` of shape `(B, S)`): Hz at the encoder's frames.
-        normalized (`torch.Tensor` of shape `(B, S, 3)`): see [`normalize_f0`].
-        frame_voicing (`torch.Tensor` of shape `(B, T)`, *optional*): voicing at the input frames, if there is any.
-    """
-
-    frame_f0: torch.Tensor
-    mean_f0: torch.Tensor
-    f0: torch.Tensor
-    normalized: torch.Tensor
-    frame_voicing: torch.Tensor | None = None
+    frame_f0: torch.Tensor  # (B, T), Hz at the input frames, 0 = unvoiced or padding, float32
+    mean_f0: torch.Tensor  # (B, 1), Hz, mean of the real input frames, unvoiced ones included
+    f0: torch.Tensor  # (B, S), Hz at the encoder's frames
+    normalized: torch.Tensor  # (B, S, 3), see normalize_f0
+    frame_voicing: torch.Tensor | None = None  # (B, T), voicing at the input frames
 
 
 class EchoRotaryEmbedding(nn.Module):
-    r"""Cosines and sines of the rotary angles, with the radius folded in.
+    r"""Cosines and sines of the rotary angles, times the radius.
 
     Frequencies of channel pair c of `C = d / 2`, in rad a frame:
 
-        standard   omega_c = theta ** (-2c / d)                                  (https://huggingface.co/papers/2104.09864)
+        standard   omega_c = theta ** (-2c / d)                              (https://huggingface.co/papers/2104.09864)
         mel        omega_c = theta / 220 * m_c,   m_c = K * (10 ** (x_c / 2595) - 1) / 1000,
                    x_c evenly spaced from 0 to 2595 * log10(1 + M / K)
 
@@ -241,7 +135,7 @@ class EchoRotaryEmbedding(nn.Module):
         contour    theta_t = theta                    angle = sum of omega_c * w_c(s), s <= t  (relative),
                    w_c(s) = 1 + 0.5 * tanh(g_c * contour_s), with learned g_c that start at 0
 
-    The radius multiplies both channels of each pair, in queries and keys alike:
+    The radius multiplies both channels of each pair, in queries and keys:
 
         unit       1
         sigmoid    sigmoid(f0_t)
@@ -250,8 +144,8 @@ class EchoRotaryEmbedding(nn.Module):
 
     theta is `rotary_theta`, times `exp(log_theta)` with `learn_theta`; `log_theta` starts at 0.
 
-    The published mel frequencies reach 363 rad a frame: at frame 1500 float32 is off by 0.03 rad and bfloat16 is noise.
-    So angles are made in float64, omega reduced to [0, 2 pi) first, which changes nothing for whole-number positions.
+    The published mel frequencies reach 363 rad a frame, too much for float32 at long audio. So angles are computed in
+    float64, with omega reduced to [0, 2 pi) first, which changes nothing at integer positions.
     """
 
     def __init__(self, config: EchoConfig, head_dim: int, theta_mode: str = "none", radius_mode: str = "unit"):
@@ -268,7 +162,7 @@ class EchoRotaryEmbedding(nn.Module):
             self.contour_gain = nn.Parameter(torch.zeros(head_dim // 2))
 
     def frequencies(self, theta: torch.Tensor) -> torch.Tensor:
-        """omega, in rad a frame, `(...)` to `(..., C)`, in theta's dtype."""
+        """omega in rad a frame: `(...)` to `(..., C)`, in theta's dtype."""
         pairs = torch.arange(self.head_dim // 2, device=theta.device, dtype=theta.dtype)
         if self.config.rotary_frequencies == "standard":
             return theta[..., None] ** (-2.0 * pairs / self.head_dim)
@@ -300,7 +194,7 @@ class EchoRotaryEmbedding(nn.Module):
         if self.theta_mode == "phase":
             return omega.cumsum(dim=1) % (2 * math.pi)
         angles = position_ids[..., None].to(omega.dtype) * omega
-        if self.theta_mode == "contour":  # added to the plain angles, which gains of 0 leave as they are, to the bit
+        if self.theta_mode == "contour":  # added to the plain angles, so that gains of 0 leave them exact
             warp = 0.5 * torch.tanh(self.contour_gain.to(omega.dtype) * pitch[..., 1:2].to(omega.dtype))  # (B, S, C)
             angles = angles + omega * warp.cumsum(dim=1)
         return angles % (2 * math.pi)
@@ -323,18 +217,8 @@ class EchoRotaryEmbedding(nn.Module):
         pitch: torch.Tensor | None = None,
         mean_f0: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Args:
-            position_ids (`torch.Tensor` of shape `(B or 1, S)`): whole-number positions.
-            dtype (`torch.dtype`): of the result.
-            f0 (`torch.Tensor` of shape `(B, S)`, *optional*): Hz.
-            pitch (`torch.Tensor` of shape `(B, S, 3)`, *optional*): normalised.
-            mean_f0 (`torch.Tensor` of shape `(B, 1)`, *optional*): Hz, of all real input frames, unvoiced ones (0 Hz)
-                included; read with `theta_mode="mean"`.
-
-        Returns:
-            Two `torch.Tensor` of shape `(B or 1, 1, S, C)`: radius times cosine, radius times sine.
-        """
+        """Radius times cosine and radius times sine, each `(B or 1, 1, S, C)`, at integer positions `(B or 1, S)`.
+        `f0`, `pitch` and `mean_f0` are `f0`, `normalized` and `mean_f0` of [`EchoPitch`]."""
         angles = self.angles(position_ids, f0, mean_f0, pitch).float()
         cos, sin = angles.cos(), angles.sin()
         if (radius := self.radius(f0, pitch)) is not None:
@@ -343,42 +227,34 @@ class EchoRotaryEmbedding(nn.Module):
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns the pairs (x0, x1), (x2, x3), ... of `(B, H, S, 2C)` as complex numbers times `radius * exp(i * angle)`."""
+    """Multiplies the channel pairs (x0, x1), (x2, x3), ... of `(B, H, S, 2C)`, as complex numbers, by
+    `radius * exp(i * angle)`."""
     real, imaginary = states[..., 0::2], states[..., 1::2]
     return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1).flatten(-2)
 
 
 def laplacian_bias(f0: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The pitch bias as published: `bias_ij = exp(-|f_i - f_j|)`, f the F0 standardized with n - 1.
-
-    `(B, S)` in Hz and its mask to a matrix of frames by frames, `(B, 1, S, S)`.
-    """
+    """The published pitch bias, `exp(-|f_i - f_j|)` of the F0 standardized with n - 1: `(B, S)` in Hz and its mask to
+    `(B, 1, S, S)`."""
     f = standardize_f0(f0, mask, correction=1)[:, None]
     return torch.exp(-(f[..., :, None] - f[..., None, :]).abs())
 
 
 def gaussian_bias_channels(f: torch.Tensor, strength: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pitch bias as two channels of queries and keys, with no matrix of frames by frames:
+    """The pitch bias as two channels of queries, `(B, H, S, 2)`, and of keys, `(B, 1, S, 2)`:
 
         bias_ij = s_h * (2 f_i f_j - f_j ** 2)   =   s_h * (2 f_i, -1) . (f_j, f_j ** 2)
 
-    Softmax cannot tell this from `-s_h * (f_i - f_j) ** 2`, since it ignores what depends on the query alone.
-
-    Args:
-        f (`torch.Tensor` of shape `(B, S)`): standardized F0.
-        strength (`torch.Tensor` of shape `(H,)`): s, one a head.
-
-    Returns:
-        Channels of the queries, `(B, H, S, 2)`, and of the keys, `(B, 1, S, 2)`.
-    """
+    with f the standardized F0, `(B, S)`, and s the strength of each head, `(H,)`. Softmax ignores terms of the query
+    alone, so this equals `-s_h * (f_i - f_j) ** 2`, without a matrix of frames by frames."""
     f = f[:, None]  # (B, 1, S)
     of_queries = strength[None, :, None, None] * torch.stack((2 * f, -torch.ones_like(f)), dim=-1)
     return of_queries, torch.stack((f, f * f), dim=-1)
 
 
 class EchoPitchProjection(nn.Module):
-    """A linear map of pitch without bias, `(..., pitch_channels)` to `(..., size)`, that starts at 0, so that what it
-    is added to starts as if it were not there. No `nn.Linear`: quantisation takes those, and fails at one column."""
+    """A linear map of pitch, `(..., pitch_channels)` to `(..., size)`, that starts at 0. It is no `nn.Linear`, since
+    quantization converts those and fails at one column."""
 
     def __init__(self, pitch_channels: int, size: int):
         super().__init__()

@@ -1,7 +1,6 @@
 """The configuration of Echo.
 
-One flat config serves encoder and decoder. Every pitch mechanism is one field, so that a study switches one thing at a
-time, and `EchoConfig.from_preset` names the settings such a study needs. The values of a field that cannot work raise a
+One flat config serves encoder and decoder, with one field for each pitch mechanism. A value that cannot work raises a
 `ValueError` that names the field; nothing is corrected in silence.
 """
 
@@ -31,16 +30,15 @@ from .presets_echo import (
     SIZES,
 )
 
-# Where echo_hf is not installed, the library copies a file of a checkpoint together with what it imports relatively,
-# and looks for that in the text. So with this file come all, and a model saved again takes all the code along.
+# Where echo_hf is not installed, the library copies a checkpoint's file together with the relative imports that it
+# finds in its text. These make it copy all the code.
 if TYPE_CHECKING:
     from .modeling_echo import EchoModel  # noqa: F401
     from .pipeline_echo import EchoAutomaticSpeechRecognitionPipeline  # noqa: F401
     from .processing_echo import EchoProcessor  # noqa: F401
     from .tokenization_echo import EchoTokenizer  # noqa: F401
 
-# The channel groups that `input_features` may hold, in the order in which they lie: the log-mel spectrogram first, F0
-# in Hz last. The order is fixed here, so that a dictionary of widths is enough to know where each channel is.
+# Channel groups of `input_features`, in the order in which they lie.
 FEATURE_GROUPS = ("spectrogram", "waveform", "phase", "envelope", "aperiodicity", "voicing", "pitch")
 
 AUTO_MAP = {
@@ -52,19 +50,14 @@ AUTO_MAP = {
     "AutoModelForSpeechSeq2Seq": "modeling_echo.EchoForConditionalGeneration",
     "AutoModelForCTC": "modeling_echo.EchoForCTC",
 }
-
 PIPELINE_CLASS = "pipeline_echo.EchoAutomaticSpeechRecognitionPipeline"
-
-# The head that saved a checkpoint, and the Auto class that loads it.
+# The class that saved a checkpoint, and the Auto class that loads it in a pipeline.
 PIPELINE_MODELS = {"EchoForConditionalGeneration": "AutoModelForSpeechSeq2Seq", "EchoForCTC": "AutoModelForCTC"}
 
 
 def attach_module(name: str) -> None:
-    """Makes the module of this name an attribute of its package, as an import statement does.
-
-    The library's loader of remote code does not do this. Without it dill, by which `datasets` pickles and fingerprints,
-    finds no class by its name and pickles the class itself: workers fail, and the fingerprint differs in each run.
-    """
+    """Makes a module an attribute of its package, as an import statement does. The library's loader of remote code
+    does not, and dill, by which `datasets` fingerprints, then finds no class by its name."""
     package, _, attribute = name.rpartition(".")
     if package:
         setattr(import_module(package), attribute, sys.modules[name])
@@ -72,7 +65,7 @@ def attach_module(name: str) -> None:
 
 def attach_pipeline(package: str) -> None:
     """Makes `pipeline(task, model=<model object>)` use the pipeline class of this package of remote code. The library
-    reads `custom_pipelines` only where it loads the config itself. Models other than Echo get the stock pipeline."""
+    reads `custom_pipelines` only where it loads the config itself."""
     from transformers.pipelines import SUPPORTED_TASKS
 
     SUPPORTED_TASKS["automatic-speech-recognition"]["impl"] = f"{package}.{PIPELINE_CLASS}"
@@ -82,7 +75,7 @@ attach_module(__name__)
 
 DTYPES = ("float32", "float16", "bfloat16", "float64", "float", "half", "double")
 
-# Settings of generate(), which scripts written for Whisper put on the model's config too.
+# Settings of generate() that scripts written for Whisper put on the model's config too.
 WHISPER_SETTINGS = (
     *("language", "task", "is_multilingual", "prompt_ids", "prompt_condition_type", "forced_decoder_ids"),
     *("condition_on_prev_tokens", "return_timestamps", "return_token_timestamps", "return_segments"),
@@ -90,61 +83,30 @@ WHISPER_SETTINGS = (
 )
 GENERATION_SETTINGS = frozenset((*GenerationConfig().to_dict(), *WHISPER_SETTINGS))
 
-
-def check_dtype(dtype: Any):
-    """
-    Checks what a model is to be loaded in.
-
-    Args:
-        dtype (`str` or `torch.dtype`, *optional*): of the weights.
-
-    Raises:
-        `ValueError`: it is not a floating-point dtype of PyTorch.
-    """
-    if dtype is not None and str(dtype).removeprefix("torch.") not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES[:4])}, got {dtype!r}.")
-
-
 # Fields of earlier versions, and the values at which they did nothing.
 REMOVED_FIELDS = {"encoder_attention_window": (None,), "encoder_layerdrop": (None, 0), "decoder_layerdrop": (None, 0)}
 
 
-def drop_removed_fields(fields: dict[str, Any]):
-    """
-    Takes the fields of earlier versions out of a dictionary, in place.
-
-    Raises:
-        `ValueError`: one of them has a value that changed what the model does.
-    """
-    for name, neutral in REMOVED_FIELDS.items():
-        value = fields.pop(name, None)
-        if value not in neutral:
-            raise ValueError(
-                f"{name} is {value!r}, and Echo no longer has it. The weights are the same without it: set it to"
-                f" {neutral[-1]}, e.g. from_pretrained(..., {name}={neutral[-1]})."
-            )
+def check_dtype(dtype: Any):
+    """Raises a `ValueError` if `dtype`, a `str`, a `torch.dtype` or None, is no floating-point dtype of PyTorch."""
+    if dtype is not None and str(dtype).removeprefix("torch.") not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES[:4])}, got {dtype!r}.")
 
 
 def validate_feature_groups(feature_groups: dict[str, int]) -> dict[str, int]:
-    """Channel groups in their fixed order, checked.
-
-    Args:
-        feature_groups (`dict[str, int]`):
-            Name of each group in `input_features` and its number of channels.
-
-    Returns:
-        `dict[str, int]`: the same groups in the order of `FEATURE_GROUPS`.
+    """Channel groups, name to number of channels, checked and in the order of `FEATURE_GROUPS`.
 
     Raises:
-        `ValueError`: a name is not known, the spectrogram is missing, or a width is not a positive whole number.
+        `ValueError`: a name is not known, a group that is needed is missing, or a width is not possible.
     """
     for name, width in feature_groups.items():
         if name not in FEATURE_GROUPS:
             raise ValueError(f"feature_groups: unknown group {name!r}; known are {', '.join(FEATURE_GROUPS)}.")
-        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-            raise ValueError(f"feature_groups: the width of {name!r} must be a whole number above 0, got {width!r}.")
-        if width > MAX_GROUP_WIDTH:
-            raise ValueError(f"feature_groups: the width of {name!r} must be at most {MAX_GROUP_WIDTH}, got {width}.")
+        if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= MAX_GROUP_WIDTH:
+            raise ValueError(
+                f"feature_groups: the width of {name!r} must be at most {MAX_GROUP_WIDTH} and a whole number above 0,"
+                f" got {width!r}."
+            )
         if name in ("phase", "voicing", "pitch") and width != 1:
             raise ValueError(f"feature_groups: {name!r} is a single channel, got a width of {width}.")
     if "voicing" in feature_groups and "pitch" not in feature_groups:
@@ -158,136 +120,95 @@ def validate_feature_groups(feature_groups: dict[str, int]) -> dict[str, int]:
 class EchoConfig(PreTrainedConfig):
     r"""
     Configuration of an [`EchoModel`]. The defaults give a model of about 10M parameters (with the byte vocabulary) with
-    the well-behaved form of the three pitch mechanisms switched on; `EchoConfig.from_preset("baseline")` has all off.
+    three pitch mechanisms switched on; `EchoConfig.from_preset("baseline")` has all off.
 
     Args:
-        vocab_size (`int`, defaults to 259):
-            Number of tokens. 259 is the byte vocabulary of `EchoTokenizer()`: 3 special tokens and 256 bytes.
+        vocab_size (`int`, defaults to 259): Number of tokens; 259 is the byte vocabulary of `EchoTokenizer()`.
         feature_groups (`dict[str, int]`, defaults to `{"spectrogram": 80, "pitch": 1}`):
             Channel groups of `input_features` and their widths; see `FEATURE_GROUPS`. Must equal the extractor's. With
             `"voicing": 1` pitch is continuous: a voicing from 0 to 1, and log-F0 carried across unvoiced frames.
-        sampling_rate (`int`, defaults to 16000):
-            Samples of audio a second (Hz). With `hop_length` it says how long a frame is.
-        hop_length (`int`, defaults to 160):
-            Samples from one input frame to the next (160 at 16 kHz is 10 ms).
+        sampling_rate (`int`, defaults to 16000): Sampling rate of the audio in Hz.
+        hop_length (`int`, defaults to 160): Samples from one input frame to the next.
         stem_strides (`list[int]`, defaults to `[2, 2]`):
-            Stride of each convolution of the stem. Their product is how many input frames make one encoder frame.
-        stem_num_layers (`int`, defaults to 4):
-            Number of residual convolutions over neighbouring frames that follow the stem; 0 for none.
-        encoder_hidden_size (`int`, defaults to 256):
-            Width of the encoder.
-        decoder_hidden_size (`int`, *optional*):
-            Width of the decoder; the encoder's when not given.
-        encoder_num_hidden_layers (`int`, defaults to 8):
-            Number of encoder layers.
-        decoder_num_hidden_layers (`int`, defaults to 2):
-            Number of decoder layers. Few: the decoder runs once a token, the encoder once an utterance.
-        encoder_num_attention_heads (`int`, defaults to 4):
-            Attention heads in each encoder layer.
-        decoder_num_attention_heads (`int`, defaults to 4):
-            Attention heads in each decoder layer.
+            Stride of each convolution of the stem. Their product is the number of input frames to an encoder frame.
+        stem_num_layers (`int`, defaults to 4): Number of residual convolutions over time behind the stem.
+        encoder_hidden_size (`int`, defaults to 256): Width of the encoder.
+        decoder_hidden_size (`int`, *optional*): Width of the decoder; the encoder's if not given.
+        encoder_num_hidden_layers (`int`, defaults to 8): Number of encoder layers.
+        decoder_num_hidden_layers (`int`, defaults to 2): Number of decoder layers.
+        encoder_num_attention_heads (`int`, defaults to 4): Attention heads in each encoder layer.
+        decoder_num_attention_heads (`int`, defaults to 4): Attention heads in each decoder layer.
         encoder_num_key_value_heads (`int`, *optional*):
             Key and value heads in the encoder (grouped-query attention, https://huggingface.co/papers/2305.13245); as
-            many as attention heads when not given.
-        decoder_num_key_value_heads (`int`, *optional*):
-            Key and value heads in the decoder; as many as attention heads when not given.
+            many as attention heads if not given.
+        decoder_num_key_value_heads (`int`, *optional*): The same in the decoder.
         encoder_kernel_size (`int`, *optional*):
-            Encoder frames that a convolution in each encoder layer sees, an odd number, as in a Conformer
-            (https://huggingface.co/papers/2005.08100); without convolution when not given. An encoder that is given
-            convolutions later (`from_pretrained` with this field) starts from what it was without.
+            Encoder frames, an odd number, that a convolution in each encoder layer sees, as in a Conformer
+            (https://huggingface.co/papers/2005.08100); no convolution if not given. Its output starts at 0, so it can
+            be added to a trained encoder.
         self_conditioning_layers (`list[int]`, *optional*):
-            Encoder layers, counted from 1, behind which the encoder says what it takes each frame for, adds that to
-            what it goes on with, and is trained by a CTC loss on it too (self-conditioned CTC,
-            https://huggingface.co/papers/2104.02724), e.g. `[3, 6]`; none when not given. It needs `ctc_loss_weight`.
-            What is added starts at 0.
-        encoder_intermediate_size (`int`, defaults to 688):
-            Width inside the encoder's gated feed-forward.
-        decoder_intermediate_size (`int`, *optional*):
-            Width inside the decoder's gated feed-forward; the encoder's when not given.
-        hidden_act (`str`, defaults to `"silu"`):
-            Activation of the gates.
+            Encoder layers, counted from 1, behind which the encoder predicts tokens, feeds the prediction back and
+            learns by a CTC loss on it (self-conditioned CTC, https://huggingface.co/papers/2104.02724), e.g. `[3, 6]`.
+            Needs `ctc_loss_weight`. What is fed back starts at 0.
+        encoder_intermediate_size (`int`, defaults to 688): Width inside the encoder's gated feed-forward.
+        decoder_intermediate_size (`int`, *optional*): The same in the decoder; the encoder's if not given.
+        hidden_act (`str`, defaults to `"silu"`): Activation of the gates.
         max_target_positions (`int`, defaults to 448):
-            Longest transcript in tokens: the limit for labels in training, and the `max_length` of `generate()` in a
-            new model; one that is loaded has it in its generation config.
+            Longest transcript in tokens: limit of the labels, and `max_length` of `generate()` in a new model.
         initializer_range (`float`, defaults to 0.02):
-            Standard deviation of the normal distribution that embeddings and output heads start from. Other weights
-            start by their number of inputs.
-        rms_norm_eps (`float`, defaults to 1e-6):
-            Added to the mean square in each RMSNorm, from 1e-7 to 1.
-        dropout (`float`, defaults to 0.0):
-            Probability of dropping a value of the embeddings and of each sub-layer's output, in training.
-        attention_dropout (`float`, defaults to 0.0):
-            Probability of dropping an attention weight, in training.
+            Standard deviation of embeddings and output heads at the start. Other weights start by their fan-in.
+        rms_norm_eps (`float`, defaults to 1e-6): Added to the mean square in each RMSNorm, from 1e-7 to 1.
+        dropout (`float`, defaults to 0.0): Dropout of the embeddings and of each sub-layer's output.
+        attention_dropout (`float`, defaults to 0.0): Dropout of the attention weights.
         rotary_frequencies (`str`, defaults to `"standard"`):
-            How the rotary frequencies (rad a frame) lie: `"standard"`, `theta ** (-2c / d)`, or `"mel"`, evenly spaced
-            on a mel scale and proportional to theta.
-        rotary_theta (`float`, defaults to 10000.0):
-            Where theta starts.
-        learn_theta (`bool`, defaults to `False`):
-            Whether theta is learned (as a factor that starts at 1) or stays at `rotary_theta`.
-        mel_corner_frequency (`float`, defaults to 80.0):
-            K of the mel scale (Hz): linear below, logarithmic above. Read when `rotary_frequencies="mel"`.
+            Rotary frequencies (rad a frame): `"standard"`, `theta ** (-2c / d)`, or `"mel"`, evenly spaced on a mel
+            scale and proportional to theta.
+        rotary_theta (`float`, defaults to 10000.0): Theta, or where it starts.
+        learn_theta (`bool`, defaults to `False`): Whether theta is learned, as a factor that starts at 1.
+        mel_corner_frequency (`float`, defaults to 80.0): K of the mel scale (Hz): linear below, logarithmic above.
         mel_max_frequency (`float`, defaults to 2000.0):
-            M, the top of the mel scale (Hz). The largest step is `theta / 220 * M / 1000` rad a frame. Read when
-            `rotary_frequencies="mel"`.
+            M, the top of the mel scale (Hz). The largest step is `theta / 220 * M / 1000` rad a frame.
         theta_mode (`str`, defaults to `"phase"`):
             How F0 moves theta in the encoder: `"none"`; `"mean"`, by the utterance's mean F0; `"frame"`, by each
             frame's F0 (published; not relative); `"phase"`, by each frame's F0 with the angle summed up (relative);
             `"contour"`, by the normalized log-F0 and a learned gain for each channel pair, summed up (relative).
         radius_mode (`str`, defaults to `"bounded"`):
             How F0 sets the rotary radius in the encoder: `"unit"`, 1; `"sigmoid"` of F0 in Hz (published); `"raw"`, F0
-            in Hz (published; saturates); `"bounded"`, within [0.5, 1.5] by normalised log-F0 and a learned gain.
+            in Hz (published; saturates); `"bounded"`, within [0.5, 1.5] by normalized log-F0 and a learned gain.
         pitch_bias (`str`, defaults to `"gaussian"`):
-            What is added to the encoder's attention scores for frames of similar pitch: `"none"`; `"gaussian"`,
-            learned, one strength a head, with no matrix of frames by frames; `"laplacian"`, published, with one.
+            What is added to the encoder's attention scores for frames of similar pitch: `"none"`; `"gaussian"`, with a
+            learned strength for each head and no matrix of frames by frames; `"laplacian"`, published, with one.
         silence_scaling (`bool`, defaults to `True`):
             Whether the scores of silent frames, as keys, are scaled to near zero by a learned factor.
         silence_threshold (`float`, defaults to 0.5):
-            A frame is silent when none of its log-mel channels is above this (units of the extractor: 0 is its floor,
-            80 dB under the peak; 0.05 is 2 dB). 0.5 is 60 dB under the peak of a loud recording.
-        silence_scale_range (`list[float]`, defaults to `[0.001, 0.1]`):
-            Lower and upper bound of the learned factor for silent keys.
-        pitch_gate (`bool`, defaults to `False`):
-            Whether the gates of the encoder's feed-forward see the pitch.
-        pitch_stem (`bool`, defaults to `False`):
-            Whether pitch is an input of its own, through a convolution stem like the other channel groups.
+            A frame is silent when none of its log-mel channels is above this, in units of the extractor: 0 is its
+            floor, 80 dB under the peak; 0.05 is 2 dB.
+        silence_scale_range (`list[float]`, defaults to `[0.001, 0.1]`): Bounds of the learned factor of silent keys.
+        pitch_gate (`bool`, defaults to `False`): Whether the gates of the encoder's feed-forward see the pitch.
+        pitch_stem (`bool`, defaults to `False`): Whether pitch has a stem of its own, like other channel groups.
         token_pitch (`str`, defaults to `"none"`):
             Pitch given to the decoder with each token: `"none"`, or the `"mean"`, `"median"` or `"last"` F0 of the
             token's span of time.
-        tokens_per_second (`float`, defaults to 10.0):
-            Fixed token rate that says which span of time belongs to a token. Read when `token_pitch` is not `"none"`.
+        tokens_per_second (`float`, defaults to 10.0): Fixed token rate that says which span belongs to a token.
         ctc_loss_weight (`float`, defaults to 0.3):
-            Weight of the CTC loss on the encoder in the hybrid loss, in [0, 1]; cross-entropy has the rest. 0: no CTC
-            head. (Watanabe et al., https://ieeexplore.ieee.org/document/8068205)
+            Weight of the CTC loss in the hybrid loss, in [0, 1]; cross-entropy has the rest. 0: no CTC head. (Watanabe
+            et al., https://ieeexplore.ieee.org/document/8068205)
         label_smoothing (`float`, defaults to 0.0):
             Probability mass that the cross-entropy's target spreads evenly over the vocabulary, in [0, 1).
         apply_spec_augment (`bool`, defaults to `False`):
             Whether to mask spans of time and of mel channels in training (https://huggingface.co/papers/1904.08779).
-        mask_time_prob (`float`, defaults to 0.05):
-            Upper bound of the share of frames that are masked, in spans of time.
-        mask_time_length (`int`, defaults to 10):
-            Length of a span of time in input frames.
-        mask_time_min_masks (`int`, defaults to 0):
-            Fewest spans of time an utterance gets. Above 0 a word of 300 ms may be masked whole.
-        mask_feature_prob (`float`, defaults to 0.05):
-            Upper bound of the share of mel channels that are masked, in spans.
-        mask_feature_length (`int`, defaults to 10):
-            Length of a span in mel channels.
-        mask_feature_min_masks (`int`, defaults to 0):
-            Fewest spans of channels an utterance gets.
-        use_cache (`bool`, defaults to `True`):
-            Whether the decoder keeps keys and values of past tokens where a call does not say; `generate()` goes by its
-            generation config.
-        pad_token_id (`int`, defaults to 0):
-            Padding; also the blank of the CTC head. The loss ignores it.
-        bos_token_id (`int`, defaults to 1):
-            Begin of sequence.
-        eos_token_id (`int`, defaults to 2):
-            End of sequence.
-        decoder_start_token_id (`int`, defaults to 1):
-            First token the decoder is given.
-        tie_word_embeddings (`bool`, defaults to `True`):
-            Whether the decoder's embeddings are also its output projection.
+        mask_time_prob (`float`, defaults to 0.05): Largest share of frames that are masked, in spans of time.
+        mask_time_length (`int`, defaults to 10): Length of a span of time in input frames.
+        mask_time_min_masks (`int`, defaults to 0): Fewest spans of time in an utterance.
+        mask_feature_prob (`float`, defaults to 0.05): Largest share of mel channels that are masked, in spans.
+        mask_feature_length (`int`, defaults to 10): Length of a span in mel channels.
+        mask_feature_min_masks (`int`, defaults to 0): Fewest spans of channels in an utterance.
+        use_cache (`bool`, defaults to `True`): Whether the decoder returns its keys and values.
+        pad_token_id (`int`, defaults to 0): Padding, ignored by the loss, and the blank of CTC.
+        bos_token_id (`int`, defaults to 1): Begin of sequence.
+        eos_token_id (`int` or `list[int]`, defaults to 2): End of sequence.
+        decoder_start_token_id (`int`, defaults to 1): First token of the decoder.
+        tie_word_embeddings (`bool`, defaults to `True`): Whether the embeddings are also the output projection.
 
     Raises:
         `ValueError`: a field has a value that cannot work; the message names it.
@@ -392,9 +313,14 @@ class EchoConfig(PreTrainedConfig):
         super().__setattr__(name, value)
 
     def __post_init__(self, **kwargs):
-        drop_removed_fields(kwargs)
+        for name, neutral in REMOVED_FIELDS.items():
+            if (value := kwargs.pop(name, None)) not in neutral:
+                raise ValueError(
+                    f"{name} is {value!r}, and Echo no longer has it. The weights are the same without it: set it to"
+                    f" {neutral[-1]}, e.g. from_pretrained(..., {name}={neutral[-1]})."
+                )
         for alias, name in self.attribute_map.items():
-            if alias in kwargs:  # before what follows from it
+            if alias in kwargs:  # before other fields are derived from it
                 setattr(self, name, kwargs.pop(alias))
         if self.decoder_hidden_size is None:
             self.decoder_hidden_size = self.encoder_hidden_size
@@ -409,8 +335,8 @@ class EchoConfig(PreTrainedConfig):
             self.self_conditioning_layers = list(self.self_conditioning_layers)
         self.silence_scale_range = list(self.silence_scale_range)
         self.feature_groups = validate_feature_groups(self.feature_groups)
-        # A saved config names the pipeline class that lies beside it. The library runs that class only with
-        # `trust_remote_code`, so where this package itself reads the config, which brings the class, it drops the name.
+        # The library runs the pipeline class beside a checkpoint only with `trust_remote_code`. Where this package is
+        # installed it brings the class, so the name is dropped.
         if not __name__.startswith("transformers_modules."):
             kwargs.pop("custom_pipelines", None)
         kwargs["auto_map"] = dict(AUTO_MAP)
@@ -433,15 +359,18 @@ class EchoConfig(PreTrainedConfig):
     def _check_sizes(self):
         if self.encoder_kernel_size is not None and self.encoder_kernel_size % 2 == 0:
             raise ValueError(
-                f"encoder_kernel_size must be an odd number, to see as far to either side, or None for no convolution;"
-                f" got {self.encoder_kernel_size}."
+                f"encoder_kernel_size must be an odd number, or None for no convolution; got"
+                f" {self.encoder_kernel_size}."
             )
-        if not self.stem_strides or any(stride < 1 for stride in self.stem_strides):
-            raise ValueError(f"stem_strides must be whole numbers above 0, got {self.stem_strides}.")
-        if len(self.stem_strides) > MAX_STRIDES or math.prod(self.stem_strides) > MAX_FRAMES_PER_ENCODER_FRAME:
+        strides = self.stem_strides
+        if (
+            not 1 <= len(strides) <= MAX_STRIDES
+            or min(strides) < 1
+            or math.prod(strides) > MAX_FRAMES_PER_ENCODER_FRAME
+        ):
             raise ValueError(
-                f"stem_strides must be at most {MAX_STRIDES} numbers with a product of at most"
-                f" {MAX_FRAMES_PER_ENCODER_FRAME}, got {self.stem_strides}."
+                f"stem_strides must be 1 to {MAX_STRIDES} whole numbers above 0 with a product of at most"
+                f" {MAX_FRAMES_PER_ENCODER_FRAME}, got {strides}."
             )
         for side in SIDES:
             width, heads = getattr(self, f"{side}_hidden_size"), getattr(self, f"{side}_num_attention_heads")
@@ -462,7 +391,7 @@ class EchoConfig(PreTrainedConfig):
             )
 
     def _estimate_parameters(self) -> int:
-        """About as many parameters as the model has; those of its large matrices."""
+        """Parameters of the large matrices."""
         encoder, decoder = self.encoder_hidden_size, self.decoder_hidden_size
         convolutions = self.stem_num_layers + (self.encoder_num_hidden_layers if self.encoder_kernel_size else 0)
         return (
@@ -491,7 +420,7 @@ class EchoConfig(PreTrainedConfig):
     def _check_training(self):
         if self.pad_token_id is None or self.pad_token_id in (self.bos_token_id, *self.ends_of_sequence):
             raise ValueError(
-                f"pad_token_id must be a token of its own, as no loss counts it and CTC takes it for its blank; got"
+                f"pad_token_id must be a token of its own, since no loss counts it and it is the blank of CTC; got"
                 f" {self.pad_token_id}, with bos_token_id {self.bos_token_id} and eos_token_id {self.eos_token_id}."
             )
         if self.decoder_start_token_id is None:
@@ -526,17 +455,17 @@ class EchoConfig(PreTrainedConfig):
 
     @property
     def num_feature_channels(self) -> int:
-        """Channels of `input_features`: the sum of the groups' widths."""
+        """Channels of `input_features`."""
         return sum(self.feature_groups.values())
 
     @property
     def frame_seconds(self) -> float:
-        """Time from one input frame to the next, in seconds."""
+        """Seconds from one input frame to the next."""
         return self.hop_length / self.sampling_rate
 
     @property
     def inputs_to_logits_ratio(self) -> int:
-        """Samples of audio an encoder frame spans."""
+        """Samples of audio to an encoder frame."""
         return self.hop_length * math.prod(self.stem_strides)
 
     @classmethod
@@ -559,17 +488,14 @@ class EchoConfig(PreTrainedConfig):
         if size is not None:
             if size not in SIZES:
                 raise ValueError(f"size {size!r} is not known; choose one of {', '.join(SIZES)}.")
-            for side, (layers, width, heads, inner_width) in SIZES[size].items():
-                settings[f"{side}_num_hidden_layers"] = layers
-                settings[f"{side}_hidden_size"] = width
-                settings[f"{side}_num_attention_heads"] = heads
-                settings[f"{side}_intermediate_size"] = inner_width
+            for side, sizes in SIZES[size].items():
+                names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+                settings |= {f"{side}_{name}": value for name, value in zip(names, sizes)}
         return cls(**{**settings, **overrides})
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
-        # Only the class that saved the checkpoint is named: the library keeps the first that loads, and each of the two
-        # loads what the other saved.
+        # The library keeps the first class that loads, and each of the two loads what the other saved.
         models = [PIPELINE_MODELS[name] for name in self.architectures or () if name in PIPELINE_MODELS]
         output["custom_pipelines"] = {
             "automatic-speech-recognition": {

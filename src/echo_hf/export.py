@@ -1,11 +1,9 @@
-"""Echo as graphs that run without Python code of its own: `torch.export`, ONNX.
+"""Echo as graphs that run without its Python code: `torch.export` and ONNX.
 
-Two graphs do what greedy search needs. The encoder's hears the speech and takes the first step of the decoder, the
-begin of sequence, so that every cache is filled and holds what the decoder makes of the encoder's frames. The decoder's
-takes one more token. Caches go in and out as plain tensors; batch, frames and tokens so far are free.
+Greedy search needs two graphs. The encoder's also takes the first step of the decoder, the begin of sequence, so that
+every cache is filled; the decoder's takes one more token. Caches are plain tensors; batch, frames and tokens are free.
 
-B batch, T input frames, S encoder frames, N decoder layers, K key-value heads, D head dimension, P tokens so far.
-"""
+B batch, T input frames, S encoder frames, N decoder layers, K key-value heads, D head dimension, P tokens so far."""
 
 import json
 from pathlib import Path
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
 
 ENCODER_FILE, DECODER_FILE, SETTINGS_FILE = "encoder.onnx", "decoder.onnx", "generation.json"
 ENCODER_OUTPUTS = ("logits", "keys", "values", "cross_keys", "cross_values", "encoder_mask", "token_pitch")
-# Tracing takes a dimension of 1 for one that is always 1. Shorter speech is to be padded; padding changes no result.
+# Tracing takes a dimension of 1 for a constant, so shorter speech has to be padded.
 MIN_ENCODER_FRAMES = 2
 
 
@@ -38,8 +36,7 @@ class EncoderForExport(nn.Module):
 
     logits `(B, vocab_size)` of the token after the begin of sequence; keys, values `(N, B, K, 1, D)` of the decoder's
     self-attention; cross_keys, cross_values `(N, B, K, S, D)`; encoder_mask `(B, S)`; token_pitch `(B, spans)`, zeros
-    if the model has none.
-    """
+    if the model has none."""
 
     def __init__(self, model: EchoForConditionalGeneration):
         super().__init__()
@@ -47,15 +44,10 @@ class EncoderForExport(nn.Module):
 
     def forward(self, input_features: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
         encoded = self.model.model.encoder(input_features, attention_mask=attention_mask)
-        batch = input_features.shape[0]
-        start = torch.full(
-            (batch, 1), self.model.config.decoder_start_token_id, dtype=torch.long, device=input_features.device
-        )
+        start = attention_mask.new_full((len(input_features), 1), self.model.config.decoder_start_token_id)
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         outputs = self.model(encoder_outputs=encoded, decoder_input_ids=start, past_key_values=cache, use_cache=True)
-        token_pitch = encoded.token_pitch
-        if token_pitch is None:
-            token_pitch = encoded.f0.new_zeros(encoded.f0.shape)
+        token_pitch = torch.zeros_like(encoded.f0) if encoded.token_pitch is None else encoded.token_pitch
         return (
             outputs.logits[:, -1],
             *stacked(cache.self_attention_cache),
@@ -101,7 +93,7 @@ class DecoderForExport(nn.Module):
 
 
 def min_frames(model: EchoForConditionalGeneration) -> int:
-    """The fewest input frames, padding included, that exported graphs are right for."""
+    """The fewest input frames, padding included, for which exported graphs are right."""
     config = model.config
     frames = MIN_ENCODER_FRAMES * int(np.prod(config.stem_strides))
     if config.token_pitch != "none":
@@ -110,49 +102,33 @@ def min_frames(model: EchoForConditionalGeneration) -> int:
 
 
 def traced_parts(model: EchoForConditionalGeneration) -> list[tuple[nn.Module, dict, dict]]:
-    """Encoder and decoder with example inputs, by name, and the names of their free dimensions."""
-    model = model.eval()
+    """Encoder and decoder with example inputs by name and the names of their free dimensions."""
+    model, config = model.eval(), model.config
     frames = 6 * min_frames(model) + 1
+    shape = (2, frames, config.num_feature_channels)
     inputs = {
-        "input_features": torch.zeros(2, frames, model.config.num_feature_channels, device=model.device).to(
-            model.dtype
-        ),
-        "attention_mask": torch.ones(2, frames, dtype=torch.long, device=model.device),
+        "input_features": torch.zeros(shape, dtype=model.dtype, device=model.device),
+        "attention_mask": torch.ones(shape[:2], dtype=torch.long, device=model.device),
     }
     encoder, decoder = EncoderForExport(model).eval(), DecoderForExport(model).eval()
-    token = torch.full((2, 1), model.config.decoder_start_token_id, dtype=torch.long, device=model.device)
+    token = torch.full((2, 1), config.decoder_start_token_id, dtype=torch.long, device=model.device)
     with torch.no_grad():
         caches = encoder(**inputs)[1:]
         longer = decoder(token, *caches)[1:]
     step = dict(zip(("input_ids", *ENCODER_OUTPUTS[1:]), (token, *longer, *caches[2:])))
-    past, heard = {1: "batch", 3: "tokens"}, {1: "batch", 3: "encoder_frames"}
-    return [
-        (encoder, inputs, {name: {0: "batch", 1: "frames"} for name in inputs}),
-        (
-            decoder,
-            step,
-            {
-                "input_ids": {0: "batch"},
-                "keys": past,
-                "values": past,
-                "cross_keys": heard,
-                "cross_values": heard,
-                "encoder_mask": {0: "batch", 1: "encoder_frames"},
-                "token_pitch": {0: "batch", 1: "spans"},
-            },
-        ),
-    ]
+    free = {
+        "input_ids": {0: "batch"},
+        **dict.fromkeys(("keys", "values"), {1: "batch", 3: "tokens"}),
+        **dict.fromkeys(("cross_keys", "cross_values"), {1: "batch", 3: "encoder_frames"}),
+        "encoder_mask": {0: "batch", 1: "encoder_frames"},
+        "token_pitch": {0: "batch", 1: "spans"},
+    }
+    return [(encoder, inputs, dict.fromkeys(inputs, {0: "batch", 1: "frames"})), (decoder, step, free)]
 
 
 def export_programs(model: EchoForConditionalGeneration) -> tuple[torch.export.ExportedProgram, ...]:
-    """Encoder and decoder as `torch.export` programs.
-
-    Args:
-        model ([`EchoForConditionalGeneration`]): is put into evaluation mode.
-
-    Returns:
-        Two `torch.export.ExportedProgram`, of [`EncoderForExport`] and of [`DecoderForExport`].
-    """
+    """Two `torch.export.ExportedProgram`, of [`EncoderForExport`] and of [`DecoderForExport`]. Puts the model into
+    evaluation mode."""
     programs = []
     for part, inputs, shapes in traced_parts(model):
         free = {name: dict.fromkeys(dimensions, torch.export.Dim.AUTO) for name, dimensions in shapes.items()}
@@ -162,14 +138,11 @@ def export_programs(model: EchoForConditionalGeneration) -> tuple[torch.export.E
 
 
 def export_onnx(model: EchoForConditionalGeneration, folder: str | Path) -> Path:
-    """Writes `encoder.onnx`, `decoder.onnx` and the few settings that [`OnnxEcho`] reads into a folder.
+    """Writes `encoder.onnx`, `decoder.onnx` and the few settings that [`OnnxEcho`] reads into a folder, and returns it.
 
     Args:
         model ([`EchoForConditionalGeneration`]): in float32 on the CPU; is put into evaluation mode.
         folder (`str` or `Path`): made if it is not there.
-
-    Returns:
-        `Path`: the folder.
 
     Raises:
         `ImportError`: onnx or onnxscript is not installed.
@@ -183,7 +156,7 @@ def export_onnx(model: EchoForConditionalGeneration, folder: str | Path) -> Path
     folder.mkdir(parents=True, exist_ok=True)
     outputs = (ENCODER_OUTPUTS, ENCODER_OUTPUTS[:3])
     for (part, inputs, shapes), file, names in zip(traced_parts(model), (ENCODER_FILE, DECODER_FILE), outputs):
-        # A result has a name of its own, or it would be the input of that name.
+        # A result needs a name that no input has.
         names = [name if name not in inputs else f"next_{name}" for name in names]
         with torch.no_grad():
             torch.onnx.export(
@@ -241,15 +214,13 @@ class OnnxEcho:
     def generate(
         self, input_features: np.ndarray, attention_mask: np.ndarray | None = None, max_length: int | None = None
     ) -> np.ndarray:
-        """
-        Greedy search by the decoder, as `model.generate(..., ctc_weight=0.0, do_sample=False)` does it with no further
-        settings.
+        """Greedy search by the decoder, as `model.generate(..., ctc_weight=0.0, do_sample=False)`.
 
         Args:
             input_features (`np.ndarray` of shape `(B, T, channels)`): of [`EchoFeatureExtractor`].
             attention_mask (`np.ndarray` of shape `(B, T)`, *optional*): 1 for real frames.
-            max_length (`int`, *optional*): most tokens, the begin of sequence included, at least 2; the model's own if
-                not given.
+            max_length (`int`, *optional*): most tokens, the begin of sequence included, at least 2; the model's if not
+                given.
 
         Returns:
             `np.ndarray` of shape `(B, tokens)`, int64: begin of sequence, tokens, end of sequence, padding.

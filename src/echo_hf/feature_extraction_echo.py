@@ -1,10 +1,7 @@
 """Features of Echo: audio in, one array of frames and channels out, with F0 in Hz as its last channel.
 
-F0 travels inside `input_features` because pipelines and trainers pass nothing else on. Features are extracted from
-each utterance by itself before anything is padded, so they do not depend on what else is in the batch: zeros at the
-end would change the last frames of F0. All is numpy but for the F0 method "autocorrelation", so that worker processes
-can be forked freely.
-"""
+Features are extracted from each utterance by itself, before padding, so they do not depend on the batch. All is numpy
+but for the F0 method "autocorrelation", so that worker processes can be forked."""
 
 import io
 import os
@@ -39,21 +36,21 @@ attach_module(__name__)
 logger = logging.get_logger(__name__)
 
 # Log-mel values are decades of power (1 decade = 10 dB); a full-scale sine at 1 kHz is 2.4.
-MEL_POWER_FLOOR = 1e-10  # under the noise of 16-bit audio; keeps the logarithm of silence finite
+MEL_POWER_FLOOR = 1e-10  # under the noise of 16-bit audio
 DYNAMIC_RANGE = 8.0  # decades kept under the utterance's peak
-MIN_PEAK = -2.0  # decades; a fainter peak counts as this one, so that faint noise is not blown up to look like speech
-DECADES_PER_UNIT = 4.0  # brings the features to 0 (silence, and padding) to 2 (the peak)
+MIN_PEAK = -2.0  # decades; a fainter peak counts as this one, so that noise is not scaled up to speech
+DECADES_PER_UNIT = 4.0  # scales the features to 0 (silence, padding) to 2 (the peak)
 
-DECIBELS_PER_DECADE = 20.0  # of amplitude: brings WORLD's aperiodicity to 0 (noise) to -3 (its minimum)
+DECIBELS_PER_DECADE = 20.0  # of amplitude: scales WORLD's aperiodicity to 0 (noise) to -3 (its minimum)
 LARGEST_PHASE = np.nextafter(np.float32(2.0 * np.pi), np.float32(0.0))  # float32 rounds the phases above up to 2 pi
-SMALLEST_DEVIATION = 1e-3  # of the envelope's code (natural logarithm of power)
+SMALLEST_DEVIATION = 1e-3  # of the envelope's code (natural logarithm of power); speech has 0.05 and more
 
-MAX_CHANNELS = 8  # of a recording, which are averaged
+MAX_CHANNELS = 8  # of a recording
 MAX_WIDTH = 1024  # channels of a feature group
 BLOCK_FRAMES = 1 << 19  # samples a channel read from a file at a time, 11 s at 48 kHz
-SPECTROGRAM_SAMPLES = 1 << 16  # under the windows that are transformed at a time, which so stay in the cache
+SPECTROGRAM_SAMPLES = 1 << 16  # transformed at a time, to stay in the cache
 AUDIO_KEYS = ("array", "raw", "bytes", "path")  # of a dict that holds audio, the first that is not None
-F0_GROUPS = ("phase", "envelope", "aperiodicity", "voicing", "pitch")  # groups that are made from F0
+F0_GROUPS = ("phase", "envelope", "aperiodicity", "voicing", "pitch")  # groups that need F0
 
 
 def is_file(source) -> bool:
@@ -69,12 +66,12 @@ def open_audio(source) -> Iterator[tuple[Any, str]]:
         source: a path (`str` or `os.PathLike`), the bytes of a file, or a file opened in binary mode.
 
     Returns:
-        A context of `soundfile.SoundFile` and what messages call it.
+        A context of the `soundfile.SoundFile` and its name in messages.
 
     Raises:
         `FileNotFoundError`: there is no such file.
-        `ValueError`: the source is empty, is not audio that can be read, or claims what no audio has; the message names
-            it and the remedy. So too for what reading within the context raises.
+        `ValueError`: the source is empty, is not audio that can be read, or has an impossible sampling rate, found now
+            or by reading within the context.
         `ImportError`: soundfile is not installed.
     """
     try:
@@ -85,7 +82,7 @@ def open_audio(source) -> Iterator[tuple[Any, str]]:
         name = os.fspath(source)
         if not os.path.isfile(name):
             raise FileNotFoundError(f"No audio file at {name!r}. A URL has to be downloaded first.")
-        if not name.isascii() and os.name == "posix":  # such a name need not be UTF-8, which soundfile takes it for
+        if not name.isascii() and os.name == "posix":  # soundfile would encode it as UTF-8
             source = os.fsencode(name)
     else:
         name = str(getattr(source, "name", f"<{type(source).__name__}>"))
@@ -96,7 +93,7 @@ def open_audio(source) -> Iterator[tuple[Any, str]]:
     try:
         try:
             file = soundfile.SoundFile(source)
-        except TypeError as error:  # soundfile's, of a name that ends in .raw: such samples have no header
+        except TypeError as error:  # a name that ends in .raw
             raise soundfile.SoundFileError(str(error)) from error
         with file:
             if not LOWEST_RATE <= file.samplerate <= HIGHEST_RATE:
@@ -104,7 +101,7 @@ def open_audio(source) -> Iterator[tuple[Any, str]]:
             yield file, name
     except soundfile.SoundFileError as error:
         reason = getattr(error, "error_string", str(error)).removeprefix("Error : ").rstrip(".")
-        if "possibly a pipe" in reason:  # libsndfile's, of a damaged MP3
+        if "possibly a pipe" in reason:  # a damaged MP3
             reason = "no audio is found in it"
         raise ValueError(
             f"Cannot read {name} as audio: it is damaged, or of a format that soundfile does not know ({reason})."
@@ -113,19 +110,13 @@ def open_audio(source) -> Iterator[tuple[Any, str]]:
 
 
 def load_audio(source) -> tuple[np.ndarray, int]:
-    """Reads an audio file whole.
-
-    Args:
-        source: as [`open_audio`] takes it.
+    """Reads an audio file whole; `source` and errors as in [`open_audio`].
 
     Returns:
         float32 samples in [-1, 1], shape `(samples,)` or `(samples, channels)`, and the sampling rate in Hz.
-
-    Raises:
-        `FileNotFoundError`, `ValueError`, `ImportError`: as [`open_audio`].
     """
     with open_audio(source) as (file, _):
-        # A block at a time: what the header claims of the length, which may be wrong, claims no memory.
+        # A block at a time, since the header's length may be wrong.
         blocks = [file.read(BLOCK_FRAMES, dtype="float32")]
         while len(blocks[-1]) == BLOCK_FRAMES:
             blocks.append(file.read(BLOCK_FRAMES, dtype="float32"))
@@ -133,17 +124,14 @@ def load_audio(source) -> tuple[np.ndarray, int]:
 
 
 def to_mono(samples, name: str = "audio", channel_axis: int | None = None) -> np.ndarray:
-    """Samples of any kind as one float32 channel.
+    """Samples of any kind as one float32 channel, shape `(samples,)`.
 
     Args:
-        samples: array, tensor or list of numbers, shape `(samples,)` or `(1, samples)`. Integers are PCM and are
-            scaled by the range of their type (uint8 is centred at 128).
+        samples: array, tensor or list of numbers, shape `(samples,)` or `(1, samples)`. Integers are PCM, scaled by the
+            range of their type (uint8 is centered at 128).
         name: what an error calls them.
-        channel_axis: where a 2-D array has its channels, up to 8, which are averaged. Only the source of the samples
-            can tell; when not given, several rows are an error.
-
-    Returns:
-        float32, shape `(samples,)`.
+        channel_axis: the axis of a 2-D array's channels, up to 8, which are averaged. Without it several rows are an
+            error.
 
     Raises:
         `ValueError`: not numeric, 64-bit integers, several rows, more than 8 channels, empty, or NaN or infinite.
@@ -180,7 +168,7 @@ def to_mono(samples, name: str = "audio", channel_axis: int | None = None) -> np
                 f"{name} has {samples.shape[channel_axis]} channels; up to {MAX_CHANNELS} are averaged. Give one."
             )
         samples = samples.mean(axis=channel_axis)
-    with np.errstate(over="ignore"):  # what does not fit float32 becomes infinite, which the next line reports
+    with np.errstate(over="ignore"):  # the next check reports infinite samples
         samples = samples.astype(np.float32)
     return _check_finite(samples, name)
 
@@ -194,16 +182,17 @@ def _check_finite(samples: np.ndarray, name: str) -> np.ndarray:
     return samples
 
 
+def import_soxr():
+    """The module soxr, or an `ImportError` that says how to install it."""
+    try:
+        import soxr
+    except ImportError as error:
+        raise ImportError(f"Resampling audio needs soxr ({error}): `pip install soxr`.") from error
+    return soxr
+
+
 def resample_audio(waveform: np.ndarray, sampling_rate: int, target_rate: int) -> np.ndarray:
-    """One channel at another sampling rate, by soxr at high quality.
-
-    Args:
-        waveform: shape `(samples,)`, finite.
-        sampling_rate: of the waveform, in Hz.
-        target_rate: Hz.
-
-    Returns:
-        float32, shape `(other samples,)`.
+    """One finite channel, `(samples,)`, from one sampling rate to another (Hz), by soxr at high quality; float32.
 
     Raises:
         `ValueError`: a rate is no whole number from 1000 to 1000000 Hz; samples near the largest number overflow.
@@ -211,16 +200,14 @@ def resample_audio(waveform: np.ndarray, sampling_rate: int, target_rate: int) -
     """
     sampling_rate = check_sampling_rate(sampling_rate)
     target_rate = check_sampling_rate(target_rate, "target_rate")
-    try:
-        import soxr
-    except ImportError as error:
-        raise ImportError(f"Resampling audio needs soxr ({error}): `pip install soxr`.") from error
-    return _check_finite(soxr.resample(waveform, sampling_rate, target_rate, quality="HQ"), "The resampled audio")
+    return _check_finite(
+        import_soxr().resample(waveform, sampling_rate, target_rate, quality="HQ"), "The resampled audio"
+    )
 
 
 @lru_cache(maxsize=8)
 def _mel_filters(sampling_rate: int, n_fft: int, num_mels: int) -> np.ndarray:
-    # Kept outside the extractor: what is not in it need not be saved or pickled, and cannot change its hash.
+    # Not an attribute of the extractor, so that it is not saved, pickled or hashed.
     filters = mel_filter_bank(
         num_frequency_bins=n_fft // 2 + 1,
         num_mel_filters=num_mels,
@@ -237,23 +224,13 @@ def _mel_filters(sampling_rate: int, n_fft: int, num_mels: int) -> np.ndarray:
 def log_mel_spectrogram(
     waveform: np.ndarray, sampling_rate: int, hop_length: int, n_fft: int, num_mels: int
 ) -> np.ndarray:
-    """Log-mel spectrogram of one utterance, 80 dB under its peak.
+    """Log-mel spectrogram of one utterance, `(samples,)` to `(samples // hop_length, num_mels)`, float32, in [0, 2].
 
     `log_mel = log10(max(mel_power, 1e-10))`, `floor = max(peak, -2) - 8` with `peak` the maximum over the utterance,
-    `feature = (max(log_mel, floor) - floor) / 4`. Other than Whisper's, whose form this is
-    (https://github.com/openai/whisper/blob/main/whisper/audio.py), the floor is 0 whatever the level: silence equals
-    padding. Frame t is centred at sample `t * hop_length`; beyond the ends of the audio there are zeros.
-
-    Args:
-        waveform: shape `(samples,)`, at least one hop.
-        sampling_rate: Hz.
-        hop_length: samples from one frame to the next.
-        n_fft: samples under the (periodic Hann) window.
-        num_mels: number of mel channels from 0 Hz to half the sampling rate.
-
-    Returns:
-        float32, shape `(samples // hop_length, num_mels)`: in [0, 2].
-    """
+    `feature = (max(log_mel, floor) - floor) / 4`. This is Whisper's form
+    (https://github.com/openai/whisper/blob/main/whisper/audio.py) with a floor of 0 at any level, so that silence
+    equals padding. Frame t is centered at sample `t * hop_length`, under a periodic Hann window of `n_fft` samples;
+    zeros surround the audio. Mel channels lie from 0 Hz to half the sampling rate."""
     num_frames = len(waveform) // hop_length
     window = np.hanning(n_fft + 1)[:-1]
     padded = np.pad(waveform, n_fft // 2)
@@ -271,43 +248,33 @@ def log_mel_spectrogram(
 
 
 class EchoFeatureExtractor(SequenceFeatureExtractor):
-    r"""
-    Turns audio into `input_features` of shape `(batch, frames, channels)`: the log-mel spectrogram first, F0 in Hz
-    (0 = unvoiced) last, further groups between them as asked for.
+    r"""Turns audio into `input_features` of shape `(batch, frames, channels)`, in these groups:
 
     | group | channels | values |
     |---|---|---|
     | `spectrogram` | any | log-mel, 0 (80 dB under the peak, silence) to 2; see [`log_mel_spectrogram`] |
     | `waveform` | `hop_length` | the frame's samples, -1 to 1 |
     | `phase` | 1 | accumulated phase of F0, 0 to 2 pi radians |
-    | `envelope` | any (24 does) | WORLD's spectral envelope, coded; each channel standardised over the utterance |
+    | `envelope` | any (24 does) | WORLD's spectral envelope, coded; each channel standardized over the utterance |
     | `aperiodicity` | 1 at 16 kHz | WORLD's band aperiodicity, -3 (periodic) to 0 (noise), decades of amplitude |
     | `voicing` | 1 | correlation of the waveform at its F0, 0 (noise) to 1 (periodic); see [`voicing`] |
-    | `pitch` | 1 | F0 in Hz |
+    | `pitch` | 1 | F0 in Hz, 0 = unvoiced |
 
     Args:
         feature_groups (`dict[str, int]`, *optional*, defaults to `{"spectrogram": 80, "pitch": 1}`):
-            Name and number of channels of each group. Without a group that needs F0, none is estimated.
-        sampling_rate (`int`, defaults to 16000):
-            Samples a second (Hz) of the audio that features are made from.
-        hop_length (`int`, defaults to 160):
-            Samples from one frame to the next (160 at 16 kHz is 10 ms).
-        n_fft (`int`, defaults to 400):
-            Samples under the window of the spectrogram (400 at 16 kHz is 25 ms).
+            Name and number of channels of each group. F0 is estimated only if a group needs it.
+        sampling_rate (`int`, defaults to 16000): Sampling rate of the features' audio in Hz.
+        hop_length (`int`, defaults to 160): Samples from one frame to the next.
+        n_fft (`int`, defaults to 400): Samples under the window of the spectrogram.
         f0_method (`str`, defaults to `"dio"`):
-            Tracker of F0, a name in `pitch_echo.TRACKERS`: `"dio"` (WORLD's DIO and StoneMask), `"dio_fast"` (DIO on
-            fewer samples, not refined) or `"autocorrelation"` (torch, a whole batch at once, on any device; hears
-            voices whose fundamental is missing or lies in noise, where DIO does not).
-        f0_min (`float`, defaults to 71.0):
-            Lowest F0 in Hz.
-        f0_max (`float`, defaults to 500.0):
-            Highest F0 in Hz.
-        padding_value (`float`, defaults to 0.0):
-            Value of padding frames, in all channels.
-        resample (`bool`, defaults to `False`):
-            Whether audio of another sampling rate is resampled. If not, it is an error.
-        return_attention_mask (`bool`, defaults to `True`):
-            Whether `attention_mask` (1 = frame, 0 = padding) is returned.
+            Tracker of F0: `"dio"` (WORLD's DIO and StoneMask), `"dio_fast"` (DIO on fewer samples, not refined) or
+            `"autocorrelation"` (torch, a whole batch at once, on any device; finds voices whose fundamental is missing
+            or in noise, which DIO does not).
+        f0_min (`float`, defaults to 71.0): Lowest F0 in Hz.
+        f0_max (`float`, defaults to 500.0): Highest F0 in Hz.
+        padding_value (`float`, defaults to 0.0): Value of padding frames, in all channels.
+        resample (`bool`, defaults to `False`): Whether audio of another sampling rate is resampled, or is an error.
+        return_attention_mask (`bool`, defaults to `True`): Whether `attention_mask` (1 = frame) is returned.
 
     Raises:
         `ValueError`: a setting cannot work; the message names it.
@@ -323,7 +290,8 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
     >>> features.input_features.shape
     torch.Size([1, 100, 81])
 
-    ```"""
+    ```
+    """
 
     model_input_names = ["input_features", "attention_mask"]
     _auto_class = "AutoFeatureExtractor"
@@ -343,7 +311,7 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
         **kwargs,
     ):
         groups = validate_feature_groups({"spectrogram": 80, "pitch": 1} if feature_groups is None else feature_groups)
-        kwargs["feature_size"] = sum(groups.values())  # a saved value is the sum of the saved groups, not of these
+        kwargs["feature_size"] = sum(groups.values())  # a saved value may be that of other groups
         super().__init__(
             sampling_rate=sampling_rate,
             padding_value=padding_value,
@@ -371,8 +339,8 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
             raise ValueError(f"n_fft must be an even whole number, got {self.n_fft!r}.")
         if not self.hop_length <= self.n_fft <= self.sampling_rate:
             raise ValueError(
-                f"n_fft ({self.n_fft}) must be at least hop_length ({self.hop_length}), to hear every sample, and at"
-                f" most sampling_rate ({self.sampling_rate}), a second."
+                f"n_fft ({self.n_fft}) must be at least hop_length ({self.hop_length}) and at most sampling_rate"
+                f" ({self.sampling_rate})."
             )
         if self.feature_size < 2:
             raise ValueError("feature_groups: a single channel cannot be padded as a sequence; give at least 2.")
@@ -403,44 +371,25 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
         raw_speech=None,
         **kwargs,
     ) -> BatchFeature:
-        """
-        Features of one recording or of a batch. Lengths are in frames.
+        """Features of one recording or of a batch.
 
         Args:
-            audio:
-                One recording, or a list of recordings of any kind:
+            audio: One recording, or a list of recordings of any kind:
 
-                - numpy array, torch tensor or list of numbers, shape `(samples,)`: floats in [-1, 1], or integer PCM,
-                  which is scaled by the range of its type. A 2-D array is a batch, `(recordings, samples)`, each with
-                  one channel.
-                - path, bytes or binary file object of an audio file, which carries its own sampling rate. Its
-                  channels, up to 8, are averaged.
+                - numpy array, torch tensor or list of numbers, shape `(samples,)`: floats in [-1, 1], or integer PCM. A
+                2-D
+                  array is a batch, `(recordings, samples)`.
+                - path, bytes or binary file object of an audio file; up to 8 channels are averaged.
                 - dict with `"array"` or `"raw"`, and `"sampling_rate"`; or with `"bytes"` or `"path"`, as `datasets`
                   gives them.
             sampling_rate (`int`, *optional*):
-                Of the arrays that do not say their own, in Hz. Taken to be the extractor's, with a warning, if not
-                given.
-            padding (`bool` or `str`, defaults to `True`):
-                `True` or `"longest"`, `"max_length"`, or `False` for features as long as each utterance.
-            max_length (`int`, *optional*):
-                Frames to pad or truncate to.
-            truncation (`bool`, defaults to `False`):
-                Whether to cut features longer than `max_length`.
-            pad_to_multiple_of (`int`, *optional*):
-                Pads to a multiple of this many frames.
-            return_tensors (`str`, *optional*):
-                `"pt"` or `"np"`. numpy arrays if not given.
-            return_attention_mask (`bool`, *optional*):
-                As the extractor's if not given.
-            resample (`bool`, *optional*):
-                As the extractor's if not given.
-            device (`str`, defaults to `"cpu"`):
-                Where the F0 method "autocorrelation" computes; all else is computed on the CPU. Features are returned
-                on the CPU.
-            raw_speech (*optional*):
-                Another name of `audio`, which other extractors have. Give one of the two.
-            kwargs:
-                Ignored: what callers of any extractor pass.
+                Of arrays that do not say their own, in Hz. The extractor's, with a warning, if not given.
+            padding, max_length, truncation, pad_to_multiple_of, return_tensors, return_attention_mask:
+                As of [`~SequenceFeatureExtractor.pad`], with lengths in frames.
+            resample (`bool`, *optional*): As the extractor's if not given.
+            device (`str`, defaults to `"cpu"`): Where the F0 method "autocorrelation" computes.
+            raw_speech (*optional*): Another name of `audio`, which other extractors have.
+            kwargs: Ignored: what callers of any extractor pass.
 
         Returns:
             [`BatchFeature`] with `input_features`, float32 `(batch, frames, channels)`, and `attention_mask`, int
@@ -448,9 +397,8 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
             `t * hop_length / sampling_rate` seconds.
 
         Raises:
-            `ValueError`: a recording is empty, not finite, shorter than a hop, not numeric, has channels beside one
-            another in an array, cannot be read, or has another sampling rate and is not to be resampled. The message
-            names the recording and the remedy.
+            `ValueError`: a recording is empty, not finite, shorter than a hop, not numeric, has several channels in an
+                array, cannot be read, or has another sampling rate and is not to be resampled.
             `FileNotFoundError`: there is no file at a path.
         """
         if audio is not None and raw_speech is not None:
@@ -484,8 +432,7 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
         return [self._extract(waveform, track) for waveform, track in zip(waveforms, f0)]
 
     def pad(self, processed_features, *args, **kwargs) -> BatchFeature:
-        """As `SequenceFeatureExtractor.pad`; a `ValueError` where features, or what they are padded with, are not
-        finite, as a model would make a transcript of them and say nothing."""
+        """As `SequenceFeatureExtractor.pad`, with a `ValueError` for features or padding that are not finite."""
         padded = super().pad(processed_features, *args, **kwargs)
         for index, features in enumerate(padded["input_features"]):
             is_finite = features.isfinite() if is_torch_tensor(features) else np.isfinite(features)
@@ -497,7 +444,7 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
         return padded
 
     def _read(self, recording, name: str, sampling_rate: int | None, resample: bool) -> np.ndarray:
-        """One recording of any kind as float32 samples `(samples,)` at the extractor's rate; `name` is for errors."""
+        """A recording of any kind as float32 samples `(samples,)` at the extractor's rate; `name` is for errors."""
         samples, rate, channel_axis = recording, None, None
         if hasattr(recording, "get_all_samples"):  # the decoder of torchcodec, which `datasets.Audio` gives
             decoded = recording.get_all_samples()
@@ -514,7 +461,7 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
             except (ValueError, FileNotFoundError) as error:
                 kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
                 raise kind(f"{name}: {error}") from error
-        if rate is not None:  # what the audio says of itself comes first
+        if rate is not None:
             rate = check_sampling_rate(rate, f"The sampling_rate of {name}")
         elif sampling_rate is not None:
             rate = check_sampling_rate(sampling_rate)
@@ -540,14 +487,14 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
         return waveform
 
     def _extract(self, waveform: np.ndarray, f0: np.ndarray | None) -> np.ndarray:
-        """Features of one utterance: samples `(samples,)` and F0 at every hop in, float32 `(frames, channels)` out."""
+        """Samples `(samples,)` and F0 at every hop to features, float32 `(frames, channels)`."""
         groups, rate, hop_length = self.feature_groups, self.sampling_rate, self.hop_length
         num_frames = len(waveform) // hop_length
         features = {"spectrogram": log_mel_spectrogram(waveform, rate, hop_length, self.n_fft, groups["spectrogram"])}
         if "waveform" in groups:
             features["waveform"] = waveform[: num_frames * hop_length].reshape(num_frames, hop_length)
         if f0 is not None:
-            # The tracker's frame after the last hop has no frame of the spectrogram to go with, and is left out.
+            # The tracker has one frame more than the spectrogram.
             f0 = f0[:num_frames]
             features["pitch"] = f0[:, None]
         if "phase" in groups:
@@ -555,7 +502,6 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
             features["phase"] = np.minimum(phase, LARGEST_PHASE)
         if "envelope" in groups:
             envelope = spectral_envelope_code(waveform, f0, rate, hop_length, groups["envelope"])
-            # The smallest deviation is for silence, which is constant; speech has 0.05 and more in every channel.
             deviation = np.maximum(envelope.std(axis=0), SMALLEST_DEVIATION)
             features["envelope"] = (envelope - envelope.mean(axis=0)) / deviation
         if "aperiodicity" in groups:
@@ -576,10 +522,14 @@ def _as_batch(audio) -> tuple[list, bool]:
     shape = tuple(getattr(audio, "shape", ()))  # of an array or a tensor
     if len(shape) != 2 or 0 in shape:
         return [audio], False
-    # Recordings lie in rows, as for other extractors. Rows of a few samples are no recordings.
-    if shape[1] <= MAX_CHANNELS and shape[1] < shape[0]:
+    return array_rows(audio), True
+
+
+def array_rows(audio) -> list:
+    """Recordings of an array or tensor `(recordings, samples)`; a `ValueError` if it looks like channels."""
+    if audio.shape[1] <= MAX_CHANNELS and audio.shape[1] < audio.shape[0]:
         raise ValueError(
-            f"audio of shape {shape} looks like (samples, channels), and a 2-D array is a batch, (recordings, samples)."
-            " Average its channels before: `audio.mean(axis=1)`."
+            f"audio of shape {tuple(audio.shape)} looks like (samples, channels), and a 2-D array is a batch,"
+            " (recordings, samples). Average its channels before: `audio.mean(axis=1)`."
         )
-    return list(audio), True
+    return list(audio)

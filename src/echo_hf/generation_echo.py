@@ -1,12 +1,8 @@
-"""Joint decoding: what the decoder would write next, weighed against what the encoder's CTC head has heard.
+"""Joint decoding by the decoder and the encoder's CTC head, for greedy search, beams and sampling.
 
-The decoder alone may lose its place in long speech, repeat itself, or stop too soon. CTC knows how much of the speech a
-transcript so far accounts for. So `generate()` takes both, for greedy search, beams and sampling alike.
-
-Where a decoder that has lost its place repeats the last word, CTC's score of one more token is seldom low enough to
-outweigh it, while that of all of the repeated words is. Greedy search therefore goes back to where the text could have
-ended, once its score has fallen below that of the text that ended there.
-"""
+The decoder alone may repeat itself or stop too soon; CTC knows how much of the speech a transcript accounts for. CTC
+scores a single repeated token seldom low enough, but all repeated words together: so greedy search goes back to an
+earlier end of sequence when the score of the text falls below that of the text that ended there."""
 
 import bisect
 import functools
@@ -25,49 +21,36 @@ from transformers import (
 )
 from transformers.generation import GenerationMixin
 
+from .conditioning_echo import precise_dtype
 from .configuration_echo import WHISPER_SETTINGS
 
-# Log-probability of what cannot be. Finite, as differences of infinities are not numbers.
-IMPOSSIBLE = -1e10
-# Greedy search goes back to an earlier end if the text scores lower by this, a factor of 7, and if CTC gives that end a
-# probability of at least 1%: so it does not cut speech off that CTC hears and the decoder is unsure of.
+IMPOSSIBLE = -1e10  # log-probability; finite, since a difference of infinities is NaN
+# Greedy search goes back to an earlier end if the text scores lower by END_MARGIN (a factor of 7), and if CTC gives
+# that end at least 1%: so it keeps speech of which only the decoder is unsure.
 END_MARGIN = 2.0
 LOG_LEAST_END = math.log(0.01)
-# Tokens of the CTC head's text that the decoder scores in one pass.
-DRAFT_LENGTH = 16
-# Texts that it scores so together. Among more, some draft soon fails, and nothing is gained: decoding took 0.37 of the
-# time for one, 0.47 for two, 0.68 for four, as long for eight.
+DRAFT_LENGTH = 16  # tokens of the CTC head's text that the decoder scores in one pass
+# Texts that it scores so together; among more, some draft soon fails. Decoding took 0.37 of the time for one, 0.47 for
+# two, 0.68 for four, as long for eight.
 DRAFT_ROWS = 4
-# Scores in float32 that differ by less might come out the other way round in passes of another length: rounding changes
-# them by 1e-5 or so.
-TOO_CLOSE = 1e-3
+TOO_CLOSE = 1e-3  # difference of two scores; float32 rounds passes of another length by about 1e-5
 
 MAX_HYPOTHESES = 1000  # of an utterance in generate()
-TOKEN_SETTINGS = (  # settings of generate() that hold one or several tokens
+TOKEN_SETTINGS = (
     *("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id"),
     *("forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"),
 )
 
 
 def find_cut_off(ids: torch.Tensor, generation_config) -> torch.Tensor:
-    """Which texts `generate()` stopped for their length.
-
-    Args:
-        ids (`torch.LongTensor` of shape `(B, L)`): what it gave.
-        generation_config (`GenerationConfig`): says what ends a text; without an `eos_token_id` nothing does, and none
-            counts as cut off.
-
-    Returns:
-        `torch.BoolTensor` of shape `(B,)`.
-    """
+    """Which texts `(B, L)` of `generate()` were stopped for their length, `(B,)`; none without an `eos_token_id`."""
     if generation_config.eos_token_id is None:
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     return ~torch.isin(ids, torch.as_tensor(generation_config.eos_token_id, device=ids.device)).any(-1)
 
 
 def drop_whisper_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """
-    Settings of generate() without those of Whisper, which Echo has no use for.
+    """Settings of generate() without those of Whisper.
 
     Raises:
         `ValueError`: one of those is switched on.
@@ -84,12 +67,7 @@ def drop_whisper_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_generation_config(generation_config: GenerationConfig, vocab_size: int):
-    """
-    Checks the settings of generate() that would fail deep inside it, or not at all.
-
-    Raises:
-        `ValueError`: one of them has a value that cannot work; the message names it.
-    """
+    """Raises a `ValueError` that names a setting of generate() that would fail deep inside it, or not at all."""
     for name in ("num_beams", "num_return_sequences"):
         value = getattr(generation_config, name)
         if value is not None and not (isinstance(value, Integral) and 1 <= value <= MAX_HYPOTHESES):
@@ -109,49 +87,32 @@ def check_generation_config(generation_config: GenerationConfig, vocab_size: int
 
 
 def log_cumulative_products(factors: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """`x_t = a_t * (x_{t-1} + b_t)` for all t at once, `x` before the first being 0; all in logarithms.
-
-    Divided by the product of all factors so far, the recurrence is a running sum.
-
-    Args:
-        factors (`torch.Tensor` of shape `(rows, frames)`): log a.
-        inputs (`torch.Tensor` of shape `(rows, frames)`): log b.
-
-    Returns:
-        `torch.Tensor` of shape `(rows, frames)`: log x.
-    """
+    """log x of `x_t = a_t * (x_{t-1} + b_t)` for all t at once, `x` before the first being 0, from log a and log b,
+    each `(rows, frames)`. Divided by the product of all factors so far, the recurrence is a running sum."""
     products = factors.cumsum(-1)
     return products + torch.logcumsumexp(inputs + factors - products, dim=-1)
 
 
 class EarlierEnd(NamedTuple):
-    """Of each row of greedy search, the end of sequence that its text passed by and that would have scored best.
+    """The best end of sequence that each row of greedy search passed by.
 
-    A score is a sum of logarithms of probabilities, so it only falls: a text that scores less than one that it began
-    with, and that ended there, will not catch up with it.
+    A score is a sum of log-probabilities and only falls: a text that scores less than an ended beginning of it will not
+    catch up."""
 
-    Args:
-        score (`torch.Tensor` of shape `(rows,)`): of the text so far.
-        best_score (`torch.Tensor` of shape `(rows,)`): the highest of a text that ended.
-        best_length (`torch.LongTensor` of shape `(rows,)`): that text's tokens, without its end.
-        best_token (`torch.LongTensor` of shape `(rows,)`): its end.
-    """
-
-    score: torch.Tensor
-    best_score: torch.Tensor
-    best_length: torch.Tensor
-    best_token: torch.Tensor
+    score: torch.Tensor  # (rows,), of the text so far
+    best_score: torch.Tensor  # (rows,), the highest of a text that ended
+    best_length: torch.Tensor  # (rows,), tokens of that text, without its end
+    best_token: torch.Tensor  # (rows,), its end
 
     @classmethod
     def none(cls, score: torch.Tensor) -> "EarlierEnd":
-        """Before the first end is passed by."""
         nothing = torch.zeros_like(score, dtype=torch.long)
         return cls(score, torch.full_like(score, -torch.inf), nothing, nothing)
 
     def consider(
         self, lengths: int | torch.Tensor, tokens: torch.Tensor, scores: torch.Tensor, is_possible: torch.Tensor
     ) -> "EarlierEnd":
-        """Takes in what an end behind so many tokens would score, where it is possible; each `(rows,)`."""
+        """With an end of the given score behind so many tokens, where it is possible; each `(rows,)`."""
         scores = self.score + scores
         better = (scores > self.best_score) & is_possible
         found = (scores, lengths, tokens)
@@ -164,55 +125,40 @@ class EarlierEnd(NamedTuple):
 
 
 class PrefixState(NamedTuple):
-    """What CTC knows of each row's transcript so far, in logarithms. Column 0 of frames is the time before the first.
+    """What CTC knows of each row's transcript so far, in logarithms. Column 0 of frames is before the first."""
 
-    Args:
-        ends_in_any, ends_in_blank (`torch.Tensor` of shape `(rows, 1 + frames)`): r^n + r^b, and r^b.
-        prefix (`torch.Tensor` of shape `(rows,)`): psi.
-        last_token (`torch.LongTensor` of shape `(rows,)`): the transcript's last; the blank if it is empty.
-        heard_last (`torch.Tensor` of shape `(rows, frames)`): p_t of that token.
-    """
-
-    ends_in_any: torch.Tensor
-    ends_in_blank: torch.Tensor
-    prefix: torch.Tensor
-    last_token: torch.Tensor
-    heard_last: torch.Tensor
+    ends_in_any: torch.Tensor  # (rows, 1 + frames), r^n + r^b
+    ends_in_blank: torch.Tensor  # (rows, 1 + frames), r^b
+    prefix: torch.Tensor  # (rows,), psi
+    last_token: torch.Tensor  # (rows,), the blank if the transcript is empty
+    heard_last: torch.Tensor  # (rows, frames), p_t of that token
 
 
 class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
-    r"""
-    Scores of the next token by decoder and CTC together: `(1 - w) * log p_decoder + w * log p_CTC`.
+    r"""Scores of the next token by decoder and CTC: `(1 - w) * log p_decoder + w * log p_CTC`.
 
     `p_CTC` of token c after the transcript g is `psi(g c) / psi(g)`, with `psi(g)` the probability, summed over all
-    alignments, that the speech's transcript begins with g; for the end of sequence it is the probability that g is all
-    (Watanabe et al., "Hybrid CTC/Attention Architecture for End-to-End Speech Recognition", 2017, algorithm 2,
-    https://doi.org/10.1109/JSTSP.2017.2763455). With `r^n_t(g)` and `r^b_t(g)` the probabilities that the frames up to
-    t read g and end in its last token, or in a blank:
+    alignments, that the speech's transcript begins with g; for the end of sequence, that it is g (Watanabe et al.,
+    2017, algorithm 2, https://doi.org/10.1109/JSTSP.2017.2763455). With `r^n_t(g)` and `r^b_t(g)` the probabilities
+    that the frames up to t read g and end in its last token, or in a blank:
 
         phi_t   = r^b_{t-1}(g) + (r^n_{t-1}(g) unless c is g's last token)
         psi(gc) = sum_t phi_t p_t(c)
         r^n_t(gc) = p_t(c) (r^n_{t-1}(gc) + phi_t)
         r^b_t(gc) = p_t(blank) (r^b_{t-1}(gc) + r^n_{t-1}(gc))
 
-    A step costs frames times vocabulary for each row, with no loop over frames. The probabilities are in float32, and a
-    token has at least 1e-38 in each frame; the recurrences, sums of thousands of logarithms, are in float64.
+    A step costs frames times vocabulary for each row, without a loop over frames. Probabilities are in float32, at
+    least 1e-38; the recurrences are in float64.
 
     Args:
         logits (`torch.Tensor` of shape `(rows, frames, vocab_size)`):
-            Of the CTC head, a row for each hypothesis: those of an utterance lie together.
-        mask (`torch.Tensor` of shape `(rows, frames)`):
-            1 for real frames, 0 for padding.
-        blank_token_id (`int`):
-            The blank; `pad_token_id` in Echo.
-        bos_token_id (`int`):
-            Begin of sequence, never to be written unless it is an end of sequence too; `None` where there is none.
-        eos_token_ids (`torch.Tensor` of shape `(ends,)`):
-            Ends of sequence.
-        weight (`float`):
-            w, above 0; at 1 the decoder has no say.
-        num_hypotheses (`int`, defaults to 1):
-            Rows that each utterance has: beams, or samples.
+            Of the CTC head, a row for each hypothesis; those of an utterance lie together.
+        mask (`torch.Tensor` of shape `(rows, frames)`): 1 for real frames.
+        blank_token_id (`int`): `pad_token_id` in Echo.
+        bos_token_id (`int`, *optional*): Never written, unless it is an end of sequence too.
+        eos_token_ids (`torch.Tensor` of shape `(ends,)`): Ends of sequence.
+        weight (`float`): w, above 0; at 1 the decoder has no say.
+        num_hypotheses (`int`, defaults to 1): Beams or samples of each utterance.
 
     Raises:
         `ValueError`: the weight is not above 0 and at most 1.
@@ -234,13 +180,12 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
         self.eos_token_ids = eos_token_ids
         self.weight = weight
         self.num_hypotheses = num_hypotheses
-        # The hypotheses of an utterance share its frames: (batch, frames, vocab_size).
+        # The hypotheses of an utterance share its frames.
         logits, mask = logits[::num_hypotheses], mask[::num_hypotheses, :, None] > 0
         probs = logits.float().softmax(-1).clamp(min=torch.finfo(torch.float32).tiny)
-        # Frames of padding are blank for certain, which leaves every probability at the last real frame as it is.
+        # Padding is blank for certain, which changes no probability.
         is_blank = torch.arange(logits.shape[-1], device=logits.device) == blank_token_id
         self.probs = torch.where(mask, probs, is_blank.float())
-        # A begin of sequence that is the end of sequence too, as in Whisper and GPT-2, must be written to end.
         ends = eos_token_ids.tolist()
         unsaid = [token for token in (blank_token_id, bos_token_id) if token is not None and token not in ends]
         self.unsaid_token_ids = torch.tensor(unsaid, dtype=torch.long, device=logits.device)
@@ -253,31 +198,24 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
         rows = torch.arange(len(probs) * num_hypotheses, device=logits.device)
         self.utterances = rows // num_hypotheses
         self.blanks = self.heard(torch.full_like(rows, blank_token_id))  # (rows, frames)
-        self.goes_back = False  # to an earlier end; greedy search sets it
+        self.goes_back = False  # set by greedy search
         self.prompt_length = None
-        self.records = {}  # of the last calls, by their length
+        self.records = {}  # of the last calls, by length
 
     def heard(self, tokens: torch.Tensor) -> torch.Tensor:
         """log p_t of each row's own token, `(rows,)` to `(rows, frames)`."""
-        # mps has no float64
-        dtype = torch.float32 if self.probs.device.type == "mps" else torch.float64
-        return self.probs.transpose(1, 2)[self.utterances, tokens].to(dtype).log().clamp(min=IMPOSSIBLE)
+        probs = self.probs.transpose(1, 2)[self.utterances, tokens]
+        return probs.to(precise_dtype(probs.device)).log().clamp(min=IMPOSSIBLE)
 
     def begin(self) -> PrefixState:
-        """The state of the empty transcript, for every row."""
+        """The state of the empty transcript."""
         ends_in_blank = torch.nn.functional.pad(self.blanks.cumsum(-1), (1, 0))
         empty = torch.full_like(self.utterances, self.blank_token_id)
-        return PrefixState(
-            ends_in_any=ends_in_blank,
-            ends_in_blank=ends_in_blank,
-            prefix=torch.zeros_like(ends_in_blank[:, 0]),
-            last_token=empty,
-            heard_last=self.blanks,
-        )
+        return PrefixState(ends_in_blank, ends_in_blank, torch.zeros_like(ends_in_blank[:, 0]), empty, self.blanks)
 
     def advance(self, state: PrefixState, tokens: torch.Tensor) -> PrefixState:
-        """The state after one more token of each row, `(rows,)`. A blank, or an end of sequence, is no text."""
-        repeats = (tokens == state.last_token)[:, None]  # which needs a blank between
+        """The state after one more token of each row, `(rows,)`. Blanks and ends of sequence change nothing."""
+        repeats = (tokens == state.last_token)[:, None]  # they need a blank between
         inputs = torch.where(repeats, state.ends_in_blank[:, :-1], state.ends_in_any[:, :-1])
         heard = self.heard(tokens)
         ends_in_token = log_cumulative_products(heard, inputs)
@@ -288,14 +226,12 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
         after = (ends_in_any, ends_in_blank, (inputs + heard).logsumexp(-1), tokens, heard)
         is_text = self.is_text[tokens]
         if not is_text.all():
-            is_text_too = is_text[:, None]
-            after = tuple(
-                torch.where(is_text_too if new.dim() == 2 else is_text, new, old) for new, old in zip(after, state)
-            )
+            where = [is_text[:, None] if new.dim() == 2 else is_text for new in after]
+            after = map(torch.where, where, after, state)
         return PrefixState(*after)
 
     def score(self, state: PrefixState, scores: torch.Tensor) -> torch.Tensor:
-        """Scores of the next token, `(rows, vocab_size)`, float32; those of the decoder are given."""
+        """Scores of the next token, `(rows, vocab_size)`, float32, from those of the decoder."""
         inputs, before_blank = state.ends_in_any[:, :-1], state.ends_in_blank[:, :-1]
         # log psi(g c), (rows, vocab_size): a product of matrices, scaled by the largest input, is a sum over frames.
         scale = inputs.amax(-1, keepdim=True)
@@ -303,8 +239,7 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
         prefix = state.prefix[:, None]
         heard = (share @ self.probs).flatten(0, 1).clamp(min=torch.finfo(torch.float32).tiny).log()
         heard = heard + (scale - prefix).float()
-        # A repeated token needs a blank between, or it would be the same. Without a last token it is the blank, whose
-        # score does not count.
+        # A repeated token needs a blank between.
         repeated = (before_blank + state.heard_last).logsumexp(-1, keepdim=True) - prefix
         heard = heard.scatter(1, state.last_token[:, None], repeated.float())
         heard[:, self.eos_token_ids] = (state.ends_in_any[:, -1:] - prefix).float()
@@ -321,21 +256,21 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
         lengths: int | torch.Tensor,
         is_going_on: torch.Tensor,
     ) -> tuple[torch.Tensor, EarlierEnd]:
-        """Scores of the next token that leave a text nothing but the end, if it should have ended before; and what is
-        known of earlier ends with the one that may come next."""
+        """Scores of the next token that allow only the end where the text should have ended before, and what is known
+        of earlier ends."""
         end_scores, best = scores[:, self.eos_token_ids].max(-1)
         is_possible = (state.ends_in_any[:, -1] - state.prefix > LOG_LEAST_END) & is_going_on
         earlier_end = earlier_end.consider(lengths, self.eos_token_ids[best], end_scores, is_possible)
         return torch.where(earlier_end.is_passed[:, None], self.only_end, scores), earlier_end
 
     def set_padding(self, pad_token_id: int):
-        """What follows an end of sequence; the blank if it is not told."""
+        """Sets what follows an end of sequence."""
         self.pad_token_id = pad_token_id
         self.after_end.fill_(-torch.inf)[:, pad_token_id] = 0.0
 
     def _follow(self, input_ids: torch.LongTensor) -> tuple[PrefixState, EarlierEnd | None]:
-        """What is known of these transcripts so far, `(rows, length)`: a step on from one of the last calls', of which
-        each continues any of its utterance's; otherwise from the beginning."""
+        """State and earlier ends of the transcripts `(rows, length)`: one step on from a recorded call if each
+        continues a transcript of its utterance, else from the beginning."""
         record = self.records.get(input_ids.shape[1] - 1)
         if record is not None:
             known, state, earlier_end, scores = record
@@ -345,7 +280,7 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
                     score = earlier_end.score + scores.gather(1, tokens[:, None])[:, 0]
                     earlier_end = earlier_end._replace(score=score)
                 return self.advance(state, tokens), earlier_end
-            # The rows of an utterance are its beams, which search reorders.
+            # Beam search reorders the rows of an utterance.
             now, then = (ids.unflatten(0, (-1, self.num_hypotheses)) for ids in (input_ids[:, :-1], known))
             same = (now[:, :, None] == then[:, None]).all(-1)  # (batch, beams, beams)
             if same.any(-1).all():
@@ -359,33 +294,24 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
         return state, EarlierEnd.none(torch.zeros_like(state.prefix)) if is_prompt else None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """
-        Args:
-            input_ids (`torch.LongTensor` of shape `(rows, length)`): transcripts so far, with the begin of sequence.
-            scores (`torch.FloatTensor` of shape `(rows, vocab_size)`): the decoder's, as logits or log-probabilities.
-
-        Returns:
-            `torch.FloatTensor` of shape `(rows, vocab_size)`: scores, logarithmic; minus infinity for the begin of
-            sequence and padding. In rows that are finished padding has 0, and all else minus infinity.
-        """
+        """Joint scores, `(rows, vocab_size)`, of the transcripts `(rows, length)` from those of the decoder, logits or
+        log-probabilities. Begin of sequence and padding have minus infinity; in finished rows all but padding has."""
         length = input_ids.shape[1]
         if self.prompt_length is None:
             self.prompt_length = length
         state, earlier_end = self._follow(input_ids)
-        # Only an end of sequence, or the padding behind another end, is written and no text.
         is_finished = ~self.is_text[input_ids[:, self.prompt_length :]].all(-1)
         joint = self.score(state, scores)
         if earlier_end is not None:
             joint, earlier_end = self.end_early(joint, state, earlier_end, length, ~is_finished)
         joint = torch.where(is_finished[:, None], self.after_end, joint)
-        if len(input_ids) > 1:  # assisted generation, of one row alone, rewinds
+        if len(input_ids) > 1:  # only assisted generation, of one row, rewinds
             self.records.clear()
         self.records[length] = (input_ids, state, earlier_end, joint)
         return joint.to(scores.dtype)
 
     def go_back(self, output, earlier_end: EarlierEnd | None = None):
-        """What `generate()` gave, with each text ended where it would have scored best. The calls that led to it tell
-        where, if nothing else does."""
+        """The output of `generate()` with each text ended where it would have scored best."""
         sequences = output if torch.is_tensor(output) else output.sequences
         if earlier_end is None:
             _, earlier_end = self._follow(sequences)
@@ -412,11 +338,7 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
 
 
 class CTCDraft:
-    """What the CTC head alone would write: a draft, of which the decoder scores many tokens in one pass.
-
-    Args:
-        joint ([`EchoCTCPrefixLogitsProcessor`]): has the CTC head's probabilities.
-    """
+    """The text of the CTC head alone: a draft, of which the decoder scores many tokens in one pass."""
 
     def __init__(self, joint: EchoCTCPrefixLogitsProcessor):
         self.blank_token_id, self.eos_token_id = joint.blank_token_id, int(joint.eos_token_ids[0])
@@ -440,11 +362,9 @@ class CTCDraft:
 class EchoGenerationMixin(GenerationMixin):
     """Greedy search by decoder and CTC, which goes back to an end that it should not have passed by.
 
-    In small batches the decoder scores what CTC heard, several tokens at a time. The text is that of one token at a
-    time, to the id: each token is chosen by the same scores in the same order, and what follows the first that differs
-    from the draft is drafted anew. A pass of many tokens rounds otherwise than many passes of one: where the two best
-    tokens are closer than that can tell apart, all is done again, a token at a time.
-    """
+    In small batches the decoder scores the text of CTC, several tokens at a time. The result is the same as with one
+    token at a time: what follows the first token that differs from the draft is drafted anew, and where the two best
+    tokens are closer than the rounding of a longer pass, search starts over with one token at a time."""
 
     @functools.wraps(GenerationMixin._sample)
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
@@ -458,7 +378,7 @@ class EchoGenerationMixin(GenerationMixin):
             cache.crop(-cache.get_seq_length())
         return self._go_back(super()._sample, *arguments)
 
-    # `generate()` reads from its signature which arguments it takes.
+    # `generate()` reads its arguments from the signature.
     @functools.wraps(GenerationMixin._assisted_decoding)
     def _assisted_decoding(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config, kwargs)
@@ -466,21 +386,21 @@ class EchoGenerationMixin(GenerationMixin):
 
     def _go_back(self, search, input_ids, logits_processor, stopping_criteria, generation_config, kwargs):
         joint = next((each for each in logits_processor if isinstance(each, EchoCTCPrefixLogitsProcessor)), None)
-        if joint is None or generation_config.is_assistant:  # which is lent that of the model it assists
+        if joint is None or generation_config.is_assistant:  # an assistant is lent the processor
             return search(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         joint.set_padding(generation_config._pad_token_tensor)
-        # Whoever samples wants other texts than the most likely, and whoever sets a least length no shorter ones.
+        # Samples are other texts than the most likely, and a least length excludes earlier ends.
         has_least_length = generation_config.min_length or generation_config.min_new_tokens
         joint.goes_back = not (generation_config.do_sample or has_least_length or not len(joint.eos_token_ids))
         output = search(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         return joint.go_back(output) if joint.goes_back else output
 
     def _can_verify_drafts(self, input_ids, logits_processor, stopping_criteria, generation_config, kwargs) -> bool:
-        """Whether nobody wants more than the texts of greedy search, or has a say in them besides decoder and CTC."""
+        """Whether only the texts of greedy search are wanted, from decoder and CTC alone."""
         joint = logits_processor[0] if len(logits_processor) == 1 else None
-        if not isinstance(joint, EchoCTCPrefixLogitsProcessor) or joint.num_hypotheses > 1:
+        if not isinstance(joint, EchoCTCPrefixLogitsProcessor) or joint.num_hypotheses > 1 or self.training:
             return False
-        if len(input_ids) > DRAFT_ROWS:
+        if len(input_ids) > DRAFT_ROWS or self.dtype != torch.float32:  # less precise ones round too much
             return False
         if generation_config.do_sample or generation_config.return_dict_in_generate or generation_config.is_assistant:
             return False
@@ -497,8 +417,6 @@ class EchoGenerationMixin(GenerationMixin):
             and len(ends) == len(lengths) == 1
             and len(stopping_criteria) == 2
             and torch.equal(ends[0].to(joint.eos_token_ids.device), joint.eos_token_ids)
-            and self.dtype == torch.float32  # less precise ones round too much
-            and not self.training
         )
 
     def _verify_drafts(
@@ -518,7 +436,7 @@ class EchoGenerationMixin(GenerationMixin):
             drafted = draft.after(state)
             ids = torch.nn.functional.pad(input_ids, (0, DRAFT_LENGTH + 1), value=pad)
             places = lengths[:, None] + torch.arange(DRAFT_LENGTH, device=ids.device)
-            # From the last token of the shortest text, of which the cache lacks the keys: of longer ones it forgets.
+            # From the last token of the shortest text, whose keys the cache lacks.
             start = int(lengths[is_going_on].min()) - 1
             stop = min(int(lengths[is_going_on].max()) + DRAFT_LENGTH, max_length)
             cache.crop(min(start - cache.get_seq_length(), 0))

@@ -19,14 +19,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+from transformers import PreTrainedConfig
+from transformers.pipelines.automatic_speech_recognition import AutomaticSpeechRecognitionPipeline
 from transformers.utils import logging
 
 from .checkpoint import load_model_and_processor
+from .configuration_echo import EchoConfig
 from .feature_extraction_echo import open_audio
 from .generation_echo import find_cut_off
 from .pipeline_echo import LONGEST_SEGMENT, EchoAutomaticSpeechRecognitionPipeline
 from .processing_echo import EchoProcessor
 from .segmentation_echo import read_blocks
+from .whisper_echo import EchoWhisperConfig, EchoWhisperForConditionalGeneration, EchoWhisperProcessor
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -71,7 +75,33 @@ def load_checkpoint(checkpoint: str | Path | None = None, device: str | None = N
     checkpoint = BUNDLED_CHECKPOINT if checkpoint is None else checkpoint
     if checkpoint == BUNDLED_CHECKPOINT and not (BUNDLED_CHECKPOINT / "config.json").is_file():
         raise ValueError("This installation came without its checkpoint; name one, a folder or a name on the Hub.")
-    model, processor = load_model_and_processor(checkpoint, **overrides)
+    return place(*load_model_and_processor(checkpoint, **overrides), device)
+
+
+def config_class_of(checkpoint: str | Path | None = None) -> type[EchoConfig] | type[EchoWhisperConfig]:
+    """The class of the config of a checkpoint that [`load_recognizer`] loads."""
+    try:
+        saved = {} if checkpoint is None else PreTrainedConfig.get_config_dict(checkpoint)[0]
+    except (OSError, ValueError):  # which loading explains
+        saved = {}
+    return EchoWhisperConfig if saved.get("model_type") == EchoWhisperConfig.model_type else EchoConfig
+
+
+def load_recognizer(checkpoint: str | Path | None = None, device: str | None = None, **overrides):
+    """
+    As [`load_checkpoint`], and of a Whisper with pitch too.
+
+    Returns:
+        What [`load_checkpoint`] returns, or [`EchoWhisperForConditionalGeneration`] and [`EchoWhisperProcessor`].
+    """
+    if config_class_of(checkpoint) is EchoConfig:
+        return load_checkpoint(checkpoint, device, **overrides)
+    model = EchoWhisperForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32, **overrides)
+    return place(model, EchoWhisperProcessor.from_pretrained(checkpoint), device)
+
+
+def place(model, processor, device: str | None = None):
+    """The model on the device, or on the accelerator if there is one, ready to recognize; and its processor."""
     if device is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = accelerator.type if accelerator is not None else "cpu"
@@ -83,11 +113,13 @@ def load_checkpoint(checkpoint: str | Path | None = None, device: str | None = N
     return model, processor
 
 
-def make_pipeline(model, processor: EchoProcessor) -> EchoAutomaticSpeechRecognitionPipeline:
-    """The speech recognition pipeline of a model, where the model is, and its processor; of [`load_checkpoint`]."""
-    return EchoAutomaticSpeechRecognitionPipeline(
+def make_pipeline(model, processor) -> AutomaticSpeechRecognitionPipeline:
+    """The speech recognition pipeline of a model, where the model is, and its processor; of [`load_recognizer`]."""
+    pipeline = EchoAutomaticSpeechRecognitionPipeline(
         model=model, tokenizer=processor.tokenizer, feature_extractor=processor.feature_extractor, device=model.device
     )
+    pipeline._generation_defaults = {}  # of a Whisper, too, the model's generation_config alone decides
+    return pipeline
 
 
 def recognize(
@@ -280,12 +312,13 @@ def transcribe_files(
     does not keep the others from being transcribed.
 
     Args:
-        pipeline ([`EchoAutomaticSpeechRecognitionPipeline`]): the pipeline.
+        pipeline: of [`make_pipeline`].
         files (`list[Path]`): audio files.
         batch_size (`int`, defaults to 8): segments at a time.
         generate_kwargs (`dict`, *optional*): for `generate()`.
         timestamps (`str`, *optional*): `"segment"` or `"word"`: what to tell the times of.
-        chunk_length_s (`float`, defaults to 20): longest segment in seconds; 0: a file is never cut.
+        chunk_length_s (`float`, defaults to 20): longest segment in seconds; 0: a file is never cut. Not used with a
+            Whisper, which moves its own window along the file.
         show_progress (`bool`, defaults to `False`): whether a bar on standard error, if that is a terminal, tells how
             much of the audio is done.
 
@@ -295,7 +328,13 @@ def transcribe_files(
     kinds = {None: None, "segment": True, "word": "word"}
     if timestamps not in kinds:
         raise ValueError(f"timestamps must be 'segment' or 'word', got {timestamps!r}.")
-    options = {"batch_size": batch_size, "chunk_length_s": chunk_length_s, "return_timestamps": kinds[timestamps]}
+    options = {"batch_size": batch_size, "return_timestamps": kinds[timestamps]}
+    if isinstance(pipeline, EchoAutomaticSpeechRecognitionPipeline):
+        options["chunk_length_s"] = chunk_length_s
+        transcribe_long = _transcribe_long
+    else:
+        chunk_length_s = pipeline.feature_extractor.chunk_length
+        transcribe_long = _transcribe_long_by_whisper
     if generate_kwargs:
         options["generate_kwargs"] = generate_kwargs
     rate = pipeline.feature_extractor.sampling_rate
@@ -318,7 +357,7 @@ def transcribe_files(
             if samples is None:
                 yield from finish(waiting)
                 waiting = []
-                transcript = _transcribe_long(pipeline, path, source, options, bar)
+                transcript = transcribe_long(pipeline, path, source, options, bar)
                 bar.clear()
                 yield transcript
                 continue
@@ -422,22 +461,41 @@ def _transcribe_long(pipeline, path: Path, source: Path | bytes, options, bar) -
     return _transcript(path, seconds, result)
 
 
+def _transcribe_long_by_whisper(pipeline, path: Path, source: Path | bytes, options, bar) -> Transcript:
+    """By windows that end where a segment does, which Whisper's times tell; all of the file is in memory."""
+    rate, timestamps = pipeline.feature_extractor.sampling_rate, options["return_timestamps"]
+    try:
+        samples = read_short(source, rate, 0)
+        audio = {"raw": samples, "sampling_rate": rate}
+        result = pipeline(audio, **{**options, "return_timestamps": timestamps or True})
+    except (OSError, ValueError) as error:
+        return Transcript(path, error=str(error))
+    bar.advance(len(samples) / rate)
+    if timestamps is None:
+        del result["chunks"]
+    return _transcript(path, len(samples) / rate, result)
+
+
 def _transcript(path: Path, seconds: float, result: dict[str, Any]) -> Transcript:
     chunks = None
     if "chunks" in result:
         chunks = [
-            {"text": chunk["text"].strip(), "start": chunk["timestamp"][0], "end": chunk["timestamp"][1]}
+            {"text": chunk["text"].strip(), "start": start, "end": seconds if end is None else end}
             for chunk in result["chunks"]
+            for start, end in [chunk["timestamp"]]  # Whisper leaves an end open that it did not hear
         ]
     return Transcript(path, result["text"], round(seconds, 3), chunks)
 
 
 __all__ = [
     "Transcript",
+    "config_class_of",
     "expand_paths",
     "find_audio_files",
     "load_checkpoint",
+    "load_recognizer",
     "make_pipeline",
+    "place",
     "recognize",
     "transcribe_files",
 ]

@@ -1,4 +1,4 @@
-"""The two losses that Echo learns by: cross-entropy of the decoder, and CTC of the encoder.
+"""Cross-entropy of the decoder and CTC of the encoder.
 
 The hybrid loss is `(1 - w) * cross_entropy + w * ctc_loss`, `w = ctc_loss_weight`. Dimensions as in `modeling_echo.py`.
 """
@@ -9,11 +9,11 @@ from transformers.loss.loss_ctc import ForCTCLoss
 
 from .configuration_echo import EchoConfig
 
-INTERMEDIATE_WEIGHT = 0.3  # share of the CTC loss that is of predictions within the encoder, where it makes any
+INTERMEDIATE_WEIGHT = 0.3  # share of the intermediate predictions in the CTC loss
 
 
 def ignore_padding(labels: torch.Tensor, config: EchoConfig) -> torch.Tensor:
-    """Labels with pad tokens, like -100, left out of every loss."""
+    """Labels with -100 in place of pad tokens."""
     return labels.masked_fill(labels == config.pad_token_id, -100)
 
 
@@ -23,16 +23,13 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy a token. `logits[:, t]` predicts `labels[:, t]`: the shift is in the decoder's inputs.
+    """Mean cross-entropy of the tokens, shape `()`. `logits[:, t]` predicts `labels[:, t]`.
 
     Args:
         logits (`torch.Tensor` of shape `(B, L, vocab_size)`)
         labels (`torch.LongTensor` of shape `(B, L)`): -100 is ignored.
         label_smoothing (`float`): probability mass that the target spreads evenly over the vocabulary.
-        num_items_in_batch (*optional*): number of label tokens to divide the sum by; those that count, if not given.
-
-    Returns:
-        `torch.Tensor` of shape `()`.
+        num_items_in_batch (*optional*): divisor of the sum; the number of labels that count if not given.
     """
     loss = nn.functional.cross_entropy(
         logits.float().flatten(0, 1),
@@ -52,20 +49,16 @@ def ctc_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     intermediate_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """CTC loss a token (Graves et al., https://doi.org/10.1145/1143844.1143891), the pad token as blank; 30% of it are
-    that of intermediate predictions, where there are any (Lee and Watanabe, https://huggingface.co/papers/2102.03216).
+    """CTC loss a token, shape `()`, with the pad token as blank (Graves et al.,
+    https://doi.org/10.1145/1143844.1143891). Intermediate predictions, if any, have 30% of it (Lee and Watanabe,
+    https://huggingface.co/papers/2102.03216). An utterance with too few frames for its labels counts 0.
 
     Args:
         logits (`torch.Tensor` of shape `(B, S, vocab_size)`)
-        labels (`torch.LongTensor` of shape `(B, L)`): -100 is ignored, and so are begin and end of sequence, no sounds.
+        labels (`torch.LongTensor` of shape `(B, L)`): -100, begin and end of sequence are ignored.
         encoder_mask (`torch.Tensor` of shape `(B, S)`): 1 for real frames.
-        num_items_in_batch (*optional*): number of label tokens to divide the sum by, with gradient accumulation; those
-            that are not -100, if not given.
-        intermediate_logits (`torch.Tensor` of shape `(B, N, S, vocab_size)`, *optional*): of [`EchoEncoderOutput`]; the
-            mean of their N losses counts.
-
-    Returns:
-        `torch.Tensor` of shape `()`. An utterance with too few frames for its labels counts 0.
+        num_items_in_batch (*optional*): divisor of the sum; the number of labels that are not -100 if not given.
+        intermediate_logits (`torch.Tensor` of shape `(B, N, S, vocab_size)`, *optional*): of [`EchoEncoderOutput`].
     """
     if num_items_in_batch is None:  # counted as the Trainer does
         num_items_in_batch = (labels != -100).sum().clamp(min=1)
@@ -83,5 +76,5 @@ def ctc_loss(
 
 
 def _divide(total: torch.Tensor, num_items_in_batch: torch.Tensor | int) -> torch.Tensor:
-    # The Trainer's number need not be on the device of the logits, and replicas of `DataParallel` know of none.
+    # The Trainer's number may be on another device; replicas of `DataParallel` get a plain number.
     return total / (num_items_in_batch.to(total.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch)

@@ -1,19 +1,18 @@
 """Echo: a speech recognizer whose attention knows the pitch of the voice.
 
-An encoder-decoder in the manner of Whisper and Moonshine. What differs from a plain rotary transformer is confined to
-a few small parts. Each is switched by one field of the config and does nothing when it is off:
+An encoder-decoder in the manner of Whisper and Moonshine. It differs from a plain rotary transformer in a few parts,
+each with a field of the config and without effect when off:
 
     EchoRotaryEmbedding   F0 moves the rotary frequency (theta) and sets the rotary radius
     EchoAttention         frames of similar pitch attend more to each other (bias); silent keys are scaled to near zero
     EchoGatedMLP          the gates of the feed-forward see the pitch
-    EchoStem              pitch as an input of its own, beside the spectrogram
-    token_pitch           pitch that accompanies each token of the decoder
+    EchoStem              pitch as an input beside the spectrogram
+    token_pitch           pitch of each token of the decoder
 
-Two more parts do not concern pitch, and are off by default: convolutions in the encoder's layers
-(`encoder_kernel_size`), and an encoder that sees its own intermediate predictions (`self_conditioning_layers`).
+Two more parts are off by default: convolutions in the encoder's layers (`encoder_kernel_size`), and an encoder that
+sees its own intermediate predictions (`self_conditioning_layers`).
 
-F0 arrives inside `input_features`, as its last channel, in Hz with 0 for unvoiced frames. Here `f0` is always in Hz,
-`pitch` always normalized.
+F0 is the last channel of `input_features`, in Hz with 0 for unvoiced frames. `f0` is in Hz, `pitch` is normalized.
 
 Dimensions: B batch, T input frames (10 ms), S encoder frames (40 ms), L tokens, H heads, K key-value heads, D head
 dimension, C = D / 2 rotary pairs, E hidden size.
@@ -47,7 +46,6 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .conditioning_echo import (
-    PITCH_CHANNELS,
     EchoPitch,
     EchoPitchProjection,
     EchoRotaryEmbedding,
@@ -56,8 +54,6 @@ from .conditioning_echo import (
     gaussian_bias_channels,
     laplacian_bias,
     mask_frames,
-    masked_mean,
-    normalize_f0,
     pitch_per_token,
     precise_dtype,
     rotate,
@@ -71,6 +67,7 @@ from .generation_echo import (
     drop_whisper_settings,
 )
 from .loss_echo import cross_entropy, ctc_loss, ignore_padding
+from .normalization_echo import PITCH_CHANNELS, masked_mean, normalize_f0
 
 attach_module(__name__)
 if __name__.startswith("transformers_modules."):
@@ -78,106 +75,72 @@ if __name__.startswith("transformers_modules."):
 
 logger = logging.get_logger(__name__)
 
-STEM_KERNEL_SIZE = 9  # encoder frames, 360 ms, that a layer behind the stem sees
-# Lists of layers in the weights, and the fields of the config that give their lengths.
+STEM_KERNEL_SIZE = 9  # encoder frames, 360 ms
+# Lists of layers in the weights, and the fields that give their lengths.
 LAYER_FIELDS = {
     r"encoder\.layers": "encoder_num_hidden_layers",
     r"decoder\.layers": "decoder_num_hidden_layers",
     r"encoder\.stem_layers": "stem_num_layers",
 }
 DEFAULT_CTC_WEIGHT = 0.5  # in generate()
-LONG_AUDIO = 30.0  # seconds; generate() warns of more, of which 448 tokens may hold a part only
-# The name of the cache in the library's outputs: "cache" from Transformers 5.24 on.
+LONG_AUDIO = 30.0  # seconds; the text of more may not fit 448 tokens, so generate() warns
+# The cache in the library's outputs is "cache" from Transformers 5.24 on.
 CACHE_NAME = "cache" if "cache" in Seq2SeqModelOutput.__dataclass_fields__ else "past_key_values"
 
 
 @dataclass
 class EchoEncoderOutput(BaseModelOutput):
-    """What the encoder gives, and what the decoder needs of it beside the hidden states.
+    """Output of the encoder."""
 
-    Args:
-        attention_mask (`torch.Tensor` of shape `(B, S)`): 1 for real encoder frames, 0 for padding.
-        f0 (`torch.Tensor` of shape `(B, S)`): F0 in Hz at the encoder's frames, 0 = unvoiced or padding.
-        silence (`torch.Tensor` of shape `(B, S)`, *optional*): whether the frame is silent; with `silence_scaling`.
-        token_pitch (`torch.Tensor` of shape `(B, N)`, *optional*): normalised pitch of each span of
-            `1 / tokens_per_second` seconds; with `token_pitch`.
-        intermediate_logits (`torch.Tensor` of shape `(B, N, S, vocab_size)`, *optional*): what the encoder took each
-            frame for behind N of its layers; in training, with `self_conditioning_layers`.
-    """
-
-    attention_mask: torch.Tensor | None = None
-    f0: torch.Tensor | None = None
-    silence: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None  # (B, S), 1 for real encoder frames, 0 for padding
+    f0: torch.Tensor | None = None  # (B, S), Hz, 0 = unvoiced or padding
+    silence: torch.Tensor | None = None  # (B, S), whether the frame is silent; with `silence_scaling`
+    # (B, N), normalized pitch of each span of `1 / tokens_per_second` seconds; with `token_pitch`
     token_pitch: torch.Tensor | None = None
+    # (B, N, S, vocab_size), predictions behind N layers; in training, with `self_conditioning_layers`
     intermediate_logits: torch.Tensor | None = None
 
 
 @dataclass
 class EchoSeq2SeqLMOutput(Seq2SeqLMOutput):
-    """The usual output, and the parts of the hybrid loss.
+    """[`Seq2SeqLMOutput`] with the parts of the hybrid loss."""
 
-    Args:
-        ce_loss (`torch.Tensor` of shape `()`, *optional*): cross-entropy a token.
-        ctc_loss (`torch.Tensor` of shape `()`, *optional*): CTC loss a token; with `ctc_loss_weight > 0`.
-        ctc_logits (`torch.Tensor` of shape `(B, S, vocab_size)`, *optional*): of the CTC head; with labels given.
-    """
-
-    ce_loss: torch.Tensor | None = None
-    ctc_loss: torch.Tensor | None = None
-    ctc_logits: torch.Tensor | None = None
+    ce_loss: torch.Tensor | None = None  # (), cross-entropy a token
+    ctc_loss: torch.Tensor | None = None  # (), CTC loss a token; with `ctc_loss_weight > 0`
+    ctc_logits: torch.Tensor | None = None  # (B, S, vocab_size), of the CTC head; with labels
 
 
 def has_values(tensor: torch.Tensor) -> bool:
-    """Whether a check may look at the tensor's values: not in a graph that is being traced or captured, and not on the
-    meta device."""
+    """Whether a check may read the tensor: not while a graph is traced or captured, nor on the meta device."""
     return tensor.device.type != "meta" and not is_tracing(tensor)
 
 
 def check_right_padding(attention_mask: torch.Tensor):
-    """
-    Checks that each utterance's frames come first and its padding behind them, where the values can be looked at.
-
-    Raises:
-        `ValueError`: a frame of `attention_mask`, `(B, T)`, is real behind one that is padding.
-    """
+    """Raises a `ValueError` if a frame of `attention_mask`, `(B, T)`, is real behind one that is padding."""
     if has_values(attention_mask) and (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
         raise ValueError(
             "attention_mask must be 1 for an utterance's frames and 0 for the padding behind them; here a 1 follows a"
-            " 0. Pad on the right: EchoFeatureExtractor does, with padding_side='right'."
+            " 0. Pad on the right, as EchoFeatureExtractor does."
         )
 
 
 class EchoEncoderLayerInputs(NamedTuple):
-    """What all layers of the encoder are given beside the hidden states, in the order of their arguments. Gradient
-    checkpointing follows gradients (of a learned radius, in `cos` and `sin`) into positional tensors only.
+    """Inputs that all layers of the encoder share, in the order of their arguments. They are passed by position, since
+    gradient checkpointing follows gradients into positional tensors only."""
 
-    Args:
-        attention_mask (`torch.Tensor`, *optional*): as the attention implementation wants it.
-        cos, sin (`torch.Tensor` of shape `(B or 1, 1, S, C)`): of [`EchoRotaryEmbedding`].
-        silence (`torch.Tensor` of shape `(B, S)`, *optional*): which frames are silent.
-        standardized_f0 (`torch.Tensor` of shape `(B, S)`, *optional*): for the gaussian bias.
-        position_bias (`torch.Tensor` of shape `(B, 1, S, S)`, *optional*): the laplacian bias.
-        pitch (`torch.Tensor` of shape `(B, S, 3)`): normalized, for the gates.
-        encoder_mask (`torch.Tensor` of shape `(B, S)`): 1 for real frames, for the convolutions.
-    """
-
-    attention_mask: torch.Tensor | None
-    cos: torch.Tensor
-    sin: torch.Tensor
-    silence: torch.Tensor | None
-    standardized_f0: torch.Tensor | None
-    position_bias: torch.Tensor | None
-    pitch: torch.Tensor
-    encoder_mask: torch.Tensor
+    attention_mask: torch.Tensor | None  # as the attention implementation wants it
+    cos: torch.Tensor  # (B or 1, 1, S, C), of EchoRotaryEmbedding
+    sin: torch.Tensor  # (B or 1, 1, S, C)
+    silence: torch.Tensor | None  # (B, S), which frames are silent
+    standardized_f0: torch.Tensor | None  # (B, S), for the gaussian bias
+    position_bias: torch.Tensor | None  # (B, 1, S, S), the laplacian bias
+    pitch: torch.Tensor  # (B, S, 3), normalized, for the gates
+    encoder_mask: torch.Tensor  # (B, S), 1 for real frames, for the convolutions
 
 
 class EchoStem(nn.Module):
-    """Convolutions that bring one channel group to the encoder's frame rate, `(B, T, channels)` to `(B, S, E)`.
-
-    Each convolution (kernel 3) is followed by a GELU, the last by an RMSNorm, so that what a frame holds is not drowned
-    by what the layers add. Padding is set to zero before every one of them, which is what the convolution itself sees
-    beyond an utterance's end, so that a batch does not change an utterance.
-    """
+    """Convolutions (kernel 3, GELU, RMSNorm at the end) that bring one channel group to the encoder's frame rate,
+    `(B, T, channels)` to `(B, S, E)`. Padding is set to zero before each, so that a batch changes no utterance."""
 
     def __init__(self, config: EchoConfig, channels: int):
         super().__init__()
@@ -200,18 +163,16 @@ class EchoStem(nn.Module):
 
 
 class EchoZeroLinear(nn.Linear):
-    """A linear map that starts at 0, so that what it is added to starts as if it were not there."""
+    """A linear map that starts at 0."""
 
 
 class EchoConvolutionLayer(nn.Module):
-    """Lets a frame hear its neighbors before attention does: `x + down(gelu(up(convolution(norm(x)))))`, with a
-    depthwise convolution that sees padding as zeros (a block of ConvNeXt, https://huggingface.co/papers/2201.03545, in
-    time).
+    """A depthwise convolution over time, `x + down(gelu(up(convolution(norm(x)))))`, as in ConvNeXt
+    (https://huggingface.co/papers/2201.03545). It sees padding as zeros.
 
     Args:
         kernel_size (`int`): encoder frames that it sees, an odd number.
-        within (`bool`): whether it is part of an encoder layer. It then has dropout and starts at 0, so that a model
-            that is given convolutions starts as the one without.
+        within (`bool`): whether it is part of an encoder layer. It then has dropout and starts at 0.
     """
 
     def __init__(self, config: EchoConfig, kernel_size: int, within: bool = False):
@@ -242,12 +203,12 @@ def eager_attention_forward(
     position_bias: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out: the one that can return its weights, `(B, H, L, S)`, beside its output `(B, L, H, D)`."""
+    """Attention written out: its output `(B, L, H, D)` and its weights `(B, H, L, S)`."""
     scores = query @ repeat_kv(key, module.num_key_value_groups).transpose(2, 3) * scaling
     if position_bias is not None:
         scores = scores + position_bias
     if attention_mask is not None:
-        if attention_mask.dtype == torch.bool:  # made for another attention: True where a query may look
+        if attention_mask.dtype == torch.bool:  # of another implementation
             attention_mask = torch.where(attention_mask, 0.0, torch.finfo(scores.dtype).min)
         scores = scores + attention_mask
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
@@ -257,21 +218,19 @@ def eager_attention_forward(
 
 
 class EchoAttention(nn.Module):
-    r"""Multi-head attention, of all three kinds: encoder self-attention, decoder self-attention, cross-attention.
+    r"""Multi-head attention: encoder self-attention, decoder self-attention, cross-attention.
 
     The score of query i and key j is
 
         z_j * (R_i q_i) . (R_j k_j) / sqrt(D)  +  bias_ij
 
     R rotates (not in cross-attention). `z_j` is 1, or for a silent frame the learned
-    `clamp(softplus(silence_logit), low, high)`. Padding is not silence: it is masked. The published form scales pad
-    tokens in the decoder's self-attention too; there the causal mask hides them already.
+    `clamp(softplus(silence_logit), low, high)`. The published form also scales pad tokens in the decoder, which the
+    causal mask hides already.
 
-    The bias is of pitch, in the encoder only: [`laplacian_bias`], a matrix that is handed in, or
-    [`gaussian_bias_channels`], which take the place of the head's last rotary pair, so that every width stays and any
-    attention kernel serves. Their strength is learned, one a head, and starts at 0. Scaling a key's channels is scaling
-    its score, so no mechanism but the laplacian needs a matrix of frames by frames.
-    """
+    The bias of pitch is in the encoder only: [`laplacian_bias`], a matrix, or [`gaussian_bias_channels`], which replace
+    the head's last rotary pair, so that every width stays and any attention kernel serves. Its strength is learned for
+    each head and starts at 0."""
 
     def __init__(self, config: EchoConfig, layer_idx: int, side: str, is_cross_attention: bool = False):
         super().__init__()
@@ -299,15 +258,11 @@ class EchoAttention(nn.Module):
         if config.silence_scaling and not self.is_causal:
             self.silence_logit = nn.Parameter(torch.zeros(1))
 
-    def silence_factor(self) -> torch.Tensor:
-        """z of a silent key, shape `(1,)`, float32."""
-        return nn.functional.softplus(self.silence_logit.float()).clamp(*self.config.silence_scale_range)
-
     def append_pitch(
         self, query: torch.Tensor, key: torch.Tensor, f: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends the two channels of the gaussian bias. f: `(B, S)`, standardized F0, float32."""
-        # The kernel multiplies every channel by the scaling; the bias stands outside it.
+        # The kernel multiplies all channels by the scaling, and the bias has none.
         of_queries, of_keys = gaussian_bias_channels(f, self.bias_strength.float() / self.scaling)
         of_keys = of_keys.expand(-1, key.shape[1], -1, -1)
         return torch.cat((query, of_queries.to(query.dtype)), -1), torch.cat((key, of_keys.to(key.dtype)), -1)
@@ -317,9 +272,9 @@ class EchoAttention(nn.Module):
         return states.view(*states.shape[:2], -1, channels).transpose(1, 2)
 
     def _scale_silence(self, key: torch.Tensor, silence: torch.Tensor) -> torch.Tensor:
-        """Keys `(B, K, S, D)`, those of silent frames, `(B, S)`, scaled to near zero."""
-        factor = torch.where(silence, self.silence_factor(), 1.0)
-        return key * factor[:, None, :, None].to(key.dtype)
+        """Keys `(B, K, S, D)` with those of silent frames, `(B, S)`, scaled to near zero."""
+        factor = nn.functional.softplus(self.silence_logit.float()).clamp(*self.config.silence_scale_range)
+        return key * torch.where(silence, factor, 1.0)[:, None, :, None].to(key.dtype)
 
     def forward(
         self,
@@ -341,10 +296,10 @@ class EchoAttention(nn.Module):
             attention_mask, cos, sin, silence, standardized_f0, position_bias: see [`EchoEncoderLayerInputs`].
             key_value_states (`torch.Tensor` of shape `(B, S, E)`, *optional*): the encoder's, in cross-attention.
             past_key_values (`EncoderDecoderCache`, *optional*): keys and values of past tokens.
-            eager (`bool`): whether to attend eagerly, whatever implementation was chosen, to get the weights.
+            eager (`bool`): whether to attend eagerly, to get the weights.
 
         Returns:
-            `(B, L, E)` and the weights `(B, H, L, S)` where the attention implementation gives them.
+            `(B, L, E)` and, where the attention implementation gives them, the weights `(B, H, L, S)`.
         """
         query = self._split_heads(self.q_proj(hidden_states), self.content_dim)
         cache = cached = None
@@ -389,14 +344,12 @@ class EchoAttention(nn.Module):
 
 
 class EchoOutputHead(nn.Linear):
-    """A linear map to scores of tokens. It starts small, so that at first every token is as likely."""
+    """A linear map to scores of tokens."""
 
 
 class EchoGatedMLP(nn.Module):
-    """Gated feed-forward, `down(act(gate(x) + pitch_gate(pitch)) * up(x))` (https://huggingface.co/papers/2002.05202).
-
-    The pitch's part, "a pitch-aware filter", starts at 0.
-    """
+    """Gated feed-forward, `down(act(gate(x) + pitch_gate(pitch)) * up(x))` (https://huggingface.co/papers/2002.05202);
+    `pitch_gate` starts at 0."""
 
     def __init__(self, config: EchoConfig, hidden_size: int, intermediate_size: int, sees_pitch: bool = False):
         super().__init__()
@@ -416,8 +369,7 @@ class EchoGatedMLP(nn.Module):
 
 
 class EchoEncoderLayer(GradientCheckpointingLayer):
-    """Pre-norm self-attention and gated feed-forward over frames; before them, with `encoder_kernel_size`, a
-    convolution over neighbouring frames, which starts as if it were not there."""
+    """Convolution (with `encoder_kernel_size`), pre-norm self-attention and gated feed-forward."""
 
     def __init__(self, config: EchoConfig, layer_idx: int):
         super().__init__()
@@ -445,15 +397,9 @@ class EchoEncoderLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         if self.convolution is not None:
             hidden_states = self.convolution(hidden_states, encoder_mask)
+        normed = self.self_attn_norm(hidden_states)
         attended, _ = self.self_attn(
-            self.self_attn_norm(hidden_states),
-            attention_mask,
-            cos,
-            sin,
-            silence,
-            standardized_f0,
-            position_bias,
-            **kwargs,
+            normed, attention_mask, cos, sin, silence, standardized_f0, position_bias, **kwargs
         )
         hidden_states = hidden_states + self.dropout(attended)
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states), pitch))
@@ -486,15 +432,9 @@ class EchoDecoderLayer(GradientCheckpointingLayer):
         cross_attention_weights: list[torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """With a list of `cross_attention_weights`, the layer's own, `(B, H, L, S)`, are appended to it."""
-        attended, _ = self.self_attn(
-            self.self_attn_norm(hidden_states),
-            attention_mask,
-            cos,
-            sin,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
+        """Appends its cross-attention, `(B, H, L, S)`, to the list `cross_attention_weights`, if given."""
+        normed = self.self_attn_norm(hidden_states)
+        attended, _ = self.self_attn(normed, attention_mask, cos, sin, past_key_values=past_key_values, **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
         if encoder_hidden_states is not None:
             attended, weights = self.encoder_attn(
@@ -513,7 +453,7 @@ class EchoDecoderLayer(GradientCheckpointingLayer):
 
 
 class EchoPreTrainedModel(PreTrainedModel):
-    """Weight initialization and what the library asks to know of an Echo model."""
+    """Weight initialization and what the library asks of a model."""
 
     config_class = EchoConfig
     config: EchoConfig
@@ -527,10 +467,8 @@ class EchoPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, use_safetensors: bool | None = True, output_loading_info: bool = False, **kwargs):
-        """As in the library, with these differences.
-
-        Weights are read from safetensors only: a pickle (`pytorch_model.bin`) could hold code, and is loaded with
-        `use_safetensors=False` alone.
+        """As in the library, but weights are read from safetensors only: a pickle (`pytorch_model.bin`), which may hold
+        code, needs `use_safetensors=False`.
 
         Raises:
             `ValueError`: the dtype is not a floating-point dtype, or the file has more layers than the config.
@@ -553,17 +491,15 @@ class EchoPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        """Where every parameter starts:
+        """Initial values:
 
-        Linear, Conv1d        normal with standard deviation 1 / sqrt(inputs), so that small models pass signals on
-                              as large ones do; biases 0
-        Embedding             normal with standard deviation `initializer_range`; so is the output head
+        Linear, Conv1d        normal with standard deviation 1 / sqrt(inputs); biases 0
+        Embedding, heads      normal with standard deviation `initializer_range`
         RMSNorm               1
         EchoRotaryEmbedding   log_theta 0 (theta as configured), gain 0 (radius 1), contour_gain 0 (theta constant)
         EchoAttention         bias_strength 0 (no bias), silence_logit in the middle of its range
-        EchoPitchProjection   weight 0; so is EchoZeroLinear
-        EchoEncoder           blend -2: a further channel group starts with an eighth of the say
-        """
+        EchoPitchProjection   0, like EchoZeroLinear
+        EchoEncoder           blend -2: a further channel group starts with a weight of an eighth"""
         super()._init_weights(module)
         if isinstance(module, EchoPitchProjection | EchoZeroLinear):
             init.zeros_(module.weight)
@@ -590,7 +526,7 @@ class EchoPreTrainedModel(PreTrainedModel):
         if isinstance(embeddings, nn.Embedding):
             embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
             size = embeddings.num_embeddings
-        else:  # an encoder takes no tokens, and a head behind it may write them
+        else:  # an encoder has no embeddings, but may have a head
             multiple = pad_to_multiple_of or 1
             size = self.config.vocab_size if new_num_tokens is None else new_num_tokens
             size = self.config.vocab_size = math.ceil(size / multiple) * multiple
@@ -598,14 +534,19 @@ class EchoPreTrainedModel(PreTrainedModel):
         return embeddings
 
     def _resize_heads(self, size: int, mean_resizing: bool):
-        """Gives what is not tied to the embeddings and has a row, or a column, for each token the new number of them.
-        Each class sees to its own, and to the models within it."""
+        """Resizes the heads that are not tied to the embeddings. Each class resizes its own, and calls its children."""
         for child in self.children():
             if isinstance(child, EchoPreTrainedModel):
                 child._resize_heads(size, mean_resizing)
 
+    def freeze_encoder(self):
+        """Stops the encoder from learning."""
+        for module in self.modules():
+            if isinstance(module, EchoEncoder):
+                module.requires_grad_(False)
+
     def _get_feat_extract_output_lengths(self, input_lengths: torch.Tensor) -> torch.Tensor:
-        """Encoder frames of that many input frames: `ceil(T / stride)`, stride after stride."""
+        """Encoder frames of so many input frames: `ceil(T / stride)`, stride after stride."""
         for stride in self.config.stem_strides:
             input_lengths = (input_lengths + stride - 1) // stride
         return input_lengths
@@ -617,7 +558,7 @@ class EchoPreTrainedModel(PreTrainedModel):
 
 
 class EchoEncoder(EchoPreTrainedModel):
-    """Stems, the pitch that goes with them, and a deep stack of [`EchoEncoderLayer`]."""
+    """Stems and a deep stack of [`EchoEncoderLayer`]."""
 
     _can_record_outputs = {"hidden_states": EchoEncoderLayer, "attentions": EchoAttention}
 
@@ -679,35 +620,24 @@ class EchoEncoder(EchoPreTrainedModel):
             check_right_padding(attention_mask)
 
     def _spec_augment(self, spectrogram: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Sets random spans of time and of mel channels to 0, the floor (https://huggingface.co/papers/1904.08779)."""
+        """Sets random spans of time and of mel channels to 0 (https://huggingface.co/papers/1904.08779)."""
         from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices
 
-        batch, frames, bins = spectrogram.shape
-        config = self.config
-        if config.mask_time_prob > 0:
-            mask = _compute_mask_indices(
-                (batch, frames),
-                mask_prob=config.mask_time_prob,
-                mask_length=min(config.mask_time_length, frames),
-                attention_mask=attention_mask,
-                min_masks=config.mask_time_min_masks,
-            )
-            spectrogram = spectrogram.masked_fill(torch.from_numpy(mask).to(spectrogram.device)[..., None], 0.0)
-        if config.mask_feature_prob > 0:
-            mask = _compute_mask_indices(
-                (batch, bins),
-                mask_prob=config.mask_feature_prob,
-                mask_length=min(config.mask_feature_length, bins),
-                min_masks=config.mask_feature_min_masks,
-            )
-            spectrogram = spectrogram.masked_fill(torch.from_numpy(mask).to(spectrogram.device)[:, None], 0.0)
+        for name, dim, mask in (("time", 1, attention_mask), ("feature", 2, None)):
+            fields = ("prob", "length", "min_masks")
+            prob, length, min_masks = (getattr(self.config, f"mask_{name}_{field}") for field in fields)
+            if prob > 0:
+                shape = (spectrogram.shape[0], spectrogram.shape[dim])
+                length = min(length, shape[1])
+                masked = _compute_mask_indices(shape, prob, length, attention_mask=mask, min_masks=min_masks)
+                masked = torch.from_numpy(masked).to(spectrogram.device).unsqueeze(3 - dim)
+                spectrogram = spectrogram.masked_fill(masked, 0.0)
         return spectrogram
 
     def _read_pitch(
         self, groups: dict[str, torch.Tensor], attention_mask: torch.Tensor, encoder_mask: torch.Tensor
     ) -> EchoPitch:
-        """F0 in all its forms, of the channel group `"pitch"`, `(B, T, 1)`, or of 0 Hz throughout without one. It stays
-        in float32 whatever the model's dtype: bfloat16 keeps only 8 bits of it."""
+        """F0 in all its forms; 0 Hz without the group `"pitch"`. It stays in float32 whatever the model's dtype."""
         lengths = (attention_mask.sum(-1), encoder_mask.sum(-1), encoder_mask.shape[1])
         frame_f0 = attention_mask.float() * (groups["pitch"][..., 0].float() if "pitch" in groups else 0.0)
         f0 = align_f0(frame_f0, *lengths)
@@ -725,8 +655,8 @@ class EchoEncoder(EchoPreTrainedModel):
         attention_mask: torch.Tensor,
         encoder_mask: torch.Tensor,
     ) -> torch.Tensor:
-        """Channel groups `(B, T, channels)` to hidden states `(B, S, E)`: SpecAugment in training, a stem for each
-        group, their learned blend, and convolutions over neighboring frames."""
+        """Channel groups `(B, T, channels)` to hidden states `(B, S, E)`: SpecAugment in training, stems, their learned
+        blend, and convolutions over time."""
         inputs = dict(groups)
         if self.training and self.config.apply_spec_augment:
             inputs["spectrogram"] = self._spec_augment(groups["spectrogram"], attention_mask)
@@ -745,7 +675,6 @@ class EchoEncoder(EchoPreTrainedModel):
     def _prepare_layers(
         self, hidden_states: torch.Tensor, pitch: EchoPitch, silence: torch.Tensor | None, encoder_mask: torch.Tensor
     ) -> EchoEncoderLayerInputs:
-        """What pitch does to attention, and the mask: once for all layers."""
         positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
         cos, sin = self.rotary_emb(positions, hidden_states.dtype, pitch.f0, pitch.normalized, pitch.mean_f0)
         standardized_f0 = position_bias = None
@@ -763,8 +692,7 @@ class EchoEncoder(EchoPreTrainedModel):
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Hidden states behind the last layer, and the logits, `(B, S, vocab_size)`, of each intermediate prediction:
 
-        x = x + self_conditioning(softmax(intermediate_head(norm(x))))
-        """
+        x = x + self_conditioning(softmax(intermediate_head(norm(x))))"""
         intermediate_logits = []
         for number, layer in enumerate(self.layers, 1):
             hidden_states = layer(hidden_states, *shared, **kwargs)
@@ -785,15 +713,14 @@ class EchoEncoder(EchoPreTrainedModel):
         """
         Args:
             input_features (`torch.Tensor` of shape `(B, T, channels)`): of [`EchoFeatureExtractor`], F0 in Hz last.
-            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 for real frames, 0 for padding, which must
-                be on the right.
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 for real frames, 0 for padding behind.
 
         Returns:
             [`EchoEncoderOutput`] with `last_hidden_state` of shape `(B, S, E)`.
 
         Raises:
             `ValueError`: the shapes do not fit the config, the features hold NaN or infinity, or the mask has padding
-                before real frames. The values are not looked at while a graph is traced.
+                before real frames. Values are not checked while a graph is traced.
         """
         self._check_inputs(input_features, attention_mask)
         if attention_mask is None:
@@ -849,8 +776,8 @@ class EchoDecoder(EchoPreTrainedModel):
         self.post_init()
 
     def _pitch_embeds(self, token_pitch: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """The pitch that accompanies each token, `(B, L, E)`. The token at position p was spoken in span p - 1; the
-        first, begin of sequence, repeats the first span's pitch; beyond the audio's end there is none."""
+        """Embedded pitch of each token, `(B, L, E)`. The token at position p was spoken in span p - 1; the begin of
+        sequence repeats the first span; beyond the audio's end pitch is 0."""
         span = (position_ids - 1).clamp(min=0).expand(token_pitch.shape[0], -1)
         inside = span < token_pitch.shape[1]
         pitch = token_pitch.gather(1, span.clamp(max=token_pitch.shape[1] - 1)) * inside
@@ -872,15 +799,8 @@ class EchoDecoder(EchoPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """
-        Args:
-            input_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): tokens; or `inputs_embeds`, `(B, L, E)`.
-            attention_mask (`torch.Tensor` of shape `(B, past + L)`, *optional*): 1 for real tokens.
-            encoder_hidden_states (`torch.Tensor` of shape `(B, S, E)`, *optional*): the encoder's frames.
-            encoder_attention_mask, encoder_silence (`torch.Tensor` of shape `(B, S)`, *optional*): the encoder's.
-            token_pitch (`torch.Tensor` of shape `(B, N)`, *optional*): the encoder's.
-            past_key_values (`EncoderDecoderCache`, *optional*): keys and values of past tokens.
-            position_ids (`torch.LongTensor` of shape `(B or 1, L)`, *optional*): positions; counted on when not given.
+        """Arguments as of [`EchoModel.forward`] without `decoder_`, and of the encoder `encoder_hidden_states`, `(B, S,
+        E)`, and what [`EchoEncoderOutput`] describes.
 
         Returns:
             `BaseModelOutputWithPastAndCrossAttentions` with `last_hidden_state` of shape `(B, L, E)`.
@@ -890,7 +810,7 @@ class EchoDecoder(EchoPreTrainedModel):
         """
         past_key_values = kwargs.pop("cache", None) if past_key_values is None else past_key_values
         if self.gradient_checkpointing and self.training and (use_cache or past_key_values is not None):
-            logger.warning_once("Gradient checkpointing runs layers twice, and so goes without use_cache.")
+            logger.warning_once("Gradient checkpointing does not work with use_cache, which is switched off.")
             use_cache, past_key_values = False, None
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("The decoder takes exactly one of decoder_input_ids and decoder_inputs_embeds.")
@@ -933,7 +853,7 @@ class EchoDecoder(EchoPreTrainedModel):
 
 
 class EchoEncoderModel(EchoPreTrainedModel):
-    """The encoder without a head: the base of [`EchoForCTC`], and of [`EchoModel`], which adds the decoder."""
+    """The encoder without a head."""
 
     _keys_to_ignore_on_load_unexpected = [r"decoder\."]
 
@@ -945,17 +865,12 @@ class EchoEncoderModel(EchoPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.get_input_embeddings()
 
-    def freeze_encoder(self):
-        """Stops the encoder from learning; its weights keep their values in training."""
-        self.encoder.requires_grad_(False)
-
     def forward(
         self,
         input_features: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> EchoEncoderOutput:
-        """As [`EchoEncoder.forward`]."""
         return self.encoder(input_features, attention_mask=attention_mask, **kwargs)
 
 
@@ -991,8 +906,7 @@ class EchoModel(EchoEncoderModel):
         self.decoder.embed_tokens = value
 
     def get_encoder_mask(self, encoder_outputs, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-        """Which of the encoder's frames are real, `(B, S)`: as the encoder tells; or, for states of another making, by
-        the mask of the input frames that they came from, `(B, T)`. `None` if nothing tells."""
+        """Mask of the encoder's frames, `(B, S)`: its own, or one from the mask of the input frames, `(B, T)`."""
         encoder_mask = getattr(encoder_outputs, "attention_mask", None)
         if encoder_mask is not None or attention_mask is None:
             return encoder_mask
@@ -1019,11 +933,11 @@ class EchoModel(EchoEncoderModel):
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 for real frames.
             decoder_input_ids (`torch.LongTensor` of shape `(B, L)`): tokens, the first `decoder_start_token_id`.
             decoder_attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 1 for real tokens.
-            encoder_outputs ([`EchoEncoderOutput`] or `tuple`, *optional*): the encoder's, in place of `input_features`.
-            past_key_values (`EncoderDecoderCache`, *optional*): keys and values of the tokens before these. Both
-                this name and `cache`, which Transformers has from 5.24 on, are taken.
+            encoder_outputs ([`EchoEncoderOutput`] or `tuple`, *optional*): in place of `input_features`.
+            past_key_values (`EncoderDecoderCache`, *optional*): keys and values of past tokens. The name `cache`, which
+                Transformers has from 5.24 on, is taken too.
             decoder_inputs_embeds (`torch.Tensor` of shape `(B, L, E)`, *optional*): in place of `decoder_input_ids`.
-            decoder_position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): places of the tokens in the text.
+            decoder_position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): positions of the tokens.
             use_cache (`bool`, *optional*): whether the cache is returned; the config's if not given.
 
         Returns:
@@ -1096,17 +1010,16 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, EchoGenerationMixin):
         self.ctc_head = None
         if config.ctc_loss_weight > 0:
             self.ctc_head = EchoOutputHead(config.encoder_hidden_size, config.vocab_size)
-        # Left alone, generate() would stop at 20 tokens.
         self.generation_config.max_length = config.max_target_positions
         self.generation_config.ctc_weight = DEFAULT_CTC_WEIGHT if self.ctc_head is not None else 0.0
-        # Else the library takes it for a copy of the model's config, and loses the weight when it is saved and loaded.
+        # Else the library takes it for a copy of the model's config, and does not save it.
         self.generation_config._from_model_config = False
         self.post_init()
 
     def adjust_generation_fn(self, *args, **kwargs):
         default = self.generation_config
         super().adjust_generation_fn(*args, **kwargs)
-        if self.generation_config._from_model_config:  # the checkpoint has none, such as that of an EchoForCTC
+        if self.generation_config._from_model_config:  # the checkpoint, of an EchoForCTC, has none
             self.generation_config = default
 
     def get_output_embeddings(self) -> nn.Module:
@@ -1120,13 +1033,8 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, EchoGenerationMixin):
         if self.ctc_head is not None:
             self.ctc_head = self._get_resized_lm_head(self.ctc_head, size, mean_resizing=mean_resizing)
 
-    def freeze_encoder(self):
-        """Stops the encoder from learning; its weights keep their values in training."""
-        self.model.freeze_encoder()
-
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """
-        Decoder inputs for labels `(B, L)`: one step later, begun with `decoder_start_token_id`, -100 as padding.
+        """Decoder inputs for labels `(B, L)`: shifted by one, behind `decoder_start_token_id`, with padding for -100.
 
         Raises:
             `ValueError`: the labels are longer than `max_target_positions`.
@@ -1142,19 +1050,19 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, EchoGenerationMixin):
         return inputs.masked_fill(inputs == -100, self.config.pad_token_id)
 
     def train(self, mode: bool = True) -> "EchoForConditionalGeneration":
-        if mode:  # said here, and not at the first evaluation, which may be hours later
+        if mode:  # an error now, and not at the first evaluation
             drop_whisper_settings(vars(self.generation_config))
         return super().train(mode)
 
     def _prepare_generation_config(self, generation_config, **kwargs):
-        # Before the library merges them: it takes a name that stands in the model's own settings for known.
+        # Checked before the library merges them, since it accepts any name that the model's settings have.
         drop_whisper_settings({**vars(self.generation_config), **vars(generation_config or self.generation_config)})
         kwargs = drop_whisper_settings(kwargs)
         weight = kwargs.pop("ctc_weight", getattr(generation_config, "ctc_weight", None))
         if weight is None:
-            weight = getattr(self.generation_config, "ctc_weight", None)  # none in settings of another making
+            weight = getattr(self.generation_config, "ctc_weight", None)
             weight = DEFAULT_CTC_WEIGHT if weight is None else weight
-            if self.ctc_head is None:  # the checkpoint's settings are of the head that it was loaded without
+            if self.ctc_head is None:
                 weight = 0.0
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         generation_config.ctc_weight = weight
@@ -1162,7 +1070,7 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, EchoGenerationMixin):
         return generation_config, model_kwargs
 
     def _prepare_generated_length(self, generation_config, *args, inputs_tensor=None, **kwargs):
-        if inputs_tensor is not None and inputs_tensor.ndim == 3:  # features; without, the encoder has heard them
+        if inputs_tensor is not None and inputs_tensor.ndim == 3:  # features, not encoder outputs
             seconds = inputs_tensor.shape[1] * self.config.frame_seconds
             if seconds > LONG_AUDIO:
                 logger.warning_once(
@@ -1172,10 +1080,9 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, EchoGenerationMixin):
         return super()._prepare_generated_length(generation_config, *args, inputs_tensor=inputs_tensor, **kwargs)
 
     def _get_logits_processor(self, generation_config, *args, model_kwargs=None, **kwargs):
-        """Adds joint decoding with CTC, if `generation_config.ctc_weight` is above 0."""
         processors = super()._get_logits_processor(generation_config, *args, model_kwargs=model_kwargs, **kwargs)
         weight = generation_config.ctc_weight
-        if not weight or generation_config.is_assistant:  # what an assistant drafts is scored by the model it assists
+        if not weight or generation_config.is_assistant:  # the assisted model scores an assistant's drafts
             return processors
         if self.ctc_head is None:
             raise ValueError(
@@ -1183,7 +1090,7 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, EchoGenerationMixin):
             )
         logits, mask = self._score_frames(model_kwargs["encoder_outputs"], model_kwargs.get("attention_mask"))
         ends = generation_config._eos_token_tensor
-        if ends is None:  # whoever wants no end: none is scored
+        if ends is None:
             ends = torch.empty(0, dtype=torch.long, device=logits.device)
         joint = EchoCTCPrefixLogitsProcessor(
             logits,
@@ -1194,20 +1101,16 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, EchoGenerationMixin):
             weight,
             max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1),
         )
-        # First of all: what others rule out must stay so.
-        processors.insert(0, joint)
+        processors.insert(0, joint)  # first, so that what other processors rule out stays so
         return processors
 
     def _score_frames(
         self, encoder_outputs: EchoEncoderOutput | tuple, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits of the CTC head, `(B, S, vocab_size)`, and the mask of the encoder's frames, `(B, S)`; without any
-        mask all frames are real."""
+        """Logits of the CTC head, `(B, S, vocab_size)`, and the mask of the encoder's frames, `(B, S)`."""
         logits = self.ctc_head(encoder_outputs[0])
         mask = self.model.get_encoder_mask(encoder_outputs, attention_mask)
-        if mask is None:
-            mask = torch.ones(logits.shape[:2], device=logits.device, dtype=torch.long)
-        return logits, mask
+        return logits, logits.new_ones(logits.shape[:2], dtype=torch.long) if mask is None else mask
 
     @can_return_tuple
     def forward(
@@ -1227,10 +1130,10 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, EchoGenerationMixin):
         """
         Args:
             labels (`torch.LongTensor` of shape `(B, L)`, *optional*): tokens with the end of sequence and without its
-                begin, at most `max_target_positions`; -100 and pad are ignored. `decoder_input_ids` are made of them
-                when not given, and no cache is made.
-            num_items_in_batch (`int` or `torch.Tensor`, *optional*): label tokens that the sums of the losses are
-                divided by; those of `labels` if not given.
+                begin, at most `max_target_positions`; -100 and pad are ignored. `decoder_input_ids` are made of them if
+                not given, and no cache.
+            num_items_in_batch (`int` or `torch.Tensor`, *optional*): divisor of the losses' sums; the number of label
+                tokens if not given.
             others: see [`EchoModel.forward`].
 
         Raises:
@@ -1264,16 +1167,8 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, EchoGenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        result = EchoSeq2SeqLMOutput(
-            logits=self.proj_out(outputs.last_hidden_state),
-            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
-            decoder_hidden_states=outputs.decoder_hidden_states,
-            decoder_attentions=outputs.decoder_attentions,
-            cross_attentions=outputs.cross_attentions,
-            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
-            encoder_hidden_states=outputs.encoder_hidden_states,
-            encoder_attentions=outputs.encoder_attentions,
-        )
+        others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        result = EchoSeq2SeqLMOutput(logits=self.proj_out(outputs.last_hidden_state), **others)
         if labels is not None:
             self._add_losses(result, labels, encoder_outputs, attention_mask, num_items_in_batch)
         return result
@@ -1286,7 +1181,6 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, EchoGenerationMixin):
         attention_mask: torch.Tensor | None,
         num_items_in_batch: torch.Tensor | int | None,
     ):
-        """Fills in `loss` and its parts, in place."""
         labels = ignore_padding(labels, self.config)
         smoothing = self.config.label_smoothing if self.training else 0.0
         result.ce_loss = result.loss = cross_entropy(result.logits, labels, smoothing, num_items_in_batch)
@@ -1306,17 +1200,12 @@ def mean_cross_attention(
     attention_mask: torch.Tensor | None = None,
     encoder_outputs: EchoEncoderOutput | None = None,
 ) -> torch.Tensor:
-    """Where the decoder looked as it predicted each next token: the mean of all heads and layers.
-
-    Only the cross-attention of this call is computed eagerly. The model is not changed, so other threads may use it.
+    """Cross-attention behind each predicted token, `(B, L, S)`, float32: the mean of all heads and layers. Only this
+    call's cross-attention is eager. The model is not changed, so other threads may use it.
 
     Args:
-        model ([`EchoForConditionalGeneration`]): any attention implementation.
         decoder_input_ids (`torch.LongTensor` of shape `(B, L)`): tokens, the first `decoder_start_token_id`.
-        input_features, attention_mask, encoder_outputs: as the model takes them.
-
-    Returns:
-        `torch.Tensor` of shape `(B, L, S)`, float32.
+        others: as of [`EchoModel.forward`].
     """
     if encoder_outputs is None:
         encoder_outputs = model.get_encoder()(input_features, attention_mask=attention_mask)
@@ -1332,8 +1221,8 @@ def mean_cross_attention(
 
 
 class EchoForCTC(EchoPreTrainedModel):
-    """The encoder of Echo with the CTC head alone. Loads from, and into, the same checkpoints as
-    [`EchoForConditionalGeneration`] with `ctc_loss_weight > 0`; it leaves the decoder's weights aside."""
+    """The encoder with the CTC head alone. It shares checkpoints with an [`EchoForConditionalGeneration`] of
+    `ctc_loss_weight > 0`, and ignores the decoder's weights."""
 
     _auto_class = "AutoModelForCTC"
     _keys_to_ignore_on_load_unexpected = [r"model\.decoder\.", r"proj_out\."]
@@ -1343,10 +1232,6 @@ class EchoForCTC(EchoPreTrainedModel):
         self.model = EchoEncoderModel(config)
         self.ctc_head = EchoOutputHead(config.encoder_hidden_size, config.vocab_size)
         self.post_init()
-
-    def freeze_encoder(self):
-        """Stops the encoder from learning; its weights keep their values in training."""
-        self.model.freeze_encoder()
 
     def _resize_heads(self, size: int, mean_resizing: bool):
         super()._resize_heads(size, mean_resizing)
@@ -1362,8 +1247,7 @@ class EchoForCTC(EchoPreTrainedModel):
     ) -> CausalLMOutput:
         """
         Args:
-            input_features (`torch.Tensor` of shape `(B, T, channels)`): see [`EchoEncoder.forward`].
-            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 for real frames.
+            input_features, attention_mask: see [`EchoEncoder.forward`].
             labels (`torch.LongTensor` of shape `(B, L)`, *optional*): tokens; -100, pad, begin and end of sequence are
                 ignored.
 
@@ -1380,7 +1264,7 @@ class EchoForCTC(EchoPreTrainedModel):
             loss = ctc_loss(
                 logits, labels, outputs.attention_mask, self.config, num_items_in_batch, outputs.intermediate_logits
             )
-        # Whoever takes the argmax, as the pipeline does, must not read words out of padding.
+        # Their argmax must give no words.
         blank = torch.zeros_like(logits[0, 0])
         blank[self.config.pad_token_id] = 1.0
         logits = torch.where(outputs.attention_mask[..., None] > 0, logits, blank)

@@ -1,14 +1,11 @@
 """The speech recognition pipeline for Echo: the stock pipeline with these changes.
 
-- soundfile reads files and bytes, block by block, without ffmpeg. soxr resamples any sampling rate.
-- Recordings can be of any length. They are cut at pauses, silence is left out, and the texts are joined.
-- Segments and words have times, with the generating model too: its tokens are aligned to the frames by its CTC head,
-  or by its cross-attention where it has none.
-- Decoding is greedy unless the generation settings of the model or the caller say otherwise. The stock pipeline uses
-  5 beams and stops at 256 tokens.
-- The model itself says whether it generates text. The stock pipeline looks its class up in tables, which do not have
-  Echo where this file came with a checkpoint.
-"""
+- soundfile reads files block by block, without ffmpeg, and soxr resamples them.
+- Recordings of any length are cut at pauses, silence is left out, and the texts are joined.
+- Segments and words have times, also from the generating model: its tokens are aligned to the frames by its CTC head,
+  or by cross-attention where it has none.
+- The model's and the caller's generation settings decide; the stock pipeline uses 5 beams and stops at 256 tokens.
+- The model says whether it generates text. The stock pipeline's tables lack the Echo of a checkpoint's own code."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +22,7 @@ from transformers.utils import is_torch_tensor, logging
 
 from .alignment_echo import align_by_attention, align_by_ctc
 from .configuration_echo import attach_module
-from .feature_extraction_echo import AUDIO_KEYS, BLOCK_FRAMES, F0_GROUPS, MAX_CHANNELS, is_file
+from .feature_extraction_echo import AUDIO_KEYS, BLOCK_FRAMES, F0_GROUPS, array_rows, is_file
 from .generation_echo import find_cut_off
 from .modeling_echo import mean_cross_attention
 from .pitch_echo import estimate_f0
@@ -43,54 +40,31 @@ from .segmentation_echo import (
 attach_module(__name__)
 logger = logging.get_logger(__name__)
 
-# Seconds. Speech is up to some 20 characters a second, and a token may be one byte: with a plain vocabulary a segment
-# of this length just fits the decoder's 448 positions.
-LONGEST_SEGMENT = 20.0
+LONGEST_SEGMENT = 20.0  # seconds: up to some 400 characters, which fit the decoder's 448 positions even as bytes
 
 
 @dataclass(frozen=True)
 class SegmentContext:
-    """
-    What the pipeline keeps of a segment while the model recognizes it.
+    """What the pipeline keeps of a segment while the model recognizes it."""
 
-    Args:
-        start (`float`): seconds from the begin of the recording.
-        end (`float`): seconds from the begin of the recording.
-        overlap (`float`): seconds at its begin that the segment before has too.
-        has_neighbors (`bool`): whether it shares audio with the segment before or behind it.
-        is_speech (`bool`): False if all of it is silence.
-        stride (`tuple[int, int]`): encoder frames at its begin and end that give no text.
-        extra (`dict`): the caller's own keys, which the result returns.
-    """
-
-    start: float
+    start: float  # seconds from the begin of the recording
     end: float
-    overlap: float
-    has_neighbors: bool
-    is_speech: bool
-    stride: tuple[int, int]
-    extra: dict[str, Any]
+    overlap: float  # seconds at its begin that the segment before has too
+    has_neighbors: bool  # whether it shares audio with the segment before or behind it
+    is_speech: bool  # False if all of it is silence
+    extra: dict[str, Any]  # the caller's own keys, which the result returns
 
 
 class NaNRefusal(LogitsProcessor):
-    """Ends `generate()` with an error where the model predicts NaN, which otherwise becomes an empty text."""
+    """Ends `generate()` with an error where the model predicts NaN, which would become an empty text."""
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         _refuse_nan(scores)
         return scores
 
 
-class EchoWhisperPipeline(AutomaticSpeechRecognitionPipeline):
-    """The stock pipeline for a Whisper with pitch, which the library knows by the model type "whisper" alone."""
-
-    def _sanitize_parameters(self, *args, **kwargs):
-        self.type = "seq2seq_whisper"
-        return super()._sanitize_parameters(*args, **kwargs)
-
-
 class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline):
-    """
-    Speech recognition with [`EchoForConditionalGeneration`] or [`EchoForCTC`], of recordings of any length.
+    """Speech recognition with [`EchoForConditionalGeneration`] or [`EchoForCTC`], of recordings of any length.
 
     One recording is a path, a URL, the bytes of a file, a 1-D array at the model's sampling rate, a dict with `"raw"`
     or `"array"` and `"sampling_rate"`, or an entry of a `datasets` audio column. Several are a list, a tuple, a 2-D
@@ -98,21 +72,21 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
 
     Besides those of the stock pipeline, these arguments, when it is made or called:
 
-    - `chunk_length_s` (defaults to 20): a longer recording is cut into segments of at most so many seconds, and pauses
-      of a second before and behind the speech are left out; see [`~echo_hf.segmentation_echo.segment_blocks`]. With 0
-      the whole recording is one segment. `batch_size` segments go through the model together.
-    - `stride_length_s` (defaults to a sixth of it): where there is no pause to cut at, two segments share twice so many
-      seconds, or the sum of two such lengths. Their texts are joined at the words that both have.
+    - `chunk_length_s` (defaults to 20): a longer recording is cut into segments of at most so many seconds; see
+      [`~echo_hf.segmentation_echo.segment_blocks`]. With 0 the whole recording is one segment. `batch_size` segments go
+      through the model together.
+    - `stride_length_s` (defaults to a sixth of it): without a pause to cut at, two segments share twice so many
+    seconds, or
+      the sum of two such lengths. Their texts are joined at common words.
     - `return_timestamps`: `True` for the times of segments, `"word"`, or with [`EchoForCTC`] `"char"`.
-    - `progress`: called with a number of seconds whenever that much more of a recording was read.
+    - `progress`: called with the number of seconds of each block that was read.
 
     Returns:
         `{"text": str}` of one recording, and a list of these of several; an iterator for generators and torch data
         sets. With `return_timestamps` also `"chunks"`, each with `"text"` and `"timestamp"`, its start and end in
-        seconds. Chunks joined are the text: as with Whisper, words come with the space before them. The words of an
-        [`EchoForCTC`] come without, as those of other CTC models do. Other keys of a dict that was given come back in
-        lists of one, as in the stock pipeline, except `"text"` and `"chunks"`.
-        A recording with no frame above -70 dB of full scale has an empty text, and the model is not run.
+        seconds. As with Whisper, words come with the space before them; those of an [`EchoForCTC`] without, as with
+        other CTC models. Other keys of a dict that was given come back in lists of one, except `"text"` and `"chunks"`.
+        A recording with no frame above -70 dB of full scale has an empty text.
 
     Raises:
         `ValueError`: the audio cannot be read, is empty, not finite or shorter than a frame; the input is of no known
@@ -129,14 +103,13 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
     >>> transcribe("speech.flac")["text"]  # doctest: +SKIP
     >>> transcribe("lecture.mp3", return_timestamps="word", batch_size=8)["chunks"]  # doctest: +SKIP
 
-    ```"""
+    ```
+    """
 
     def __new__(cls, model=None, *args, **kwargs):
         # Transformers makes this class for every model, since it is registered for the task.
-        if model is not None and model.config.model_type == "echo_whisper":
-            return EchoWhisperPipeline(model, *args, **kwargs)
         if model is not None and model.config.model_type != "echo":
-            return AutomaticSpeechRecognitionPipeline(model, *args, **kwargs)
+            return getattr(model, "pipeline_class", AutomaticSpeechRecognitionPipeline)(model, *args, **kwargs)
         return super().__new__(cls)
 
     def __init__(self, model, *args, **kwargs):
@@ -176,61 +149,49 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
             return super().__call__(inputs, **kwargs)
         if not isinstance(recordings, Sequence):
             return super().__call__(recordings, **kwargs)
-        # A generator, since a column of a data set decodes its audio as it is read.
+        # A generator, since a column of a data set decodes its audio while it is read.
         return list(super().__call__((recording for recording in recordings), **kwargs)) if len(recordings) else []
 
     # From a recording to segments ------------------------------------------------------------------------------------
 
     def preprocess(self, inputs, chunk_length_s=LONGEST_SEGMENT, stride_length_s=None, progress=None):
-        blocks, stride, extra = self._read(inputs)
+        blocks, extra = self._read(inputs)
         if progress is not None:
             blocks = _count_seconds(blocks, self.feature_extractor.sampling_rate, progress)
         if stride_length_s is None:
             stride_length_s = chunk_length_s / 6
         overlap = 2 * stride_length_s if isinstance(stride_length_s, Number) else sum(stride_length_s)
-        segments = self._segments(blocks, chunk_length_s if stride is None else 0, overlap)
+        segments = self._segments(blocks, chunk_length_s, overlap)
         segment = next(segments)
         while segment is not None:
             following = next(segments, None)
-            yield {"is_last": following is None, **self._features(segment, stride or (0, 0), extra)}
+            yield {"is_last": following is None, **self._features(segment, extra)}
             segment = following
 
-    def _read(self, inputs) -> tuple[Iterator[np.ndarray], tuple[int, int] | None, dict[str, Any]]:
-        """Audio of any kind as blocks of shape `(samples,)` at the extractor's rate, its stride in encoder frames, and
-        the caller's other keys."""
+    def _read(self, inputs) -> tuple[Iterator[np.ndarray], dict[str, Any]]:
+        """Audio of any kind as blocks of shape `(samples,)` at the extractor's rate, and the caller's other keys."""
         rate = self.feature_extractor.sampling_rate
-        source, stride, extra = inputs, None, {}
+        source, extra = inputs, {}
         if isinstance(inputs, Mapping):
             if "audio" in inputs and not any(key in inputs for key in AUDIO_KEYS):
                 raise ValueError("A row of a data set holds its recording in a column. Pass row['audio'].")
             is_array = inputs.get("raw") is not None or inputs.get("array") is not None
             if is_array and inputs.get("sampling_rate") is None:
                 raise ValueError("A dict with audio needs its 'sampling_rate' (in Hz) besides 'raw' or 'array'.")
-            stride = self._stride(inputs.get("stride"), inputs.get("sampling_rate") or rate)
-            consumed = (*AUDIO_KEYS, "sampling_rate", "stride")
-            extra = {key: value for key, value in inputs.items() if key not in consumed}
+            if inputs.get("stride") is not None:
+                raise ValueError("A stride is not usable: recordings are cut at pauses. Leave it out.")
+            extra = {key: value for key, value in inputs.items() if key not in (*AUDIO_KEYS, "sampling_rate", "stride")}
             source = next((inputs[key] for key in AUDIO_KEYS if inputs.get(key) is not None), None)
         elif isinstance(inputs, str) and inputs.startswith(("http://", "https://")):
             source = _download(inputs)
         if is_file(source):
-            return read_blocks(source, rate), stride, extra
+            return read_blocks(source, rate), extra
         waveform = self.feature_extractor._read(inputs, "audio", rate, resample=True)
         blocks = (waveform[start : start + BLOCK_FRAMES] for start in range(0, len(waveform), BLOCK_FRAMES))
-        return blocks, stride, extra
-
-    def _stride(self, samples, sampling_rate: int) -> tuple[int, int] | None:
-        """The stride of a dict, samples at its own rate, in encoder frames."""
-        if samples is None:
-            return None
-        if self.type == "seq2seq":
-            raise ValueError("A stride is only usable with EchoForCTC. Leave it out: pauses decide.")
-        if len(samples) != 2 or min(samples) < 0:
-            raise ValueError(f"stride must be two numbers of samples, left and right, got {samples!r}.")
-        scale = self.feature_extractor.sampling_rate / sampling_rate / self._align_to
-        return round(samples[0] * scale), round(samples[1] * scale)
+        return blocks, extra
 
     def _segments(self, blocks: Iterator[np.ndarray], longest: float, overlap: float) -> Iterator[Segment]:
-        """Segments of a recording, lengths in seconds, and at least one; a single one if `longest` is 0."""
+        """Segments of a recording, at least one; a single one if `longest` is 0. Lengths are in seconds."""
         extractor, num_samples, is_silent = self.feature_extractor, 0, True
         rate, hop_length = extractor.sampling_rate, extractor.hop_length
         if not longest:
@@ -253,26 +214,20 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
         if is_silent:  # nothing but silence, or not a single sample
             yield Segment(np.zeros(min(num_samples, hop_length), np.float32), 0, 0, False, False)
 
-    def _features(self, segment: Segment, stride: tuple[int, int], extra: dict[str, Any]) -> dict[str, Any]:
-        """The model's inputs of a segment, and its [`SegmentContext`]."""
+    def _features(self, segment: Segment, extra: dict[str, Any]) -> dict[str, Any]:
         rate = self.feature_extractor.sampling_rate
         start, end = segment.start / rate, (segment.start + len(segment.waveform)) / rate
         if segment.is_speech or len(segment.waveform) < self.feature_extractor.hop_length:  # which is an error
             features = self.feature_extractor(
                 segment.waveform, sampling_rate=rate, return_tensors="pt", return_attention_mask=True
-            )  # in float32: the model casts all but F0, of which half precision would keep a hertz or two
-            if not torch.isfinite(features["input_features"]).all():
-                raise ValueError(
-                    f"The features of the audio from {start:.2f} s to {end:.2f} s have NaN or infinite values. Check"
-                    " the settings of the feature extractor."
-                )
-        else:  # a frame, so that it can be in a batch; the model is not run on it
+            )  # in float32: the model casts all but F0
+        else:  # one frame for the batch, which the model does not see
             features = {
                 "input_features": torch.zeros(1, 1, self.feature_extractor.feature_size),
                 "attention_mask": torch.ones(1, 1, dtype=torch.int32),
             }
         has_neighbors = segment.overlap > 0 or segment.is_shared
-        context = SegmentContext(start, end, segment.overlap / rate, has_neighbors, segment.is_speech, stride, extra)
+        context = SegmentContext(start, end, segment.overlap / rate, has_neighbors, segment.is_speech, extra)
         return {**features, "context": context}
 
     # From segments to tokens -----------------------------------------------------------------------------------------
@@ -285,7 +240,7 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
         if rows:
             features, attention_mask = model_inputs["input_features"][rows], model_inputs["attention_mask"][rows]
             if self.type == "ctc":
-                found = self._best_paths(features, attention_mask, [contexts[row].stride for row in rows])
+                found = self._best_paths(features, attention_mask)
             else:
                 with_times = return_timestamps == "word" or any(context.has_neighbors for context in contexts)
                 found = self._generate(features, attention_mask, with_times, generate_kwargs)
@@ -296,15 +251,15 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
             outputs = {key: value[0] for key, value in outputs.items()}
         return {"is_last": model_inputs["is_last"], **outputs}
 
-    def _best_paths(self, features, attention_mask, strides) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+    def _best_paths(self, features, attention_mask) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
         """Tokens of each utterance and their encoder frames, first and behind the last."""
         logits = self.model(features, attention_mask=attention_mask).logits
         _refuse_nan(logits)
         paths = logits.argmax(-1).tolist()
         lengths = self.model._get_feat_extract_output_lengths(attention_mask.sum(-1)).tolist()
-        for path, length, (left, right) in zip(paths, lengths, strides):
+        for path, length in zip(paths, lengths):
             tokens, spans, frame = [], [], 0
-            for token, run in groupby(path[left : max(left, length - right)]):
+            for token, run in groupby(path[:length]):
                 start, frame = frame, frame + len(list(run))
                 if token not in self.tokenizer.all_special_ids:
                     tokens.append(token)
@@ -314,14 +269,14 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
     def _generate(
         self, features, attention_mask, with_times: bool, generate_kwargs: dict
     ) -> Iterator[tuple[list[int], list[tuple[int, int]] | None]]:
-        """The same by free-running generation; without the frames unless they are asked for."""
-        # The features also where the encoder has run already, for an assistant model that encodes by itself.
+        """As [`_best_paths`], by generation; without the frames unless they are asked for."""
+        # Given also where the encoder has run, for an assistant model, which encodes by itself.
         options = {**self._prepare_generate_kwargs(generate_kwargs), self.model.main_input_name: features}
         options["logits_processor"] = [*(options.get("logits_processor") or []), NaNRefusal()]
         encoder_outputs = None
         if with_times:
             encoder_outputs = self.model.get_encoder()(features, attention_mask=attention_mask)
-            # A copy: generate() repeats it in place for every beam.
+            # A copy, since generate() repeats it in place for every beam.
             options["encoder_outputs"] = type(encoder_outputs)(**encoder_outputs)
         ids = self.model.generate(attention_mask=attention_mask, **options)
         ids = ids["sequences"] if isinstance(ids, Mapping) else ids
@@ -339,7 +294,6 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
         return self._align(texts, encoder_outputs, lengths)
 
     def _align(self, texts, encoder_outputs, lengths) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
-        """The tokens of each text and their encoder frames, by the CTC head or else by cross-attention."""
         log_probs = weights = None
         if self.model.ctc_head is not None:
             log_probs = self.model.ctc_head(encoder_outputs.last_hidden_state).float().log_softmax(-1).cpu().numpy()
@@ -355,8 +309,8 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
             yield tokens, [tuple(span) for span in spans.tolist()]
 
     def _cross_attention(self, encoder_outputs, texts: list[list[int]]) -> np.ndarray:
-        """Mean attention over heads and layers of each token, and of the end of sequence, to the encoder's frames when
-        it was predicted: `(texts, most tokens + 1, frames)`."""
+        """Mean attention of each token, and of the end of sequence, to the encoder's frames: `(texts, most tokens + 1,
+        frames)`."""
         config = self.model.config
         rows = [torch.tensor([config.decoder_start_token_id, *tokens]) for tokens in texts]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=config.pad_token_id)
@@ -368,9 +322,8 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
     def postprocess(self, model_outputs, decoder_kwargs=None, return_timestamps=None, return_language=None):
         parts, times = self._join(model_outputs)
         text = "".join(word.text for part in parts for word in part)
-        # The caller's keys come first, so that none replaces what the pipeline found.
-        result = {key: [value] for key, value in model_outputs[0]["context"].extra.items()}
-        result.pop("chunks", None)
+        extra = model_outputs[0]["context"].extra
+        result = {key: [value] for key, value in extra.items() if key not in ("text", "chunks")}
         result["text"] = text
         if return_timestamps:
             if return_timestamps is True:
@@ -383,7 +336,7 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
         return result
 
     def _join(self, model_outputs) -> tuple[list[list[Word]], list[tuple[float, float]]]:
-        """Of each segment its words (characters with CTC) that are in the text, and its start and end in seconds."""
+        """Words (characters with CTC) of each segment that are in the text, and its start and end in seconds."""
         parts, times = [], []
         for outputs in model_outputs:
             start, end, overlap = outputs["context"].start, outputs["context"].end, outputs["context"].overlap
@@ -409,7 +362,7 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
         return parts, times
 
     def _words(self, tokens: list[int], spans: list[tuple[int, int]] | None, start: float, end: float) -> list[Word]:
-        """The text of a segment with its times in seconds: characters with CTC, else words, else all of it."""
+        """Text of a segment with its times in seconds: characters with CTC, else words, else all of it."""
         if spans is None:
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)
             return [Word(text, start, end)] if text else []
@@ -421,10 +374,10 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
         return characters if self.type == "ctc" else group_words(characters)
 
     def _characters(self, tokens: list[int], spans: list[tuple[int, int]]) -> Iterator[tuple[str, int, int]]:
-        """Each character of the tokens' text with the encoder frames of its start and end."""
+        """Each character of the text with the encoder frames of its start and end."""
         pending, text, first = [], "", 0
         for token, (start, end) in zip(tokens, spans):
-            # A character may be several tokens (bytes), and a token several characters, all with the token's time.
+            # A character may be several tokens (bytes), and a token several characters.
             first = first if pending else start
             pending.append(token)
             text = self.tokenizer.decode(pending)
@@ -447,14 +400,7 @@ def _as_several(inputs) -> Iterable | None:
     if isinstance(inputs, torch.utils.data.Dataset):
         return inputs
     if isinstance(inputs, np.ndarray) or is_torch_tensor(inputs):
-        if inputs.ndim != 2:
-            return None
-        if inputs.shape[1] <= MAX_CHANNELS and inputs.shape[1] < inputs.shape[0]:
-            raise ValueError(
-                f"Audio of shape {tuple(inputs.shape)} looks like (samples, channels), and a 2-D array is a batch of"
-                " mono recordings. Average its channels before: `audio.mean(axis=1)`."
-            )
-        return list(inputs)
+        return array_rows(inputs) if inputs.ndim == 2 else None
     if is_file(inputs) or isinstance(inputs, Mapping):
         return None
     if isinstance(inputs, Sequence):
@@ -472,7 +418,6 @@ def _download(url: str) -> bytes:
 
 
 def _count_seconds(blocks: Iterable[np.ndarray], sampling_rate: int, progress) -> Iterator[np.ndarray]:
-    """The blocks, and for each of them a call of `progress` with its seconds."""
     for block in blocks:
         progress(len(block) / sampling_rate)
         yield block
@@ -487,7 +432,7 @@ def _refuse_nan(logits: torch.Tensor) -> None:
 
 
 def _strip(words: list[Word]) -> list[Word]:
-    """Words without white space before the first and behind the last."""
+    """Words without white space at the ends of the text."""
     spoken = [index for index, word in enumerate(words) if not word.text.isspace()]
     if not spoken:
         return []
@@ -498,7 +443,7 @@ def _strip(words: list[Word]) -> list[Word]:
 
 
 def _in_order(chunks: list[Word], duration: float) -> Iterator[dict]:
-    """Chunks as the pipeline gives them; none begins before the one before it ends, and all end within the audio."""
+    """Chunks as the pipeline returns them: none overlap, and all end within the audio."""
     now = 0.0
     for text, start, end in chunks:
         start = min(max(start, now), duration)

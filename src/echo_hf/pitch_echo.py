@@ -1,11 +1,8 @@
 """Pitch: a waveform in, F0 on the frames of the spectrogram out.
 
-F0 is in Hz and 0 where the voice is not voiced; "pitch" is the normalised value. A tracker is a plain function in
-`TRACKERS`, and `estimate_f0` is the one entry to all of them; `estimate_f0_batch` is the same for several utterances,
-which a tracker in `BATCH_TRACKERS` takes at once (that of `autocorrelation_echo`). All else is numpy. pyworld and torch
-are imported where they are first needed, so that a model that is given its features never asks for pyworld, and
-processes that only make features can be forked without torch.
-"""
+F0 is in Hz and 0 where unvoiced. A tracker is a function in `TRACKERS`; `estimate_f0` and `estimate_f0_batch` call it.
+pyworld and torch are imported where they are first needed: a model needs no pyworld, and processes that only make
+features can be forked without torch."""
 
 import math
 import operator
@@ -16,31 +13,29 @@ from numbers import Integral, Real
 
 import numpy as np
 
-# Bounds of what settings may be. Beyond them trackers hang, take all memory, or read memory that is not theirs.
+# Beyond these trackers hang, take all memory, or read memory that is not theirs.
 LOWEST_RATE, HIGHEST_RATE = 1000, 1_000_000  # Hz, of audio
 LOWEST_F0, HIGHEST_F0 = 20.0, 2000.0  # Hz; voices lie within, from creak to whistle
 
 # The range of F0 in speech, that of Echo's published pitch per token.
-F0_FLOOR = 71.0  # Hz, WORLD's lowest F0
-F0_CEILING = 500.0  # Hz
+F0_FLOOR, F0_CEILING = 71.0, 500.0  # Hz
 
-# DIO discards voiced runs under 3 frames, whatever a frame lasts: on a coarser grid it loses short voiced sounds.
+# DIO discards voiced runs under 3 frames, so a coarse grid would lose short voiced sounds.
 LONGEST_FRAME_PERIOD = 10.0  # ms
 
-# Longer audio is tracked in pieces, because DIO holds the whole signal in every band: about 1.5 MB a second of audio.
-# The context is what a piece hears on either side beyond the frames it gives: many times the longest period (14 ms).
+# Longer audio is tracked in pieces, because DIO takes about 1.5 MB a second of audio.
 CHUNK_SECONDS = 60.0
-CONTEXT_SECONDS = 2.0
+CONTEXT_SECONDS = 2.0  # on either side of a piece: many times the longest period
 
-# Voicing is heard below about 1 kHz, over 25 ms and as much a period later, as in Ghahremani et al.
+# Voicing is measured below about 1 kHz, over 25 ms and as much a period later, as in Ghahremani et al.
 VOICING_FILTER_SECONDS = 0.0012  # length of the Hann window that filters: half the amplitude at 830 Hz, none at 1.7 kHz
-VOICING_RATE = 8000.0  # Hz, at least, to which the sampling rate is lowered: enough to look between the samples
+VOICING_RATE = 8000.0  # Hz, at least, to which the sampling rate is lowered
 VOICING_WINDOW_SECONDS = 0.025
-VOICING_POWER_FLOOR = 1e-12  # mean square; what is under the noise of 16-bit audio has no period
+VOICING_POWER_FLOOR = 1e-12  # mean square, under the noise of 16-bit audio
 VOICING_FRAMES = 2048  # held at a time
 
 ENVELOPE_FRAMES = 1000  # frames of WORLD's full spectra held at a time (513 values each at 16 kHz)
-ENVELOPE_POWER_FLOOR = 1e-10  # under all speech, above the 1e-17 WORLD adds to an empty spectrum: silence is constant
+ENVELOPE_POWER_FLOOR = 1e-10  # under all speech, above the 1e-17 that WORLD adds to silence
 
 IMPORTING_PROCESS = os.getpid()  # another one has been forked from it
 
@@ -60,12 +55,12 @@ def _import_pyworld():
 def track_dio(
     waveform: np.ndarray, sampling_rate: int, frame_period: float, f0_min: float, f0_max: float
 ) -> np.ndarray:
-    """F0 by DIO, refined by StoneMask (Morise et al., "WORLD", https://doi.org/10.1587/transinf.2015EDP7457).
+    """F0 by DIO and StoneMask (Morise et al., "WORLD", https://doi.org/10.1587/transinf.2015EDP7457).
 
     Args:
         waveform: shape `(samples,)`, float64.
         sampling_rate: Hz.
-        frame_period: time from one frame to the next, in ms.
+        frame_period: ms from one frame to the next.
         f0_min, f0_max: range of F0 in Hz.
 
     Returns:
@@ -79,8 +74,8 @@ def track_dio(
 def track_dio_fast(
     waveform: np.ndarray, sampling_rate: int, frame_period: float, f0_min: float, f0_max: float
 ) -> np.ndarray:
-    """F0 by DIO on the waveform at a fourth of its sampling rate, not refined. As [`track_dio`] otherwise."""
-    # At a rate under 4 kHz DIO loses the harmonics it compares, and F0 itself at half of that.
+    """F0 by DIO at a fourth of the sampling rate, not refined; arguments and result as of [`track_dio`]."""
+    # Under 4 kHz DIO loses the harmonics that it compares.
     speed = int(min(4, max(1, sampling_rate // 4000)))
     return _import_pyworld().dio(
         waveform, sampling_rate, f0_floor=f0_min, f0_ceil=f0_max, frame_period=frame_period, speed=speed
@@ -95,11 +90,7 @@ def track_autocorrelation_batch(
     f0_max: float,
     device: str = "cpu",
 ) -> list[np.ndarray]:
-    """F0 of several utterances at once; see [`autocorrelation_echo.track_autocorrelation`].
-
-    Raises:
-        `ImportError`: torch is not installed.
-    """
+    """F0 of several utterances, by [`autocorrelation_echo.track_autocorrelation`]; an `ImportError` without torch."""
     try:
         import torch
 
@@ -108,23 +99,19 @@ def track_autocorrelation_batch(
         raise ImportError(f"The F0 method 'autocorrelation' needs torch ({error}): `pip install torch`.") from error
 
     if os.getpid() != IMPORTING_PROCESS:
-        # OpenMP waits forever for threads that were not forked. Worker processes share the cores already.
+        # OpenMP would wait forever for threads that were not forked.
         torch.set_num_threads(1)
     return track_autocorrelation(waveforms, sampling_rate, frame_period, f0_min, f0_max, device)
 
 
-# Those that take several utterances at once, and a device.
+# Trackers that take several utterances at once, and a device.
 BATCH_TRACKERS = {"autocorrelation": track_autocorrelation_batch}
-# Another tracker is a function with the arguments of `track_dio`, entered here under the name that `method` takes.
+# Another tracker is a function with the arguments of `track_dio`, entered here by name.
 TRACKERS = {"dio": track_dio, "dio_fast": track_dio_fast, **BATCH_TRACKERS}
 
 
 def check_sampling_rate(sampling_rate, name: str = "sampling_rate") -> int:
-    """A sampling rate as an `int`, checked.
-
-    Args:
-        sampling_rate: Hz; a whole number of any numeric type, or a tensor or array of one.
-        name: what an error calls it.
+    """A sampling rate (Hz) of any numeric type as an `int`; `name` is what an error calls it.
 
     Raises:
         `ValueError`: it is no whole number from 1000 to 1000000 Hz.
@@ -153,7 +140,7 @@ def check_hop_length(hop_length, sampling_rate: int):
 
 
 def check_tracker(method: str, f0_min: float, f0_max: float, sampling_rate: int):
-    """Raises a `ValueError` that says which of the settings of a tracker cannot work, and what can."""
+    """Raises a `ValueError` that says which setting of a tracker cannot work, and what can."""
     if method not in TRACKERS:
         raise ValueError(f"F0 method {method!r} is not known; choose one of {', '.join(TRACKERS)}.")
     for name, value in (("f0_min", f0_min), ("f0_max", f0_max)):
@@ -178,7 +165,7 @@ def estimate_f0(
 ) -> np.ndarray:
     """F0 of one utterance, one value every `hop_length` samples.
 
-    Give it the utterance without padding: zeros at the end change DIO's last frames. Audio of more than a minute is
+    Give the utterance without padding: zeros at the end change DIO's last frames. Audio of more than a minute is
     tracked in overlapping pieces, so that memory does not grow with it.
 
     Args:
@@ -193,7 +180,7 @@ def estimate_f0(
 
     Raises:
         `ValueError`: the waveform is not 1-D, is empty or not finite, or a setting is not possible.
-        `ImportError`: pyworld or torch is needed and cannot be imported; the message says what to install.
+        `ImportError`: pyworld or torch is needed and cannot be imported.
     """
     return estimate_f0_batch([waveform], sampling_rate, hop_length, method, f0_min, f0_max)[0]
 
@@ -207,27 +194,16 @@ def estimate_f0_batch(
     f0_max: float = F0_CEILING,
     device: str = "cpu",
 ) -> list[np.ndarray]:
-    """F0 of several utterances, each as by [`estimate_f0`].
+    """F0 of several utterances; arguments, results and errors as of [`estimate_f0`].
 
-    pyworld's trackers run in as many threads as there are cores; in a process forked for work, in one.
-
-    Args:
-        waveforms: of shape `(samples,)` each, without padding.
-        sampling_rate, hop_length, method, f0_min, f0_max: as in [`estimate_f0`].
-        device: where a tracker in `BATCH_TRACKERS` computes; the others know the CPU only.
-
-    Returns:
-        float64 arrays, of shape `(samples // hop_length + 1,)` each.
-
-    Raises:
-        `ValueError`, `ImportError`: as by [`estimate_f0`].
-    """
+    pyworld's trackers run in as many threads as there are cores, or in one in a forked process. `device` is where a
+    tracker in `BATCH_TRACKERS` computes."""
     sampling_rate = check_sampling_rate(sampling_rate)
     check_hop_length(hop_length, sampling_rate)
     check_tracker(method, f0_min, f0_max, sampling_rate)
     waveforms = [_check_waveform(waveform) for waveform in waveforms]
     frame_period = 1000.0 * hop_length / sampling_rate  # ms
-    # A coarse grid is tracked on a finer one that contains it. The margin is for periods like 10.000000000000002 ms.
+    # A coarse grid is tracked on a finer one. The margin is for periods like 10.000000000000002 ms.
     refinement = max(1, math.ceil(frame_period / LONGEST_FRAME_PERIOD - 1e-6))
     settings = (sampling_rate, frame_period / refinement, f0_min, f0_max)
     chunk = max(1, int(CHUNK_SECONDS * sampling_rate / hop_length))
@@ -250,15 +226,12 @@ def estimate_f0_batch(
         def track_one(piece):
             return TRACKERS[method](np.ascontiguousarray(piece, dtype=np.float64), *settings)
 
-        workers = min(len(pieces), _num_threads())
-        if workers > 1:  # pyworld lets go of Python's lock while it computes
-            with ThreadPoolExecutor(workers) as pool:
-                tracks = list(pool.map(track_one, pieces))
-        else:
-            tracks = map(track_one, pieces)
+        # pyworld releases Python's lock while it computes.
+        with ThreadPoolExecutor(max(1, min(len(pieces), _num_threads()))) as pool:
+            tracks = list(pool.map(track_one, pieces))
     for (index, start, stop), first, track in zip(places, firsts, tracks):
         track = track[::refinement]
-        # Where the period in ms is not exact in binary, DIO may count one frame less: the last value stands in for it.
+        # Where the period in ms is not exact in binary, DIO may give one frame less.
         f0[index][start:stop] = track[np.minimum(np.arange(start - first, stop - first), len(track) - 1)]
     return f0
 
@@ -270,33 +243,17 @@ def _num_threads() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def accumulated_phase(f0: np.ndarray, hop_seconds: float, initial_phase: float = 0.0) -> np.ndarray:
-    """Phase of an oscillator that follows F0: `(phi0 + cumsum(2 pi f0 hop_seconds)) mod 2 pi`.
+def accumulated_phase(f0: np.ndarray, hop_seconds: float) -> np.ndarray:
+    """Phase of an oscillator that follows F0, `(frames,)` in Hz: `cumsum(2 pi f0 hop_seconds) mod 2 pi`, float64.
 
-    It stands still while the voice is unvoiced. The sum is taken in cycles, which is the same modulo whole cycles and
-    keeps its precision over an hour.
-
-    Args:
-        f0: shape `(frames,)`, Hz, 0 = unvoiced.
-        hop_seconds: time from one frame to the next, in seconds.
-        initial_phase: phi0 in radians.
-
-    Returns:
-        float64, shape `(frames,)`: radians in `[0, 2 pi)`.
-    """
-    cycles = initial_phase / (2.0 * np.pi) + np.cumsum(np.asarray(f0, dtype=np.float64) * hop_seconds)
+    The sum is taken in cycles, which keeps its precision over an hour."""
+    cycles = np.cumsum(np.asarray(f0, dtype=np.float64) * hop_seconds)
     return 2.0 * np.pi * (cycles % 1.0)
 
 
 def interpolate_f0(f0: np.ndarray) -> np.ndarray:
-    """F0 carried across unvoiced frames: log-F0 runs straight between voiced neighbours and is held at the ends.
-
-    Args:
-        f0: shape `(frames,)`, Hz, 0 = unvoiced.
-
-    Returns:
-        float64, shape `(frames,)`: Hz, above 0; all 0 if no frame is voiced.
-    """
+    """F0 `(frames,)` in Hz carried across unvoiced frames: log-F0 is linear between voiced neighbors and constant at
+    the ends; float64. All 0 if no frame is voiced."""
     f0 = np.asarray(f0, dtype=np.float64)
     voiced = np.flatnonzero(f0)
     if len(voiced) == 0:
@@ -307,14 +264,13 @@ def interpolate_f0(f0: np.ndarray) -> np.ndarray:
 
 
 def voicing(waveform: np.ndarray, f0: np.ndarray, sampling_rate: int, hop_length: int) -> np.ndarray:
-    """How periodic the waveform is at its F0, in place of a hard decision.
+    """How periodic the waveform is at its F0.
 
-    The correlation coefficient of two windows of 25 ms, one period apart and centered at the frame, below about
-    1 kHz; 0 where it is negative. It is 1 for a periodic sound, and about `s / (s + n)` for one of power s in noise of
-    power n. The period is that of F0 carried across unvoiced frames, so that it has a value in every frame; without
-    any voiced frame it is 0. It is a probability of voicing in the manner of Ghahremani et al., "A pitch extraction
-    algorithm tuned for automatic speech recognition" (https://doi.org/10.1109/ICASSP.2014.6854049), who map the
-    correlation further.
+    The correlation coefficient of two windows of 25 ms, one period apart and centered at the frame, below about 1 kHz;
+    0 where it is negative. It is 1 for a periodic sound, and about `s / (s + n)` for one of power s in noise of power
+    n. The period is that of F0 carried across unvoiced frames. After Ghahremani et al., "A pitch extraction algorithm
+    tuned for automatic speech recognition" (https://doi.org/10.1109/ICASSP.2014.6854049), who map the correlation
+    further.
 
     Args:
         waveform: shape `(samples,)`, in [-1, 1].
@@ -323,7 +279,7 @@ def voicing(waveform: np.ndarray, f0: np.ndarray, sampling_rate: int, hop_length
         hop_length: samples from one frame to the next.
 
     Returns:
-        float32, shape `(frames,)`, in [0, 1].
+        float32, shape `(frames,)`, in [0, 1]; 0 without any voiced frame.
 
     Raises:
         `ValueError`: the waveform or F0 is not 1-D, is empty or not finite, or a setting is not possible.
@@ -341,10 +297,10 @@ def voicing(waveform: np.ndarray, f0: np.ndarray, sampling_rate: int, hop_length
     lowered = _lower_rate(waveform, factor, VOICING_FILTER_SECONDS, sampling_rate)
     lags = rate / carried  # samples of the lower rate
     width = round(VOICING_WINDOW_SECONDS * rate)
-    # Four whole lags around each, `whole - 1` to `whole + 2`, through whose correlations a cubic is laid.
+    # A cubic interpolates the correlations at four whole lags, `whole - 1` to `whole + 2`.
     whole = np.maximum(np.floor(lags).astype(np.int64), 1)
     starts = np.floor(np.arange(len(f0)) * (hop_length / factor) - (width + lags) / 2.0 + 0.5).astype(np.int64)
-    # At the ends of the utterance windows lie within it, where it is long enough.
+    # Windows lie within the utterance, where it is long enough.
     starts = np.maximum(np.minimum(starts, len(lowered) - width - whole - 2), 0)
     lowered = np.pad(lowered, (0, max(0, int((starts + whole).max()) + width + 2 - len(lowered))))
     weights = _cubic_weights(np.clip(lags - whole, 0.0, 1.0))
@@ -365,7 +321,7 @@ def voicing(waveform: np.ndarray, f0: np.ndarray, sampling_rate: int, hop_length
 
 
 def _cubic_weights(fraction: np.ndarray) -> np.ndarray:
-    """Lagrange's weights of four values at -1, 0, 1 and 2 for the cubic's value at `fraction`; `(frames, 4)`."""
+    """Lagrange's weights of values at -1, 0, 1 and 2 for the cubic's value at `fraction`; `(frames, 4)`."""
     before, after = fraction + 1.0, 1.0 - fraction
     further = 2.0 - fraction
     return np.stack(
@@ -385,7 +341,7 @@ def _lower_rate(waveform: np.ndarray, factor: int, seconds: float, sampling_rate
     taps = np.hanning(2 * half + 3)[1:-1].astype(np.float32)
     taps /= taps.sum()
     count = -(-len(waveform) // factor)
-    # What is louder than full scale is made as loud: its square would not fit.
+    # Scaled to full scale if louder, so that squares fit.
     padded = np.pad(waveform / max(1.0, float(np.abs(waveform).max())), (half, half + factor)).astype(np.float32)
     lowered = np.zeros(count, dtype=np.float32)
     for first, tap in enumerate(taps):
@@ -396,22 +352,11 @@ def _lower_rate(waveform: np.ndarray, factor: int, seconds: float, sampling_rate
 def spectral_envelope_code(
     waveform: np.ndarray, f0: np.ndarray, sampling_rate: int, hop_length: int, num_bands: int = 24
 ) -> np.ndarray:
-    """WORLD's spectral envelope (CheapTrick, https://doi.org/10.1016/j.specom.2014.09.003), coded to a few values.
-
-    The code is WORLD's own: the cosine transform of the log envelope on a mel axis.
-
-    Args:
-        waveform: shape `(samples,)`.
-        f0: shape `(frames,)`, Hz, on frames `hop_length` samples apart.
-        sampling_rate: Hz.
-        hop_length: samples from one frame to the next.
-        num_bands: number of values a frame.
+    """WORLD's spectral envelope (CheapTrick, https://doi.org/10.1016/j.specom.2014.09.003) in WORLD's own code, the
+    cosine transform of the log envelope on a mel axis; arguments and errors as of [`voicing`].
 
     Returns:
         float64, shape `(frames, num_bands)`.
-
-    Raises:
-        `ValueError`: the waveform or F0 is not 1-D, is empty or not finite, or a setting is not possible.
     """
     pyworld = _import_pyworld()
 
@@ -423,27 +368,16 @@ def spectral_envelope_code(
 
 
 def num_aperiodicity_bands(sampling_rate: int) -> int:
-    """Bands of WORLD's coded aperiodicity: 3 kHz apart, up to 15 kHz or 3 kHz under half the sampling rate (in Hz).
-
-    1 at 16 kHz, 5 from 36 kHz on, none under 12 kHz.
-    """
+    """Bands of WORLD's coded aperiodicity, 3 kHz apart: 1 at 16 kHz, 5 from 36 kHz on, none under 12 kHz."""
     return max(0, int(min(15000.0, sampling_rate / 2 - 3000.0) / 3000.0))
 
 
 def aperiodicity_code(waveform: np.ndarray, f0: np.ndarray, sampling_rate: int, hop_length: int) -> np.ndarray:
-    """WORLD's band aperiodicity (D4C, https://doi.org/10.1016/j.specom.2016.09.001): noise against voice, by band.
-
-    Args:
-        waveform: shape `(samples,)`.
-        f0: shape `(frames,)`, Hz, on frames `hop_length` samples apart.
-        sampling_rate: Hz, at least 12000.
-        hop_length: samples from one frame to the next.
+    """WORLD's band aperiodicity (D4C, https://doi.org/10.1016/j.specom.2016.09.001); arguments and errors as of
+    [`voicing`], at a sampling rate of at least 12000 Hz.
 
     Returns:
         float64, shape `(frames, num_aperiodicity_bands(sampling_rate))`: dB, from -60 (periodic) to 0 (noise).
-
-    Raises:
-        `ValueError`: as by [`spectral_envelope_code`], or the sampling rate leaves no band.
     """
     if num_aperiodicity_bands(sampling_rate) < 1:
         raise ValueError(f"WORLD codes no aperiodicity under 12000 Hz, and the sampling rate is {sampling_rate} Hz.")
@@ -456,7 +390,7 @@ def aperiodicity_code(waveform: np.ndarray, f0: np.ndarray, sampling_rate: int, 
 
 
 def _by_frames(code, waveform, f0, sampling_rate, hop_length):
-    # WORLD makes a full spectrum for every frame, and only the code of it is kept: so a part of the frames at a time.
+    # A part of the frames at a time, since WORLD makes a full spectrum for each.
     sampling_rate = check_sampling_rate(sampling_rate)
     check_hop_length(hop_length, sampling_rate)
     waveform = np.ascontiguousarray(_check_waveform(waveform), dtype=np.float64)
@@ -467,7 +401,7 @@ def _by_frames(code, waveform, f0, sampling_rate, hop_length):
 
 
 def _check_waveform(waveform) -> np.ndarray:
-    # WORLD reads memory as it lies and checks nothing.
+    # WORLD checks nothing.
     waveform = np.asarray(waveform)
     if waveform.ndim != 1 or len(waveform) == 0 or not np.isfinite(waveform).all():
         raise ValueError(f"The waveform must be 1-D, not empty and finite, got shape {waveform.shape}.")

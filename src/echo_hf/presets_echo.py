@@ -12,7 +12,6 @@ BASELINE = {
     "token_pitch": "none",
 }
 
-# What pitch may do, each by itself.
 MECHANISMS = {
     "theta": {"theta_mode": "phase"},
     "radius": {"radius_mode": "bounded"},
@@ -23,7 +22,7 @@ MECHANISMS = {
     "token_pitch": {"token_pitch": "mean"},
 }
 
-# Of both settings of the published prototype: its first mel frequencies and a learned theta.
+# Shared by both settings of the published prototype.
 PUBLISHED = {
     "rotary_frequencies": "mel",
     "rotary_theta": 10000.0,
@@ -40,8 +39,8 @@ PRESETS = {
     "published_frame_raw": {"theta_mode": "frame", "radius_mode": "raw", **PUBLISHED},
 }
 
-# Sizes by about the number of parameters they give with the byte vocabulary: layers, width, heads and inner width of a
-# deep encoder and a shallow decoder; narrower too in the large sizes, as all of its weights are read once a token.
+# Layers, width, heads and inner width of each size, named by its parameters with the byte vocabulary. The decoder is
+# small, since generation reads all of its weights for every token.
 SIZES = {
     "2m": {"encoder": (5, 144, 4, 384), "decoder": (1, 144, 4, 384)},
     "5m": {"encoder": (6, 208, 4, 560), "decoder": (2, 208, 4, 560)},
@@ -52,12 +51,12 @@ SIZES = {
 
 SIDES = ("encoder", "decoder")
 
-# The smallest and the largest value of each number. The largest are far from anything useful; what they refuse is a
-# damaged or malicious config, before anything is allocated.
+# Smallest and largest value of each number. They refuse a damaged or malicious config before anything is allocated.
 BOUNDS = {
     "vocab_size": (1, 10_000_000),
-    "sampling_rate": (1, 1_000_000),
-    "hop_length": (1, 1_000_000),
+    **dict.fromkeys(("sampling_rate", "hop_length", "mask_time_length", "mask_feature_length"), (1, 1_000_000)),
+    **dict.fromkeys(("mask_time_min_masks", "mask_feature_min_masks"), (0, 1_000_000)),
+    **dict.fromkeys(("mask_time_prob", "mask_feature_prob", "ctc_loss_weight"), (0, 1)),
     "stem_num_layers": (0, 1000),
     **{f"{side}_hidden_size": (1, 65_536) for side in SIDES},
     **{f"{side}_intermediate_size": (1, 262_144) for side in SIDES},
@@ -69,17 +68,8 @@ BOUNDS = {
     "initializer_range": (0, 10),
     "rms_norm_eps": (1e-7, 1),  # exported graphs drop a smaller one
     "rotary_theta": (1e-3, 1e9),
-    "mel_corner_frequency": (1e-3, 1e6),
-    "mel_max_frequency": (1e-3, 1e6),
+    **dict.fromkeys(("mel_corner_frequency", "mel_max_frequency", "tokens_per_second"), (1e-3, 1e6)),
     "silence_threshold": (0, 1e6),
-    "tokens_per_second": (1e-3, 1e6),
-    "ctc_loss_weight": (0, 1),
-    "mask_time_prob": (0, 1),
-    "mask_time_length": (1, 1_000_000),
-    "mask_time_min_masks": (0, 1_000_000),
-    "mask_feature_prob": (0, 1),
-    "mask_feature_length": (1, 1_000_000),
-    "mask_feature_min_masks": (0, 1_000_000),
 }
 MAX_GROUP_WIDTH = 65_536  # channels
 MAX_STRIDES, MAX_FRAMES_PER_ENCODER_FRAME = 16, 1024

@@ -1,4 +1,4 @@
-"""The processor of Echo: audio and transcripts in one call, in the form the model takes for training."""
+"""The processor of Echo: audio and transcripts in one call."""
 
 from transformers.audio_utils import AudioInput
 from transformers.feature_extraction_utils import BatchFeature
@@ -11,24 +11,23 @@ attach_module(__name__)
 
 
 class EchoAudioKwargs(AudioKwargs, total=False):
-    """Options of [`EchoFeatureExtractor`] when a processor is called; `resample` is Echo's own."""
+    """Options of [`EchoFeatureExtractor`]; `resample` is Echo's own."""
 
     resample: bool | None
 
 
 class EchoProcessorKwargs(ProcessingKwargs, total=False):
-    """Options of a processor's call, by the part that takes them: audio, text or all."""
+    """Options of a processor's call."""
 
     audio_kwargs: EchoAudioKwargs
 
 
 class EchoProcessor(ProcessorMixin):
-    r"""
-    Joins an [`EchoFeatureExtractor`] and an [`EchoTokenizer`].
+    r"""Joins an [`EchoFeatureExtractor`] and an [`EchoTokenizer`].
 
     Args:
         feature_extractor ([`EchoFeatureExtractor`]): makes `input_features` from audio.
-        tokenizer ([`EchoTokenizer`]): makes token ids from text, and text from what the model predicts.
+        tokenizer ([`EchoTokenizer`]): makes token ids from text, and text from token ids.
 
     Raises:
         `ValueError`: one of the two is another model's.
@@ -44,7 +43,8 @@ class EchoProcessor(ProcessorMixin):
     >>> batch["labels"]
     tensor([[74, 75,  2]])
 
-    ```"""
+    ```
+    """
 
     valid_processor_kwargs = EchoProcessorKwargs
     text_kwargs = {"padding": True}
@@ -52,7 +52,7 @@ class EchoProcessor(ProcessorMixin):
     _auto_class = "AutoProcessor"
 
     def __init__(self, feature_extractor, tokenizer):
-        # By name: code that came with a checkpoint has classes of its own.
+        # By name, since the code of a checkpoint has classes of its own.
         for part, expected in ((feature_extractor, "EchoFeatureExtractor"), (tokenizer, "EchoTokenizer")):
             if expected not in [kind.__name__ for kind in type(part).__mro__]:
                 raise ValueError(
@@ -68,29 +68,24 @@ class EchoProcessor(ProcessorMixin):
         sampling_rate: int | None = None,
         **kwargs: Unpack[EchoProcessorKwargs],
     ) -> BatchFeature:
-        """
-        Features of audio, token ids of text, or both.
+        """Features of audio, token ids of text, or both.
 
         Args:
-            audio (*optional*):
-                One recording or a batch, in any form that [`EchoFeatureExtractor.__call__`] takes.
-            text (`str` or `list[str]`, *optional*):
-                The transcript of each recording.
-            sampling_rate (`int`, *optional*):
-                Of arrays that do not say their own, in Hz.
+            audio (*optional*): One recording or a batch, in any form that [`EchoFeatureExtractor.__call__`] takes.
+            text (`str` or `list[str]`, *optional*): The transcript of each recording.
+            sampling_rate (`int`, *optional*): Of arrays that do not say their own, in Hz.
             kwargs:
-                `audio_kwargs` for the extractor, `text_kwargs` for the tokenizer; an option given without either goes
-                to both where both know it. `max_length` counts frames of audio but tokens of text, so give it in one.
+                `audio_kwargs` for the extractor, `text_kwargs` for the tokenizer; other options go to both where both
+                know them. `max_length` counts frames of audio but tokens of text, so give it in one of the two.
 
         Returns:
             [`BatchFeature`] with
 
-            - audio: `input_features` `(batch, frames, channels)`, `attention_mask` `(batch, frames)`;
-            - audio and text: `labels` `(batch, tokens)` besides, which end in `eos_token_id` and do not start with
-              `bos_token_id`: as the model takes them. Padded with `pad_token_id`, which can be decoded, and which the
-              loss ignores as it does -100. The Trainer counts only -100 as padding: for it give what collates to
-              [`EchoDataCollator`], or replace them;
-            - text alone: what the tokenizer gives, `input_ids` with `bos_token_id` and their `attention_mask`.
+            - audio: `input_features` `(batch, frames, channels)`, `attention_mask` `(batch, frames)`; - audio and text:
+            also `labels` `(batch, tokens)`, without `bos_token_id` and with `eos_token_id`, padded with
+              `pad_token_id`, which the loss ignores. The Trainer counts only -100 as padding: give it
+              [`EchoDataCollator`];
+            - text: `input_ids` with `bos_token_id`, and their `attention_mask`.
 
         Raises:
             `ValueError`: neither audio nor text is given, or they are not equally many.
@@ -114,7 +109,7 @@ class EchoProcessor(ProcessorMixin):
         return features
 
     def _labels(self, text: TextInput | list[TextInput], options: dict):
-        """Token ids of `text` as labels: without the begin of sequence, which the model itself puts first."""
+        """Token ids of `text` without the begin of sequence, which the model puts first."""
         single = self.tokenizer(text, **{**options, "padding": False, "return_tensors": None})["input_ids"]
         batch = [single] if isinstance(text, str) else single
         labels = [ids[1:] if ids[:1] == [self.tokenizer.bos_token_id] else ids for ids in batch]
@@ -125,11 +120,9 @@ class EchoProcessor(ProcessorMixin):
         return padded[0] if isinstance(text, str) and padding["return_tensors"] is None else padded
 
     def decode_ctc(self, *args, **kwargs) -> str:
-        """Passes all on to [`EchoTokenizer.decode_ctc`]."""
         return self.tokenizer.decode_ctc(*args, **kwargs)
 
     def batch_decode_ctc(self, *args, **kwargs) -> list[str]:
-        """Passes all on to [`EchoTokenizer.batch_decode_ctc`]."""
         return self.tokenizer.batch_decode_ctc(*args, **kwargs)
 
     @property

@@ -1,9 +1,7 @@
-"""The tokenizer of Echo: byte-level BPE, so that any text of any language has tokens and comes back exactly.
+"""The tokenizer of Echo: byte-level BPE, which encodes any text without loss.
 
-`EchoTokenizer()` is the plain vocabulary of 3 special tokens and 256 bytes. `from_characters` makes one with a token
-for each character of several bytes besides, `train_new_from_iterator` one with tokens of several characters. There is
-no unknown token.
-"""
+`EchoTokenizer()` has 3 special tokens and 256 bytes. `from_characters` adds a token for each character of several
+bytes, `train_new_from_iterator` tokens of several characters. There is no unknown token."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -20,34 +18,25 @@ from .configuration_echo import attach_module
 attach_module(__name__)
 
 # Merged tokens stay within one of these pieces: a word with the space before it, up to three digits, signs, blanks.
-# Unlike GPT-2's pattern it keeps combining marks (\p{M}) with their letters, which Indic and other scripts need, and
-# has no English contractions.
+# Unlike in GPT-2, combining marks (\p{M}) stay with their letters, and there are no English contractions.
 PIECES = r" ?[\p{L}\p{M}]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
 
 
 class EchoTokenizer(TokenizersBackend):
-    r"""
-    Byte-level byte pair encoding (https://huggingface.co/papers/1508.07909, bytes as in GPT-2) with `<pad>` 0, `<s>` 1
-    and `</s>` 2, then the 256 bytes, then merged tokens if there are any.
+    r"""Byte-level byte pair encoding (https://huggingface.co/papers/1508.07909, bytes as in GPT-2) with `<pad>` 0,
+    `<s>` 1 and `</s>` 2, then the 256 bytes, then merged tokens.
 
     `decode(encode(text), skip_special_tokens=True) == text` for every `str` that can be written as UTF-8 and spells no
-    special token. Tokens that are no valid UTF-8, such as half a character at the end of a cut-off transcript, decode
-    to U+FFFD.
+    special token. Invalid UTF-8, such as half a character, decodes to U+FFFD.
 
     Args:
-        vocab (`dict[str, int]`, *optional*):
-            Token to id; the special tokens and the 256 bytes when not given.
-        merges (`list[tuple[str, str]]`, *optional*):
-            The merges, best first; none when not given.
-        bos_token (`str`, defaults to `"<s>"`):
-            Begin of sequence; `encode` puts it first.
-        eos_token (`str`, defaults to `"</s>"`):
-            End of sequence; `encode` puts it last.
-        pad_token (`str`, defaults to `"<pad>"`):
-            Padding, and the blank of CTC.
+        vocab (`dict[str, int]`, *optional*): Token to id; the special tokens and the 256 bytes if not given.
+        merges (`list[tuple[str, str]]`, *optional*): The merges, best first; none if not given.
+        bos_token (`str`, defaults to `"<s>"`): Begin of sequence; `encode` puts it first.
+        eos_token (`str`, defaults to `"</s>"`): End of sequence; `encode` puts it last.
+        pad_token (`str`, defaults to `"<pad>"`): Padding, and the blank of CTC.
         split_special_tokens (`bool`, defaults to `False`):
-            Whether special tokens that are spelled out in a text are split into bytes, as other text is. If not, each
-            is its one id: `"<pad>"` in a transcript is padding.
+            Whether special tokens in a text are split into bytes. If not, `"<pad>"` in a transcript is padding.
 
     Example:
 
@@ -60,7 +49,8 @@ class EchoTokenizer(TokenizersBackend):
     >>> tokenizer.decode([1, 74, 75, 2], skip_special_tokens=True)
     'hi'
 
-    ```"""
+    ```
+    """
 
     vocab_files_names = {"tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
@@ -88,8 +78,8 @@ class EchoTokenizer(TokenizersBackend):
             ]
         )
         self._tokenizer.decoder = decoders.ByteLevel()
-        # Whether bos and eos are added is kept in the tokenizer's file, not in its settings. Without a file: both are.
-        # Given to the library, one of the two would switch the other off.
+        # The tokenizer's file says whether bos and eos are added; without a file both are. Given to the library, one of
+        # the two would switch the other off.
         adds = {name: kwargs.pop(name) for name in ("add_bos_token", "add_eos_token") if name in kwargs}
         if not {"post_processor", "tokenizer_file", "tokenizer_object"} & kwargs.keys():
             kwargs |= {"add_bos_token": True, "add_eos_token": True}
@@ -111,8 +101,7 @@ class EchoTokenizer(TokenizersBackend):
     def from_characters(cls, texts: Iterable[str], vocab_size: int | None = None) -> "EchoTokenizer":
         """A tokenizer with a token for each character of the texts that is several bytes, beside the single bytes.
 
-        Letters beyond ASCII then cost one token each, as the others do; bytes would be more than a CTC model has frames
-        for. Characters that are not in the texts stay several tokens.
+        With bytes alone, letters beyond ASCII would cost more tokens than a CTC model has frames for.
 
         Args:
             texts (`Iterable[str]`): transcripts.
@@ -127,7 +116,8 @@ class EchoTokenizer(TokenizersBackend):
         >>> len(tokenizer), len(tokenizer.tokenize("да")), len(tokenizer.tokenize("ы"))
         (264, 2, 2)
 
-        ```"""
+        ```
+        """
         plain = cls()
         vocab, merges = plain.get_vocab(), []
         to_byte_token = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
@@ -143,18 +133,13 @@ class EchoTokenizer(TokenizersBackend):
         return cls(vocab=vocab, merges=merges)
 
     def decode_ctc(self, token_ids: Any, **kwargs) -> str:
-        """Text of a best path through CTC: repeated ids are one token, and blanks (`pad_token_id`) are none.
-
-        Args:
-            token_ids (`list[int]`, `np.ndarray` or `torch.Tensor` of shape `(frames,)`):
-                The most likely id of each frame.
-            kwargs: passed on to `decode`.
-        """
+        """Text of a path through CTC, `(frames,)`: repeated ids are one token, and blanks (`pad_token_id`) are none.
+        `kwargs` are those of `decode`."""
         path = [token for token, _ in groupby(to_py_obj(token_ids)) if token != self.pad_token_id]
         return self.decode(path, **{"skip_special_tokens": True, **kwargs})
 
     def batch_decode_ctc(self, sequences: Any, **kwargs) -> list[str]:
-        """`decode_ctc` of each row of `sequences`, shape `(batch, frames)` or a list of rows of unequal length."""
+        """`decode_ctc` of each row of `sequences`, shape `(batch, frames)` or a list of rows."""
         return [self.decode_ctc(token_ids, **kwargs) for token_ids in sequences]
 
 

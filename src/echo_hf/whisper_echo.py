@@ -20,7 +20,6 @@ of channels, E hidden size, F hidden units of the feed-forward.
 """
 
 import copy
-import math
 
 import numpy as np
 import torch
@@ -44,14 +43,11 @@ from transformers.models.whisper.modeling_whisper import (
 from transformers.models.whisper.processing_whisper import WhisperProcessor
 from transformers.pipelines.automatic_speech_recognition import AutomaticSpeechRecognitionPipeline
 
+from .normalization_echo import PITCH_CHANNELS, normalize_f0
 from .pitch_echo import F0_CEILING, F0_FLOOR, check_tracker, estimate_f0_batch
 
 PITCH_SCALE = 16.0  # what is used of a pitch parameter, over what is stored
 STEM_KERNEL_SIZE = 9  # encoder frames, 180 ms: about a syllable
-PITCH_CHANNELS = 3  # voiced, contour, register
-REGISTER_CENTER = 150.0  # Hz, between low and high voices
-REGISTER_WIDTH = 0.5  # natural log units; e ** 0.5 is about nine semitones
-CONTOUR_FLOOR = 0.1  # natural log units; keeps a monotone's tiny wobble from being blown up to a contour
 F0_RANGE = (20.0, 2000.0)  # Hz; what lies beyond counts as the nearest of these, so that no F0 gives an infinite pitch
 FRAMES_PER_POSITION = 2  # frames of features to an encoder frame
 
@@ -120,6 +116,11 @@ class EchoWhisperConfig(WhisperConfig):
     def num_feature_rows(self) -> int:
         """Rows of `input_features`: the log-mel spectrogram and F0."""
         return self.num_mel_bins + 1
+
+    @property
+    def pitch_mechanisms(self) -> list[str]:
+        """Names of the switches that are on."""
+        return [name for name in EchoWhisperConfig.__annotations__ if getattr(self, name)]
 
     def to_dict(self) -> dict:
         pipeline = {"impl": "whisper_echo.EchoWhisperPipeline", "pt": ["AutoModelForSpeechSeq2Seq"]}
@@ -225,28 +226,11 @@ def split_f0(input_features: torch.Tensor, config: EchoWhisperConfig) -> tuple[t
     return input_features[:, :-1], input_features[:, -1]
 
 
-def normalize_f0(f0: torch.Tensor) -> torch.Tensor:
-    """Pitch as the network sees it, of F0 in Hz with 0 for unvoiced frames; what is not finite is unvoiced too.
-
-    Channel 0, voiced: 1 or 0. Channel 1, contour: `(ln f0 - mean) / max(std, 0.1)` over the window's voiced frames.
-    Channel 2, register: `(ln f0 - ln 150) / 0.5`. All 0 where unvoiced, so padding changes nothing.
-
-    As in Echo, whose module is not imported: it would have to travel with every checkpoint.
-
-    Args:
-        f0 (`torch.Tensor` of shape `(B, S)`): Hz.
-
-    Returns:
-        `torch.Tensor` of shape `(B, S, 3)`, float32.
-    """
+def normalize_window(f0: torch.Tensor) -> torch.Tensor:
+    """[`normalize_f0`] over the window, of F0 in Hz `(B, S)` to `(B, S, 3)`. What is not finite is unvoiced."""
     f0 = f0.float()
-    voiced = ((f0 > 0) & f0.isfinite()).float()
-    log_f0 = torch.where(voiced > 0, f0, 1.0).clamp(*F0_RANGE).log()
-    count = voiced.sum(-1, keepdim=True).clamp(min=1.0)
-    deviation = voiced * (log_f0 - (voiced * log_f0).sum(-1, keepdim=True) / count)
-    spread = (deviation.square().sum(-1, keepdim=True) / count).sqrt().clamp(min=CONTOUR_FLOOR)
-    register = (log_f0 - math.log(REGISTER_CENTER)) / REGISTER_WIDTH
-    return torch.stack((voiced, deviation / spread, voiced * register), dim=-1)
+    f0 = torch.where((f0 > 0) & f0.isfinite(), f0.clamp(*F0_RANGE), 0.0)
+    return normalize_f0(f0, torch.ones_like(f0))
 
 
 class EchoWhisperPitchStem(nn.Conv1d):
@@ -422,7 +406,7 @@ class EchoWhisperEncoder(EchoWhisperPreTrainedModel, WhisperEncoder):
         """
         log_mel, f0 = split_f0(input_features, self.config)
         # Encoder frame s is centered at frame 2 s of the features. The nearest F0, not a mean: a contour stays sharp.
-        pitch = normalize_f0(f0[:, ::FRAMES_PER_POSITION])
+        pitch = normalize_window(f0[:, ::FRAMES_PER_POSITION])
         # A copy: a kernel may round otherwise where rows are apart in memory.
         return super().forward(log_mel.contiguous(), pitch=pitch, **kwargs)
 
@@ -449,6 +433,14 @@ class EchoWhisperModel(EchoWhisperPreTrainedModel, WhisperModel):
         return torch.cat((masked, f0[:, None]), dim=1)
 
 
+class EchoWhisperPipeline(AutomaticSpeechRecognitionPipeline):
+    """The stock pipeline, which tells Whisper by its model type, and here is told."""
+
+    def _sanitize_parameters(self, **kwargs):
+        self.type = "seq2seq_whisper"  # the first that the library calls once it has set `type`
+        return super()._sanitize_parameters(**kwargs)
+
+
 class EchoWhisperForConditionalGeneration(EchoWhisperPreTrainedModel, WhisperForConditionalGeneration):
     r"""
     Whisper with pitch, for speech recognition. Made of a Whisper by [`add_pitch`]; used, generated with, fine-tuned and
@@ -468,6 +460,7 @@ class EchoWhisperForConditionalGeneration(EchoWhisperPreTrainedModel, WhisperFor
     ```"""
 
     _auto_class = "AutoModelForSpeechSeq2Seq"
+    pipeline_class = EchoWhisperPipeline  # which the pipeline of this package asks for
 
     def __init__(self, config: EchoWhisperConfig):
         super().__init__(config)
@@ -481,14 +474,6 @@ class EchoWhisperForConditionalGeneration(EchoWhisperPreTrainedModel, WhisperFor
             batch_size, model_input_name, model_kwargs, *args, **kwargs
         )
         return start if prompt is None else prompt, model_kwargs
-
-
-class EchoWhisperPipeline(AutomaticSpeechRecognitionPipeline):
-    """The stock pipeline, which tells Whisper by its model type, and here is told."""
-
-    def _sanitize_parameters(self, **kwargs):
-        self.type = "seq2seq_whisper"  # the first that the library calls once it has set `type`
-        return super()._sanitize_parameters(**kwargs)
 
 
 def add_pitch(

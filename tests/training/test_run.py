@@ -17,11 +17,12 @@ from echo_hf.training import (
     RunArguments,
     build_model_and_processor,
     find_last_checkpoint,
+    preparation,
     run,
     train,
 )
 from echo_hf.training.model import build_config, build_processor
-from echo_hf.training.run import count_beyond_ctc
+from echo_hf.training.preparation import add_non_speech, count_beyond_ctc
 from tiny_training import TINY, TINY_FEATURES, Interrupt, model_arguments, trainer_arguments, write_six_tones
 
 
@@ -162,19 +163,19 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(manifest, tmp_path):
 def test_clips_without_speech_are_trained_on_with_an_empty_text(manifest, tmp_path):
     _, processor = build_model_and_processor(model_arguments(), ["low", "high"])
     data = prepare_dataset(load_sources(manifest), processor, cache_dir=tmp_path)
-    both = run.add_non_speech(data, 0.4, processor, seed=3, cache_dir=tmp_path)
+    both = add_non_speech(data, 0.4, processor, seed=3, cache_dir=tmp_path)
     assert len(both.dataset) == len(data.dataset) + 3  # 2.4, rounded up
     assert both.dataset["text"][-3:] == ["", "", ""] and both.seconds > data.seconds
     config = processor.tokenizer
     assert both.dataset["labels"][-3:] == [[config.bos_token_id, config.eos_token_id]] * 3
     np.testing.assert_array_equal(both.dataset[0]["input_features"], data.dataset[0]["input_features"])
-    again = run.add_non_speech(data, 0.4, processor, seed=3, cache_dir=tmp_path / "other")
+    again = add_non_speech(data, 0.4, processor, seed=3, cache_dir=tmp_path / "other")
     np.testing.assert_array_equal(both.dataset[-1]["input_features"], again.dataset[-1]["input_features"])
     settings = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path))
     augmentation = AugmentationArguments(non_speech_share=0.5, f0_drop=0.5)
     spoken = data.dataset.add_column("language", ["en"] * 6)
     told = PreparedData(spoken.with_format("numpy", ["input_features"], output_all_columns=True), [], 1.0)
-    languages = run.add_non_speech(told, 0.4, processor, seed=3, cache_dir=tmp_path).dataset["language"]
+    languages = add_non_speech(told, 0.4, processor, seed=3, cache_dir=tmp_path).dataset["language"]
     assert languages[:] == ["en"] * 6 + [None] * 3  # which utterances are joined hangs on it
     arguments = trainer_arguments(tmp_path / "run")
     model = model_arguments(attn_implementation="eager")
@@ -185,7 +186,7 @@ def test_clips_without_speech_are_trained_on_with_an_empty_text(manifest, tmp_pa
 
 
 def test_settings_that_cannot_be_are_refused_before_features_are_computed(manifest, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "prepare_dataset", lambda *_, **__: pytest.fail("features were computed"))
+    monkeypatch.setattr(preparation, "prepare_dataset", lambda *_, **__: pytest.fail("features were computed"))
     for options, settings, message in (
         (AugmentationArguments(non_speech_share=1.5), {}, r"non_speech_share must be in \[0, 1\], got 1.5"),
         (

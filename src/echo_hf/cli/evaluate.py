@@ -97,14 +97,16 @@ def run(options) -> int:
     require("datasets", "jiwer")
     from ..checkpoint import parse_overrides
     from ..data import load_sources, prepare_dataset
-    from ..inference import load_checkpoint
+    from ..data.whisper import frame_processor
+    from ..inference import config_class_of, load_recognizer
     from ..training.model_card import active_mechanisms, name_mechanisms
 
     refuse_folder(options.output)
-    overrides = parse_overrides(options.config_overrides)
+    overrides = parse_overrides(options.config_overrides, config_class_of(options.checkpoint))
     columns = (options.dataset_config, options.audio_column, options.text_column)
     tables = [load_sources(source, options.split, *columns) for source in options.data]
-    model, processor = load_checkpoint(options.checkpoint, options.device, **overrides)
+    model, processor = load_recognizer(options.checkpoint, options.device, **overrides)
+    processor = frame_processor(processor)
     decoding = generate_options(options, model)
     prepared = [
         prepare_dataset(

@@ -166,6 +166,8 @@ def generate_options(options, model) -> dict[str, int | float]:
             if getattr(options, name) is not None:
                 raise ValueError(f"--{name} does not apply to {type(model).__name__}, which has no decoder. Omit it.")
         return {}
+    if options.ctc_weight is not None and not hasattr(model.config, "ctc_loss_weight"):
+        raise ValueError(f"--ctc_weight does not apply to {type(model).__name__}, which has no CTC head. Omit it.")
     given = {name: getattr(options, name) for name in ("num_beams", "ctc_weight")}
     if options.max_new_tokens is not None:
         # The begin of sequence counts too. Given as such, it would argue with the checkpoint's max_length in a warning.

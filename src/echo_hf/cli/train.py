@@ -109,9 +109,9 @@ def run(options) -> int:
     command_file = output_dir / COMMAND_FILE
     before = _read_command(command_file) if first.resume and command_file.is_file() else []
     arguments = _keep_last(before + arguments)
-    settings = vars(parser.parse_args(arguments))
+    settings = _parse(parser, arguments)
     if before:
-        _refuse_other_models(vars(parser.parse_args(before)), settings)
+        _refuse_other_models(_parse(parser, before), settings)
     for name in ("help", "help_all", "resume", "recipe"):
         del settings[name]
     _settle(settings)
@@ -129,6 +129,7 @@ def _build_parser():
 
     from ..training import (
         TRAINING_DEFAULTS,
+        WHISPER_LEARNING_RATE,
         AugmentationArguments,
         CardArguments,
         DataArguments,
@@ -154,8 +155,24 @@ def _build_parser():
     parser._action_groups.sort(key=lambda group: group is parser._optionals)  # data and model come first
     # None: not given. `_settle` decides these by the others.
     left_open = ("eval_strategy", "save_strategy", "save_steps", "load_best_model_at_end", "report_to", "disable_tqdm")
-    parser.set_defaults(**TRAINING_DEFAULTS, **dict.fromkeys(left_open), dataloader_pin_memory=None)
+    left_open += ("learning_rate", "dataloader_pin_memory")
+    parser.set_defaults(**{**TRAINING_DEFAULTS, **dict.fromkeys(left_open)})
+    for action in parser._actions:
+        if action.dest == "learning_rate":
+            rates = f"{TRAINING_DEFAULTS['learning_rate']:g}, and {WHISPER_LEARNING_RATE:g} for a Whisper, if not given"
+            action.help = f"{action.help.rstrip('. ')}: {rates}."
     return parser
+
+
+def _parse(parser, arguments: list[str]) -> dict[str, Any]:
+    """The options by name, with the learning rate that the model starts with by itself."""
+    from ..training import TRAINING_DEFAULTS, WHISPER_LEARNING_RATE, is_whisper
+
+    settings = vars(parser.parse_args(arguments))
+    if settings["learning_rate"] is None:
+        is_new = not is_whisper(settings["model_name_or_path"])
+        settings["learning_rate"] = TRAINING_DEFAULTS["learning_rate"] if is_new else WHISPER_LEARNING_RATE
+    return settings
 
 
 def _build_first_parser() -> argparse.ArgumentParser:
@@ -314,8 +331,8 @@ def _with_recipe(arguments: list[str]) -> list[str]:
         from ..checkpoint import parse_overrides
 
         overrides = options.get("config_overrides") or {}
-        overrides = parse_overrides(overrides) if isinstance(overrides, str) else overrides
-        others += ["--config_overrides", json.dumps(overrides | parse_overrides(known.config_overrides))]
+        overrides = parse_overrides(overrides, None) if isinstance(overrides, str) else overrides
+        others += ["--config_overrides", json.dumps(overrides | parse_overrides(known.config_overrides, None))]
     listed = []
     for name, value in options.items():
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]

@@ -59,7 +59,7 @@ def add_parser(commands) -> None:
 
 def run(options) -> int:
     """Transcribes the files."""
-    from ..inference import bundled_recordings, expand_paths, load_checkpoint, make_pipeline, transcribe_files
+    from ..inference import bundled_recordings, expand_paths, load_recognizer, make_pipeline, transcribe_files
     from ..subtitles import group_cues
 
     format = options.format or "text"
@@ -69,7 +69,9 @@ def run(options) -> int:
         outputs = _output_files(options.output_dir, files, SUFFIXES[format])
     elif len(files) > 1 and format in ("srt", "vtt"):
         raise ValueError(f"Subtitles of {len(files)} files need a file each. Name a folder with --output_dir.")
-    model, processor = load_checkpoint(options.checkpoint, options.device)
+    model, processor = load_recognizer(options.checkpoint, options.device)
+    if options.chunk_length_s is not None and model.config.model_type != "echo":
+        raise ValueError(f"--chunk_length_s does not apply to {type(model).__name__}, which has a window. Omit it.")
     # Subtitles are made of words, unless whole segments or single words are asked for.
     is_grouped = options.timestamps is None and format in ("srt", "vtt")
     transcripts = transcribe_files(

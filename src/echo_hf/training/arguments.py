@@ -26,6 +26,9 @@ TRAINING_DEFAULTS = {
     "remove_unused_columns": False,  # the collator picks; removed, `length` would be measured by reading all features
 }
 
+# For a Whisper, which knows much already; beyond 1e-4 it forgets what it knows.
+WHISPER_LEARNING_RATE = 1e-5
+
 
 @dataclass
 class ModelArguments:
@@ -35,7 +38,10 @@ class ModelArguments:
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Echo checkpoint to start from: a folder, or a name on the Hub. From scratch if not given."},
+        metadata={
+            "help": "Echo checkpoint to start from, or a Whisper, which gets pitch: a folder, or a name on the Hub."
+            " From scratch if not given."
+        },
     )
     preset: str | None = field(
         default=None,
@@ -78,9 +84,17 @@ class ModelArguments:
     config_overrides: str | None = field(
         default=None,
         metadata={
-            "help": "Any other fields of EchoConfig: key=value,key=value, or a JSON object, e.g."
-            " dropout=0.1,apply_spec_augment=true."
+            "help": "Any other fields of EchoConfig, or of EchoWhisperConfig: key=value,key=value, or a JSON object,"
+            " e.g. dropout=0.1,apply_spec_augment=true."
         },
+    )
+    language: str | None = field(
+        default=None,
+        metadata={"help": "Language that a multilingual Whisper is to write, e.g. en. It detects it if not given."},
+    )
+    window: int | None = field(
+        default=None,
+        metadata={"help": "Seconds of audio that a Whisper which gets pitch hears at a time. 30 if not given."},
     )
 
 
@@ -186,4 +200,11 @@ class RunArguments:
     )
 
 
-__all__ = ["TRAINING_DEFAULTS", "AugmentationArguments", "DataArguments", "ModelArguments", "RunArguments"]
+__all__ = [
+    "TRAINING_DEFAULTS",
+    "WHISPER_LEARNING_RATE",
+    "AugmentationArguments",
+    "DataArguments",
+    "ModelArguments",
+    "RunArguments",
+]

@@ -13,6 +13,7 @@ from ..modeling_echo import EchoForConditionalGeneration
 from ..processing_echo import EchoProcessor
 from ..tokenization_echo import EchoTokenizer
 from .arguments import BYTE_VOCABULARY, TOKEN_UNITS, ModelArguments
+from .whisper import build_whisper, is_whisper
 
 logger = logging.get_logger(__name__)
 
@@ -90,6 +91,11 @@ def build_model_and_processor(
     Raises:
         `ValueError`: settings do not fit each other, or ask a checkpoint to be another.
     """
+    if is_whisper(arguments.model_name_or_path):
+        return build_whisper(arguments)
+    for name in ("language", "window"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"{name} is of a Whisper alone: leave it out, or start from one by model_name_or_path.")
     if arguments.model_name_or_path is None:
         config = build_config(arguments, label_smoothing)
         tokenizer = build_tokenizer(texts, arguments.token_unit, arguments.vocab_size)

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import AutoConfig
 
 from ..checkpoint import read_json
 from ..configuration_echo import BASELINE, EchoConfig
 from ..metrics import RATES
+from ..whisper_echo import EchoWhisperConfig
 
 TRAINING_ARGUMENTS_FILE = "training_args.json"  # in output_dir: all settings of the Trainer but tokens
 SUMMARY_FILE = "run_summary.json"
@@ -72,20 +74,22 @@ class CardArguments:
     )
 
 
-def active_mechanisms(config: EchoConfig) -> dict[str, Any]:
+def active_mechanisms(config: EchoConfig | EchoWhisperConfig) -> dict[str, Any]:
     """
     The mechanisms that are on, those that read F0 and silence scaling alike.
 
     Args:
-        config ([`EchoConfig`]): the model's.
+        config ([`EchoConfig`] or [`EchoWhisperConfig`]): the model's.
 
     Returns:
-        `dict[str, Any]`: names of their fields, and their values; empty for a plain rotary transformer.
+        `dict[str, Any]`: names of their fields, and their values; empty for a plain transformer.
     """
+    if isinstance(config, EchoWhisperConfig):
+        return dict.fromkeys(config.pitch_mechanisms, True)
     return {name: getattr(config, name) for name, off in BASELINE.items() if getattr(config, name) != off}
 
 
-def name_mechanisms(config: EchoConfig) -> str:
+def name_mechanisms(config: EchoConfig | EchoWhisperConfig) -> str:
     """[`active_mechanisms`] as text, such as `theta_mode=mean, silence_scaling=True`, or `none`."""
     return ", ".join(f"{name}={value}" for name, value in active_mechanisms(config).items()) or "none"
 
@@ -130,7 +134,7 @@ def build_model_card(
     folder, arguments = Path(folder), arguments or CardArguments()
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: it is not the folder of a trained model.")
-    config = EchoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
     summary = _read(folder / SUMMARY_FILE)
     settings = _read(folder / TRAINING_ARGUMENTS_FILE)
     command = _read(folder / COMMAND_FILE)
@@ -242,14 +246,26 @@ def _title(rate: str) -> str:
     return f"{RATES[rate].full_name.capitalize()} (%)"
 
 
-def _describe_model(config: EchoConfig, summary: dict[str, Any]) -> str:
+def _describe_model(config: EchoConfig | EchoWhisperConfig, summary: dict[str, Any]) -> str:
     size = f" with {summary['parameters'] / 1e6:.1f}M parameters" if summary.get("parameters") else ""
+    architecture = _describe_whisper(config) if isinstance(config, EchoWhisperConfig) else _describe_echo(config)
+    return f"A speech recognizer{size}: {architecture} Mechanisms that are on: {name_mechanisms(config)}."
+
+
+def _describe_echo(config: EchoConfig) -> str:
     groups = ", ".join(f"{name} ({width})" for name, width in config.feature_groups.items())
     return (
-        f"A speech recogniser{size}: an Echo encoder-decoder of"
-        f" {config.encoder_num_hidden_layers} and {config.decoder_num_hidden_layers} layers for audio at"
-        f" {config.sampling_rate} Hz, with {config.vocab_size} tokens. Features: {groups}, a frame every"
-        f" {1000 * config.frame_seconds:g} ms. Mechanisms that are on: {name_mechanisms(config)}."
+        f"an Echo encoder-decoder of {config.encoder_num_hidden_layers} and {config.decoder_num_hidden_layers}"
+        f" layers for audio at {config.sampling_rate} Hz, with {config.vocab_size} tokens. Features: {groups}, a"
+        f" frame every {1000 * config.frame_seconds:g} ms."
+    )
+
+
+def _describe_whisper(config: EchoWhisperConfig) -> str:
+    seconds = config.max_source_positions / 50  # positions are 20 ms apart
+    return (
+        f"a Whisper of {config.encoder_layers} and {config.decoder_layers} layers whose encoder is also given F0. It"
+        f" hears {seconds:g} s at a time."
     )
 
 

@@ -8,31 +8,22 @@ the loss from the logits alone, and the CTC part would be lost; so `label_smooth
 
 import copy
 import json
-import math
 import platform
 import time
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 import transformers
-from transformers import Seq2SeqTrainingArguments, TrainerCallback, set_seed
+from transformers import PreTrainedConfig, Seq2SeqTrainingArguments, TrainerCallback, set_seed
 from transformers.utils import logging
 
 from .. import __version__
 from ..analysis.tensorboard import DiagnosticsCallback, require_tensorboard
-from ..configuration_echo import EchoConfig
-from ..data.augmentation import VoicePerturbation
-from ..data.collator import MAX_JOINED_SECONDS, EchoDataCollator
-from ..data.features import PreparedData, prepare_dataset
-from ..data.non_speech import non_speech_table
+from ..data.features import PreparedData
 from ..data.sources import load_sources
 from ..metrics import make_compute_metrics, normalize_text
-from ..modeling_echo import EchoForConditionalGeneration
-from ..processing_echo import EchoProcessor
 from .arguments import AugmentationArguments, DataArguments, ModelArguments, RunArguments
 from .checkpoints import (
     CheckpointAveraging,
@@ -42,7 +33,9 @@ from .checkpoints import (
 )
 from .model import build_model_and_processor
 from .model_card import SUMMARY_FILE, CardArguments
+from .preparation import EchoPreparation, Preparation, Speech
 from .trainer import EchoTrainer, check_hub_strategy
+from .whisper import WhisperPreparation, is_whisper
 
 logger = logging.get_logger(__name__)
 
@@ -69,8 +62,7 @@ def train(
         resume (`bool`, defaults to `False`): whether to go on from the last checkpoint in `output_dir`.
         callbacks (`list[TrainerCallback]`, *optional*): more callbacks for the Trainer.
         card_arguments ([`CardArguments`], *optional*): what the model card says beside what was measured.
-        augmentation_arguments ([`AugmentationArguments`], *optional*): what is changed in training speech; nothing if
-            not given.
+        augmentation_arguments ([`AugmentationArguments`], *optional*): how training speech is changed, if it is.
         run_arguments ([`RunArguments`], *optional*): what is done beside training; nothing if not given.
 
     Returns:
@@ -87,15 +79,18 @@ def train(
 
     check_settings(training_arguments, augmentation, run)
     checkpoint = find_start(output_dir, resume)
+    kind = choose_preparation(checkpoint or model_arguments.model_name_or_path)
+    kind.check_arguments(model_arguments, augmentation, run, training_arguments)
     set_seed(training_arguments.seed)  # before the model is made, so that its weights follow from the seed
     train_table, eval_table = load_tables(data_arguments)
     model, processor, training_arguments = build_start(model_arguments, training_arguments, train_table, checkpoint)
-    train_collator = build_train_collator(processor, model, data_arguments, augmentation, training_arguments)
-    speech = prepare_speech(train_table, eval_table, data_arguments, augmentation, model, processor, training_arguments)
+    preparation = kind(model, processor, data_arguments, augmentation, training_arguments.seed)
+    train_collator = preparation.build_train_collator()  # whose settings are checked before features are computed
+    speech = preparation.prepare(train_table, eval_table)
     trainer = EchoTrainer(
         model=model,
         args=training_arguments,
-        data_collator=EchoDataCollator(processor),
+        data_collator=preparation.build_collator(),
         train_collator=train_collator,
         train_dataset=speech.train.dataset,
         eval_dataset=speech.eval.dataset if speech.eval else None,
@@ -128,15 +123,6 @@ def train(
 
 
 # Before training -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Speech:
-    """What a run trains and evaluates on; the last `without_speech` utterances of `train` are clips without speech."""
-
-    train: PreparedData
-    eval: PreparedData | None
-    without_speech: int = 0
 
 
 def check_settings(training: Seq2SeqTrainingArguments, augmentation: AugmentationArguments, run: RunArguments) -> None:
@@ -188,6 +174,11 @@ def find_start(output_dir: Path, resume: bool) -> Path | None:
     return checkpoint
 
 
+def choose_preparation(start: str | Path | None) -> type[Preparation]:
+    """How speech is prepared for the model that a run starts with: of a checkpoint, or new."""
+    return WhisperPreparation if is_whisper(start) else EchoPreparation
+
+
 def load_tables(arguments: DataArguments) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     """The utterances to train on and to evaluate on, with their texts as they are trained."""
     train_table, eval_table = load_table(arguments, arguments.train_data, arguments.train_split), None
@@ -199,7 +190,7 @@ def load_tables(arguments: DataArguments) -> tuple[datasets.Dataset, datasets.Da
 
 def build_start(
     arguments: ModelArguments, training: Seq2SeqTrainingArguments, table: datasets.Dataset, checkpoint: Path | None
-) -> tuple[EchoForConditionalGeneration, EchoProcessor, Seq2SeqTrainingArguments]:
+) -> tuple[Any, Any, Seq2SeqTrainingArguments]:
     """The model and the processor that training starts with, and the Trainer's arguments without label smoothing, which
     the model's own loss does, as it knows CTC."""
     label_smoothing = training.label_smoothing_factor
@@ -210,72 +201,12 @@ def build_start(
         arguments = ModelArguments(
             model_name_or_path=str(checkpoint), attn_implementation=arguments.attn_implementation
         )
-        label_smoothing = EchoConfig.from_pretrained(checkpoint).label_smoothing
+        label_smoothing = PreTrainedConfig.get_config_dict(checkpoint)[0].get("label_smoothing", 0.0)
     texts = [text or "" for text in table["text"]]
     return *build_model_and_processor(arguments, texts, label_smoothing), training
 
 
-def prepare_speech(
-    train_table: datasets.Dataset,
-    eval_table: datasets.Dataset | None,
-    data: DataArguments,
-    augmentation: AugmentationArguments,
-    model: EchoForConditionalGeneration,
-    processor: EchoProcessor,
-    training: Seq2SeqTrainingArguments,
-) -> Speech:
-    """Features and labels of all utterances. Of several processes one computes them, and the others wait for its
-    cache."""
-    options = {
-        "max_label_length": model.config.max_target_positions,
-        "skip_broken": data.skip_broken,
-        "num_proc": data.num_proc,
-        "cache_dir": data.cache_dir,
-    }
-    recorded = prepare_dataset(
-        train_table, processor, min_seconds=data.min_seconds, max_seconds=data.max_seconds, **options
-    )
-    speech = Speech(train=recorded, eval=None)
-    if augmentation.non_speech_share:
-        speech.train = add_non_speech(recorded, augmentation.non_speech_share, processor, training.seed, **options)
-        speech.without_speech = len(speech.train.dataset) - len(recorded.dataset)
-    if eval_table is not None:
-        speech.eval = prepare_dataset(eval_table, processor, **options)
-    if model.config.ctc_loss_weight > 0 and (beyond := count_beyond_ctc(speech.train, model.config)):
-        logger.warning(
-            f"{beyond} of {len(speech.train.dataset)} utterances have more tokens than encoder frames, and the CTC loss"
-            " leaves them out. Subwords are fewer tokens (token_unit); smaller stem_strides give more frames."
-        )
-    return speech
-
-
-def build_train_collator(
-    processor: EchoProcessor,
-    model: EchoForConditionalGeneration,
-    data: DataArguments,
-    augmentation: AugmentationArguments,
-    training: Seq2SeqTrainingArguments,
-) -> EchoDataCollator:
-    """What makes training batches: utterances perturbed and joined as the arguments say."""
-    perturb = VoicePerturbation(
-        processor.feature_extractor,
-        tempo=augmentation.tempo_perturbation,
-        voice=augmentation.voice_perturbation,
-        channel=augmentation.channel_perturbation,
-        f0_drop=augmentation.f0_drop,
-        pause=augmentation.pause,
-    )
-    return EchoDataCollator(
-        processor,
-        perturb=perturb.batch if perturb.is_active else None,
-        join=augmentation.join,
-        max_joined_seconds=min(MAX_JOINED_SECONDS, data.max_seconds or MAX_JOINED_SECONDS),
-        max_label_length=model.config.max_target_positions,
-        seed=training.seed,
-    )
-
-
-def build_callbacks(run: RunArguments, speech: Speech, processor: EchoProcessor) -> list[TrainerCallback]:
+def build_callbacks(run: RunArguments, speech: Speech, processor) -> list[TrainerCallback]:
     """What the run does beside training."""
     callbacks: list[TrainerCallback] = []
     if run.average_checkpoints:
@@ -283,28 +214,6 @@ def build_callbacks(run: RunArguments, speech: Speech, processor: EchoProcessor)
     if run.diagnostics:
         callbacks.append(DiagnosticsCallback((speech.eval or speech.train).dataset, processor))
     return callbacks
-
-
-def add_non_speech(data: PreparedData, share: float, processor: EchoProcessor, seed: int, **options) -> PreparedData:
-    """
-    The data with clips added that hold no speech and have an empty text, so that a model learns to write nothing there.
-
-    Args:
-        data ([`PreparedData`]): to train on.
-        share (`float`): clips to add for each utterance, above 0.
-        processor ([`EchoProcessor`]): as in [`prepare_dataset`].
-        seed (`int`): of the clips.
-        options: of [`prepare_dataset`].
-    """
-    count = math.ceil(share * len(data.dataset))
-    table = non_speech_table(count, seed, sampling_rate=processor.feature_extractor.sampling_rate)
-    added = prepare_dataset(table, processor, allow_empty_text=True, **options)
-    # What the clips do not have, such as a language, is None for them.
-    return PreparedData(
-        dataset=datasets.concatenate_datasets([data.dataset, added.dataset]),
-        skipped=data.skipped,
-        seconds=data.seconds + added.seconds,
-    )
 
 
 def load_table(arguments: DataArguments, sources: list[str], split: str) -> datasets.Dataset:
@@ -327,18 +236,6 @@ def _warn_of_overlap(train_table, eval_table) -> None:
             f"{shared} of {len(eval_table)} recordings to evaluate on are trained on too; the word error rate on them"
             " says nothing about new speech."
         )
-
-
-def count_beyond_ctc(data: PreparedData, config: EchoConfig) -> int:
-    """Utterances with more tokens than encoder frames to emit them at (repeated tokens need a blank between them)."""
-    stride = math.prod(config.stem_strides)
-    special = {config.pad_token_id, config.bos_token_id, *config.ends_of_sequence}
-    count = 0
-    for length, labels in zip(data.dataset["length"], data.dataset["labels"]):
-        tokens = [token for token in labels if token not in special]
-        repeats = sum(first == second for first, second in pairwise(tokens))
-        count += len(tokens) + repeats > math.ceil(length / stride)
-    return count
 
 
 # After training ------------------------------------------------------------------------------------------------------
