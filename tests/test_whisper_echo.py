@@ -528,7 +528,7 @@ def test_auto_classes(folder):
 
 
 def needed_modules() -> set[str]:
-    """whisper_echo.py and what it imports of the package, by following the imports."""
+    """whisper_echo.py and what it imports of the package, by following the imports, within functions too."""
     package = os.path.dirname(sys.modules["echo_hf"].__file__)
     found, waiting = set(), ["whisper_echo.py"]
     while waiting:
