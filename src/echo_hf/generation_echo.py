@@ -154,10 +154,9 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
         logits (`torch.Tensor` of shape `(rows, frames, vocab_size)`):
             Of the CTC head, a row for each hypothesis; those of an utterance lie together.
         mask (`torch.Tensor` of shape `(rows, frames)`): 1 for real frames.
-        blank_token_id (`int`): `pad_token_id` in Echo.
-        bos_token_id (`int`, *optional*): Never written, unless it is an end of sequence too.
+        blank_token_id, bos_token_id (`int`): Never written, unless they are ends of sequence too.
         eos_token_ids (`torch.Tensor` of shape `(ends,)`): Ends of sequence.
-        weight (`float`): w, above 0; at 1 the decoder has no say.
+        weight (`float`): w; at 1 the decoder has no say.
         num_hypotheses (`int`, defaults to 1): Beams or samples of each utterance.
 
     Raises:

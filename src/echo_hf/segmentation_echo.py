@@ -53,7 +53,7 @@ def read_blocks(source, sampling_rate: int) -> Iterator[np.ndarray]:
         `ImportError`: soundfile, or soxr for another rate, is not installed.
     """
     with open_audio(source) as (file, name):
-        if file.channels > MAX_CHANNELS:
+        if file.channels > MAX_CHANNELS:  # before a block of all of them is read
             raise ValueError(f"{name} has {file.channels} channels; up to {MAX_CHANNELS} are averaged. Give one.")
         stream = None
         if file.samplerate != sampling_rate:
@@ -62,11 +62,9 @@ def read_blocks(source, sampling_rate: int) -> Iterator[np.ndarray]:
         while not is_last:
             block = file.read(BLOCK_FRAMES, dtype="float32", always_2d=True)
             is_last = not len(block)
-            # Averaged here, since `to_mono` would take the few samples of a last block for channels.
-            block = block[:, 0] if block.shape[1] == 1 else block.mean(axis=1, dtype=np.float64)
-            block = block if is_last else to_mono(block, name)
+            block = np.zeros(0, np.float32) if is_last else to_mono(block, name, channel_axis=1)
             if stream is not None:
-                block = stream.resample_chunk(block.astype(np.float32), last=is_last)
+                block = stream.resample_chunk(block, last=is_last)
             if len(block):
                 yield to_mono(block, name)  # checked again, since samples near the largest of float32 overshoot
 
