@@ -94,9 +94,10 @@ def test_what_cannot_be_used_stops_a_stream_or_is_left_out(manifest, model_and_p
 
 
 def test_a_text_that_would_exhaust_memory_stops_a_stream(manifest, model_and_processor, monkeypatch):
-    monkeypatch.setattr("echo_hf.data.MAX_CHARACTERS", 0)
+    for module in ("sources", "features"):
+        monkeypatch.setattr(f"echo_hf.data.{module}.MAX_CHARACTERS", 0)
     table = datasets.load_dataset("json", data_files=str(manifest), split="train", streaming=True)
-    with pytest.raises(ValueError, match=r"a\.wav: the text has 1 characters, and an utterance at most 0"):
+    with pytest.raises(ValueError, match=r"a\.wav: the text has 1 characters, and a transcript has at most 0"):
         list(stream_dataset(table, model_and_processor[1]))
 
 
@@ -154,15 +155,16 @@ def test_the_trainer_learns_from_a_stream_and_resumes_where_it_was(manifest, mod
 
 PREPARE = """
 import sys, time
-from echo_hf import EchoFeatureExtractor, EchoProcessor, EchoTokenizer, data
-extract = data._extract
+from echo_hf import EchoFeatureExtractor, EchoProcessor, EchoTokenizer
+from echo_hf.data import features, load_sources, prepare_dataset
+extract = features._extract
 def count(*args, **kwargs):
     print("computed", flush=True)
     time.sleep(1)  # the other process comes meanwhile
     return extract(*args, **kwargs)
-data._extract = count
+features._extract = count
 processor = EchoProcessor(EchoFeatureExtractor(), EchoTokenizer())
-rows = data.prepare_dataset(data.load_sources(sys.argv[1]), processor, cache_dir=sys.argv[2]).dataset
+rows = prepare_dataset(load_sources(sys.argv[1]), processor, cache_dir=sys.argv[2]).dataset
 print(len(rows), float(sum(row["input_features"].sum() for row in rows)))
 """
 
