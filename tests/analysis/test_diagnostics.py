@@ -12,7 +12,7 @@ from torch import nn
 
 from conftest import voice
 from echo_hf import EchoConfig, EchoFeatureExtractor, EchoForConditionalGeneration, EchoForCTC
-from echo_hf.analysis import figures
+from echo_hf.analysis import attention, figures
 from echo_hf.analysis.diagnostics import KINDS, EchoDiagnostics, RunningStatistics
 from echo_hf.analysis.tensorboard import DiagnosticsCallback
 from echo_hf.checkpoint import load_model_and_processor
@@ -289,8 +289,8 @@ def test_what_is_too_long_for_a_picture_is_not_drawn(checkpoint, monkeypatch):
         monkeypatch.setattr(figures, "LONGEST_PICTURE", seconds)
         drawn = DiagnosticsCallback(dataset, processor).drawn
         assert (drawn and len(drawn["input_features"])) == expected
-    monkeypatch.setattr(plotting, "LONGEST_PICTURE", 1)
-    monkeypatch.setattr(plotting, "MOST_TOKENS", 2)
+    monkeypatch.setattr(figures, "LONGEST_PICTURE", 1)
+    monkeypatch.setattr(attention, "MOST_TOKENS", 2)
     assert DiagnosticsCallback(dataset, processor).drawn is None
 
 
