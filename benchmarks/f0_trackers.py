@@ -1,8 +1,6 @@
-"""Errors of each F0 tracker on synthetic voices whose F0 is known: clean, in noise and band-limited.
+"""Errors of each F0 tracker on synthetic voices with known F0, clean, in noise and band-limited, as a Markdown table.
 
-    python benchmarks/f0_trackers.py
-
-prints them as a table in Markdown, the same at every run.
+python benchmarks/f0_trackers.py
 """
 
 import math
@@ -15,14 +13,14 @@ from echo_hf.pitch_echo import TRACKERS, estimate_f0
 
 SAMPLING_RATE = 16000  # Hz
 HOP_LENGTH = 160  # samples, 10 ms
-GROSS_ERROR = 0.2  # an F0 that is off by a larger share of the reference is another pitch, not an imprecise one
-PITCH_TOLERANCE = 50.0  # cents (a cent is a hundredth of a semitone): half a semitone
+GROSS_ERROR = 0.2  # share of the reference
+PITCH_TOLERANCE = 50.0  # cents: half a semitone
 HIGHEST_HARMONIC = 3800.0  # Hz, of synthetic voices
 
 
 def f0_metrics(reference: np.ndarray, estimate: np.ndarray) -> dict[str, float]:
     """
-    Compares a tracker's F0 with the true one, frame by frame.
+    Errors of an estimated F0, frame by frame.
 
     | key | value |
     |---|---|
@@ -74,8 +72,7 @@ def f0_metrics(reference: np.ndarray, estimate: np.ndarray) -> dict[str, float]:
     def share(frames, among):
         return float(np.count_nonzero(frames) / np.count_nonzero(among)) if among.any() else math.nan
 
-    everything = np.ones(len(reference), dtype=bool)
-    fine = both & ~gross
+    everything, fine = np.ones(len(reference), dtype=bool), both & ~gross
     return {
         "gpe": share(gross, both),
         "vde": share(voiced != heard, everything),
@@ -86,14 +83,13 @@ def f0_metrics(reference: np.ndarray, estimate: np.ndarray) -> dict[str, float]:
     }
 
 
-def synthetic_voice(f0: np.ndarray, sampling_rate: int = 16000, seed: int = 0, first_harmonic: int = 1) -> np.ndarray:
+def synthetic_voice(f0: np.ndarray, seed: int = 0, first_harmonic: int = 1) -> np.ndarray:
     """
-    A voice-like sound with a known F0: harmonics up to 3.8 kHz under three formants that move as in running speech.
+    A voice-like sound at 16 kHz with a known F0: harmonics up to 3.8 kHz under three moving formants.
 
     Args:
         f0 (`np.ndarray`): shape `(samples,)`, Hz at every sample, 0 = silence.
-        sampling_rate (`int`, defaults to 16000): Hz, at least 8000.
-        seed (`int`, defaults to 0): of where the formants are.
+        seed (`int`, defaults to 0): of the formants.
         first_harmonic (`int`, defaults to 1): lowest harmonic that sounds; 2 leaves the fundamental out.
 
     Returns:
@@ -101,17 +97,17 @@ def synthetic_voice(f0: np.ndarray, sampling_rate: int = 16000, seed: int = 0, f
     """
     f0 = np.asarray(f0, dtype=np.float64)
     generator = np.random.default_rng(seed)
-    times = np.arange(len(f0)) / sampling_rate
-    # The centers of the formants wander between these (Hz), once or twice a second.
+    times = np.arange(len(f0)) / SAMPLING_RATE
+    # The centers of the formants move between these (Hz), once or twice a second.
     lowest, highest = np.array([300.0, 900.0, 2300.0]), np.array([800.0, 2100.0, 3000.0])
     bandwidths, gains = np.array([80.0, 120.0, 180.0]), np.array([1.0, 0.5, 0.25])
     rates, phases = generator.uniform(0.7, 1.7, 3), generator.uniform(0.0, 2.0 * np.pi, 3)
     positions = 0.5 + 0.5 * np.sin(2.0 * np.pi * rates * times[:, None] + phases)
     centers = lowest + (highest - lowest) * positions  # (samples, formants)
     # Runs of voice begin and end within 10 ms.
-    fade = np.hanning(2 * (sampling_rate // 200) + 3)[1:-1]  # an odd number: as much before as after
+    fade = np.hanning(2 * (SAMPLING_RATE // 200) + 3)[1:-1]  # of odd length, so that it is centered
     loudness = np.convolve(f0 > 0, fade / fade.sum())[len(fade) // 2 :][: len(f0)] * (f0 > 0)
-    cycles = np.cumsum(f0) / sampling_rate
+    cycles = np.cumsum(f0) / SAMPLING_RATE
     waveform = np.zeros(len(f0))
     lowest_f0 = f0[f0 > 0].min(initial=HIGHEST_HARMONIC)
     for harmonic in range(first_harmonic, int(HIGHEST_HARMONIC / lowest_f0) + 1):
@@ -124,25 +120,21 @@ def synthetic_voice(f0: np.ndarray, sampling_rate: int = 16000, seed: int = 0, f
     return 0.1 * waveform / np.sqrt(power)
 
 
-def f0_test_signals(hop_length: int = 160) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def f0_test_signals() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """
-    The signals on which trackers are compared: four synthetic voices with known F0, clean, in noise and band-limited.
+    Four synthetic voices with known F0, clean, in noise and band-limited; the same at every call.
 
     The voices (85 to 130 Hz, 110 to 150, 170 to 290 and 240 to 420 Hz) glide or have a vibrato of 5.5 Hz, for 2.5
     seconds each, with pauses and bursts of hissing between runs of voice. Noise is white, at a ratio of the power of
     the voiced parts to that of the noise up to 8 kHz. "telephone" keeps 300 to 3400 Hz; "no fundamental" leaves out
-    the first harmonic. The same at every call.
-
-    Args:
-        hop_length (`int`, defaults to 160): samples from one frame to the next.
+    the first harmonic.
 
     Returns:
         `dict[str, tuple[np.ndarray, np.ndarray]]`: by name, a waveform at 16 kHz, shape `(samples,)`, and its F0,
-        shape `(samples // hop_length + 1,)`, Hz, 0 = unvoiced.
+        shape `(samples // 160 + 1,)`, Hz, 0 = unvoiced.
     """
-    rate = 16000  # Hz
     generator = np.random.default_rng(0)
-    times = np.arange(int(2.5 * rate)) / rate  # seconds
+    times = np.arange(int(2.5 * SAMPLING_RATE)) / SAMPLING_RATE  # seconds
     vibrato = np.sin(2.0 * np.pi * 5.5 * times)
     contours = [
         130.0 - 18.0 * times + 6.0 * np.sin(2.0 * np.pi * 0.9 * times),
@@ -159,7 +151,7 @@ def f0_test_signals(hop_length: int = 160) -> dict[str, tuple[np.ndarray, np.nda
 
     def speak(first_harmonic):
         runs = np.split(f0, len(contours))
-        voices = [synthetic_voice(run, rate, seed, first_harmonic) for seed, run in enumerate(runs)]
+        voices = [synthetic_voice(run, seed, first_harmonic) for seed, run in enumerate(runs)]
         return np.concatenate(voices) + 0.02 * np.tile(hiss, len(contours))
 
     def add_noise(waveform, decibels):
@@ -167,8 +159,8 @@ def f0_test_signals(hop_length: int = 160) -> dict[str, tuple[np.ndarray, np.nda
         return waveform + noise * np.sqrt(np.mean(waveform[~silent] ** 2)) * 10.0 ** (-decibels / 20.0)
 
     def telephone(waveform):
-        # Edges 100 Hz wide: steeper ones ring on in the pauses.
-        frequencies = np.fft.rfftfreq(len(waveform), 1.0 / rate)
+        # Edges are 100 Hz wide, since steeper ones ring in the pauses.
+        frequencies = np.fft.rfftfreq(len(waveform), 1.0 / SAMPLING_RATE)
         gain = np.interp(frequencies, [200.0, 300.0, 3400.0, 3500.0], [0.0, 1.0, 1.0, 0.0])
         return np.fft.irfft(np.fft.rfft(waveform) * gain, len(waveform))
 
@@ -178,17 +170,14 @@ def f0_test_signals(hop_length: int = 160) -> dict[str, tuple[np.ndarray, np.nda
     signals["no fundamental"] = speak(first_harmonic=2)
     signals["telephone"] = telephone(clean)
     signals["telephone, 10 dB"] = telephone(signals["10 dB"])
-    frames = np.append(f0, 0.0)[::hop_length][: len(f0) // hop_length + 1]
+    frames = np.append(f0, 0.0)[::HOP_LENGTH][: len(f0) // HOP_LENGTH + 1]
     return {name: (waveform, frames) for name, waveform in signals.items()}
-
-
-# Comparison ----------------------------------------------------------------------------------------------------------
 
 
 def benchmark_trackers() -> list[dict[str, Any]]:
     """A row for each signal and tracker, as [`f0_metrics`] defines the errors: shares in percent, and cents."""
     rows = []
-    for signal, (waveform, reference) in f0_test_signals(HOP_LENGTH).items():
+    for signal, (waveform, reference) in f0_test_signals().items():
         for method in TRACKERS:
             estimate = estimate_f0(waveform, SAMPLING_RATE, HOP_LENGTH, method)[: len(reference)]
             errors = f0_metrics(reference, estimate)

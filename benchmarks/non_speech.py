@@ -1,8 +1,7 @@
-"""What a checkpoint writes where nobody speaks.
+"""Words that a checkpoint writes where nobody speaks.
 
-Counts the words written for noise, hum, music-like tones and other sounds that are not speech, and how transcripts
-change when silence or low noise follows the speech. The model is asked itself, with silence scaling as the checkpoint
-has it and without, and so is the pipeline.
+Counts the words written for sounds that are not speech, and changes of transcripts when silence or low noise follows
+the speech.
 
     python benchmarks/non_speech.py --checkpoint my-model
     python benchmarks/non_speech.py dev.jsonl --checkpoint my-model --count 50 --json
@@ -11,8 +10,7 @@ has it and without, and so is the pipeline.
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets
@@ -25,9 +23,9 @@ from echo_hf.inference import bundled_recordings, load_checkpoint, make_pipeline
 from echo_hf.metrics import format_table, normalize_text, score
 
 CLIP_SECONDS = (1.0, 8.0)  # of the clips that are measured
-EVALUATION_SEEDS = 1_000_000  # added to the seed, so that no clip repeats one of a training run with the same
+EVALUATION_SEEDS = 1_000_000  # added to the seed, so that no clip is one of a training run
 TAIL_SECONDS = 10.0
-TAILS = {  # what follows speech: a kind of sound and its level in dBFS
+TAILS = {  # kind of sound behind the speech, and its level in dBFS
     "silence": ("zeros", 0.0),
     "noise, -60 dBFS": ("pink_noise", -60.0),
     "noise, -40 dBFS": ("pink_noise", -40.0),
@@ -45,35 +43,28 @@ def measure_non_speech(
     **generate_kwargs,
 ) -> dict[str, Any]:
     """
-    Counts the words that are written where nobody speaks: for clips that are not speech, and for speech that
-    [`TAIL_SECONDS`] of silence or low noise follow.
-
-    Three ways of asking stand side by side: `"model"`, whose `generate()` gets the features of the whole clip;
-    `"no silence scaling"`, the same with `silence_scaling` switched off for the time, if the checkpoint has it; and
-    `"pipeline"`, which leaves silence out by itself before the model is asked.
+    Counts the words that are written for clips that are not speech, and for speech before [`TAIL_SECONDS`] of silence
+    or low noise, in three ways: `"model"`, by `generate()` on the whole clip; `"no silence scaling"`, the same with
+    `silence_scaling` off, if the checkpoint has it; and `"pipeline"`, which leaves silence out before the model runs.
 
     Args:
-        model ([`EchoForConditionalGeneration`] or [`EchoForCTC`]): the recogniser.
-        processor ([`EchoProcessor`]): the model's.
-        sources (*optional*): speech, as [`~echo_hf.data.load_sources`] takes it; the recordings that come with the
-            package when not given. What was said does not matter.
+        model ([`EchoForConditionalGeneration`] or [`EchoForCTC`]), processor ([`EchoProcessor`]): the recognizer.
+        sources (*optional*): speech, as of [`~echo_hf.data.load_sources`]; the bundled recordings when not given.
         count (`int`, defaults to 20): clips of each kind, and recordings of speech at most, which are drawn.
         seed (`int`, defaults to 0): of all that is drawn. Clips of all kinds have the same durations and levels.
         batch_size (`int`, defaults to 16): clips at a time.
         cache_dir (`str`, *optional*): folder for features, as of [`~echo_hf.data.prepare_dataset`].
-        generate_kwargs: passed on to `generate()`, e.g. `num_beams`; a CTC model takes none.
+        generate_kwargs: for `generate()`, e.g. `num_beams`; a CTC model takes none.
 
     Returns:
         `dict`: `"clips"` and `"tails"`, lists of rows.
 
             - A row of clips has `kind` (the last two rows sum up), `trainable` (whether the kind is one of
-              [`TRAINING_KINDS`]), `clips`, `seconds` (of audio) and, under each way of asking, `not_empty` (share of
-              clips with a text) and `words_per_minute` (of audio).
-            - A row of tails has `tail`, `recordings` and, under each way, `words` (written without the tail), `edits`
-              (word edit distance from the transcript without the tail to that with it), `insertions` (the edits that
-              are words more) and `changed` (share of transcripts that are another text).
-
-            Words are compared as [`~echo_hf.metrics.normalize_text`] leaves them.
+              [`TRAINING_KINDS`]), `clips`, `seconds` (of audio) and, for each way, `not_empty` (share of clips with a
+              text) and `words_per_minute` (of audio).
+            - A row of tails has `tail`, `recordings` and, for each way, `words` (written without the tail), `edits`
+              (word edit distance between the transcripts without and with the tail), `insertions` (among these) and
+              `changed` (share of transcripts).
 
     Raises:
         `ValueError`: a source cannot be used, or `count` is below 1.
@@ -87,19 +78,17 @@ def measure_non_speech(
     table = datasets.concatenate_datasets([*clips, *_with_tails(speech, processor.feature_extractor, seed)])
     prepared = prepare_dataset(table, processor, allow_empty_text=True, cache_dir=cache_dir).dataset
 
-    def ask_model():
-        return recognize(model, processor, prepared, batch_size, **generate_kwargs)[0]
-
-    def ask_pipeline():
-        options = {"generate_kwargs": generate_kwargs} if generate_kwargs else {}
-        audio = [audio["bytes"] for audio in table["audio"]]
-        return [result["text"] for result in make_pipeline(model, processor)(audio, batch_size=batch_size, **options)]
-
-    texts = {"model": ask_model()}
+    texts = {"model": recognize(model, processor, prepared, batch_size, **generate_kwargs)[0]}
     if model.config.silence_scaling:
-        with _without_silence_scaling(model.config):
-            texts["no silence scaling"] = ask_model()
-    texts["pipeline"] = ask_pipeline()
+        model.config.silence_scaling = False
+        try:
+            texts["no silence scaling"] = recognize(model, processor, prepared, batch_size, **generate_kwargs)[0]
+        finally:
+            model.config.silence_scaling = True
+    options = {"generate_kwargs": generate_kwargs} if generate_kwargs else {}
+    audio = [audio["bytes"] for audio in table["audio"]]
+    results = make_pipeline(model, processor)(audio, batch_size=batch_size, **options)
+    texts["pipeline"] = [result["text"] for result in results]
 
     lengths, frame_seconds = prepared["length"][:], processor.feature_extractor.hop_length / rate
     first = len(kinds) * count  # of the speech, which comes after `count` clips of each kind
@@ -110,7 +99,7 @@ def measure_non_speech(
 
 
 def _clip_rows(texts: dict[str, list[str]], kinds: Sequence[str], count: int, seconds: list[float]) -> list[dict]:
-    """A row for each kind of sound, and one each for those that are trained on and those that are not."""
+    """A row for each kind of sound, and a sum for those of training and of evaluation."""
     first, further = len(kinds) * count, len(TRAINING_KINDS) * count
     groups = {kind: slice(index * count, (index + 1) * count) for index, kind in enumerate(kinds)}
     groups |= {"all for training": slice(0, further), "all never trained on": slice(further, first)}
@@ -124,7 +113,7 @@ def _clip_rows(texts: dict[str, list[str]], kinds: Sequence[str], count: int, se
 
 
 def _tail_rows(texts: dict[str, list[str]], count: int) -> list[dict]:
-    """A row for each tail; of the texts, `count` are of the speech without a tail, and as many with each."""
+    """A row for each tail; the first `count` texts are of the speech without a tail."""
     table = []
     for index, tail in enumerate(TAILS, start=1):
         rows = slice(index * count, (index + 1) * count)
@@ -147,15 +136,6 @@ def _with_tails(speech: Dataset, extractor, seed: int) -> list[Dataset]:
     return tables
 
 
-@contextmanager
-def _without_silence_scaling(config) -> Iterator[None]:
-    config.silence_scaling = False
-    try:
-        yield
-    finally:
-        config.silence_scaling = True
-
-
 def _count_words(texts: list[str], seconds: float) -> dict[str, float]:
     words = sum(len(normalize_text(text).split()) for text in texts)
     return {
@@ -175,12 +155,8 @@ def _compare(plain: list[str], followed: list[str]) -> dict[str, float | int]:
 
 
 def format_non_speech(report: dict[str, Any]) -> str:
-    """
-    What [`measure_non_speech`] found, as two tables in Markdown. Cells have a figure for each way of asking, in the
-    order that the heading says.
-    """
+    """The rows of [`measure_non_speech`] as two tables in Markdown, with a figure for each way in a cell."""
     ways = [name for name, value in report["clips"][0].items() if isinstance(value, dict)]
-    heading = " / ".join(ways)
 
     def cell(row: dict[str, Any], write: Callable[[dict[str, Any]], str]) -> str:
         return " / ".join(write(row[way]) for way in ways)
@@ -206,11 +182,11 @@ def format_non_speech(report: dict[str, Any]) -> str:
         }
         for row in report["tails"]
     ]
-    return f"In each cell: {heading}.\n\n{format_table(clips)}\n\n{format_table(tails)}"
+    return f"In each cell: {' / '.join(ways)}.\n\n{format_table(clips)}\n\n{format_table(tails)}"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures the checkpoint that the command line names, and prints two tables."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="*", help="manifests or folders of speech (the bundled recordings)")
     parser.add_argument("--checkpoint", help="folder, or name on the Hub (the bundled checkpoint)")
@@ -220,10 +196,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="which clips are made and which recordings taken (0)")
     parser.add_argument("--cache_dir", help="folder for computed features (in the cache of datasets)")
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of tables")
-    for name, kind in (("num_beams", int), ("ctc_weight", float), ("max_new_tokens", int)):
-        parser.add_argument(f"--{name}", type=kind, help="passed on to generate()")
+    names = {"num_beams": int, "ctc_weight": float, "max_new_tokens": int}
+    for name, kind in names.items():
+        parser.add_argument(f"--{name}", type=kind, help="for generate()")
     options = parser.parse_args(arguments)
-    names = ("num_beams", "ctc_weight", "max_new_tokens")
     generate_kwargs = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     report = measure_non_speech(
         *load_checkpoint(options.checkpoint, options.device),

@@ -1,8 +1,7 @@
 """Speed and memory of Echo, beside other models of the same size.
 
-All cases of a comparison run in turns within one run and are reported as medians and ratios: the same case may differ
-by half between two runs on a shared machine, and hardly differs within a turn. Models have random weights, since speed
-does not depend on them, and write a given number of tokens. The sections, each a function that returns rows:
+All cases of a comparison run in turns and are reported as medians and ratios, since a shared machine varies less within
+a turn than between runs. Models have random weights and write a given number of tokens. The sections:
 
     features    F0 trackers and whole features, against the log-mel spectrogram alone
     pitch       encoder and training step, all pitch mechanisms against none
@@ -45,17 +44,7 @@ VOCAB_SIZE = 4096  # of Echo beside its peers, which have 10,000 and more
 
 
 def measure(cases: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:
-    """
-    Median seconds of each case, run in turns so that whatever else the machine does hits all alike.
-
-    Args:
-        cases (`dict[str, Callable]`): what to run; each once to warm up, unmeasured.
-        rounds (`int`): how often.
-        device (`torch.device`): waited for before the clock is read.
-
-    Returns:
-        `dict[str, float]`: seconds.
-    """
+    """Median seconds of each case over `rounds` turns, after one to warm up."""
     synchronize = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
     times: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(rounds + 1):
@@ -71,10 +60,8 @@ def measure(cases: dict[str, Callable[[], Any]], rounds: int, device: torch.devi
 
 def peak_memory(case: Callable[[], Any], device: torch.device) -> float | None:
     """
-    MiB of memory that a call needs beyond what is there before it.
-
-    On a GPU as PyTorch's allocator counts it; on Linux' CPU by the process's highest resident size, which the kernel is
-    asked to count anew (proc(5), clear_refs), coarse below some MiB; elsewhere `None`.
+    MiB of memory that a call needs in addition: on a GPU by PyTorch's allocator; on Linux' CPU by the peak of the
+    process's resident size (proc(5), clear_refs), coarse below some MiB; elsewhere `None`.
     """
     gc.collect()
     if device.type == "cuda":
@@ -88,7 +75,7 @@ def peak_memory(case: Callable[[], Any], device: torch.device) -> float | None:
     if device.type != "cpu" or not clear.exists():
         return None
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what is free already should not serve unseen
+        ctypes.CDLL(None).malloc_trim(0)  # so that a call cannot use memory that is free already
         clear.write_text("5")
     except (OSError, AttributeError):  # not permitted, or another C library than glibc
         return None
@@ -115,7 +102,7 @@ def echo_model(preset: str, size: str, device: torch.device, dtype: torch.dtype,
 
 
 def peer_models(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """The peers, of their published shapes (the defaults of their configs) and with random weights."""
+    """The peers in their published shapes (the defaults of their configs), with random weights."""
     torch.manual_seed(0)
     peers = {
         "Moonshine-tiny": transformers.MoonshineForConditionalGeneration(transformers.MoonshineConfig()),
@@ -123,7 +110,7 @@ def peer_models(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "Whisper-tiny": transformers.WhisperForConditionalGeneration(transformers.WhisperConfig()),
     }
     for model in peers.values():
-        # What their published checkpoints set; a config alone leaves it open.
+        # As in their published checkpoints.
         if model.config.pad_token_id is None:
             model.config.pad_token_id = model.config.eos_token_id
         model.generation_config.pad_token_id = model.config.pad_token_id
@@ -132,7 +119,7 @@ def peer_models(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def model_inputs(model, seconds: float, batch_size: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Features of random audio as the model takes them: samples, log-mel, 30 s whatever was said, or log-mel and F0."""
+    """Random inputs of a model: samples, log-mel, log-mel of 30 s, or log-mel and F0."""
     generator = torch.Generator().manual_seed(0)
     frames = int(seconds * FRAMES_PER_SECOND)
     mask = torch.ones(batch_size, frames, dtype=torch.long, device=device)
@@ -254,7 +241,7 @@ def benchmark_pitch(
 
 
 def echo_and_peers(device: torch.device, dtype: torch.dtype, size: str, compiled: bool) -> dict[str, Any]:
-    """Echo with frames of 40 and of 80 ms, and its peers; made once, as what is compared is the same throughout."""
+    """Echo with frames of 40 and of 80 ms, and its peers."""
     models = {
         "Echo": echo_model("all", size, device, dtype),
         "Echo, 80 ms frames": echo_model("all", size, device, dtype, stem_strides=[2, 2, 2]),
@@ -379,15 +366,9 @@ def run_benchmark(
     Runs sections of the benchmark.
 
     Args:
-        sections (`tuple[str]`): of `SECTIONS`.
-        rounds (`int`, defaults to 5): times that each case is measured, after one to warm up.
-        device (`str`, defaults to `"cpu"`), dtype (`str`, defaults to `"float32"`): where and in what the models run.
-        size (`str`, *optional*): of Echo, in `SIZES`; by default 27m, which is the peers', and 10m in scaling.
-        compiled (`bool`, defaults to `False`): whether to compile all models' forward passes with `torch.compile`; in
-            generation and training only.
-        quick (`bool`, defaults to `False`): whether to run each section once at its smallest, to see that it runs.
-        report (`Callable`): is told what is being measured.
-        keep (`Callable`): is given all results so far after each section, since a later one may fail for memory.
+        sections, rounds, device, dtype, size, compiled, quick: options of the command line.
+        report (`Callable`): called with each section before it runs.
+        keep (`Callable`): called with all results so far after each section, since a later one may run out of memory.
 
     Returns:
         `dict[str, Any]`: `machine`, `settings`, `parameters` (in millions) of the models compared, and the rows of each
@@ -398,7 +379,7 @@ def run_benchmark(
     """
     where, what = _check(sections, device, dtype, compiled)
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # generate() remarks on what the peers' configs leave open, at each call
+    logging.set_verbosity_error()  # each generate() warns of the peers' configs
     size, rounds = ("2m", 1) if quick else (size, rounds)
     sizes = {section: size or ("10m" if section == "scaling" else "27m") for section in sections}
     results: dict[str, Any] = {
@@ -445,7 +426,7 @@ def _check(sections: tuple[str, ...], device: str, dtype: str, compiled: bool) -
         raise ValueError(f"Only generation and training are measured compiled, not {', '.join(sorted(others))}.")
     named = getattr(torch, dtype, None)
     if not isinstance(named, torch.dtype) or not named.is_floating_point:
-        raise ValueError(f"dtype {dtype!r} is none that models compute in; float32, bfloat16 and float16 are.")
+        raise ValueError(f"dtype {dtype!r} is not float32, bfloat16 or float16.")
     try:
         where = torch.device(device)
         torch.zeros(1, device=where)
@@ -455,7 +436,7 @@ def _check(sections: tuple[str, ...], device: str, dtype: str, compiled: bool) -
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures what the command line names, and prints a table after each section."""
+    """Runs the command line, and prints a table after each section."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help="what to measure (all)")
     parser.add_argument("--rounds", type=int, default=5, help="times that each case is measured (5)")

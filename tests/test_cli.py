@@ -314,7 +314,8 @@ def test_audio_that_cannot_be_read_is_not_skipped_in_silence(capsys, recordings,
         (recordings / name).touch()
     code, out, err = run(capsys, "transcribe", recordings, "--checkpoint", checkpoint)
     assert code == 0 and len(out.splitlines()) == 5
-    assert f"{recordings}: left out" in err and "2 .m4a (" in err and "x.m4a" in err and "1 .mp4 (film.mp4)" in err
+    assert f"{recordings}: 3 files are left out" in err
+    assert f"film.mp4, {Path('sub', 'y.M4A')}, x.m4a. Convert them" in err
     assert "hidden" not in err and "notes.txt" not in err and "ffmpeg" in err
 
 

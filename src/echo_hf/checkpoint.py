@@ -1,8 +1,8 @@
 """Loading a checkpoint, with one clear error that names the file and the remedy.
 
-Transformers forgives much: a missing tokenizer becomes the default one, missing weights are random, unknown fields of a
-config are ignored, and a damaged generation config is replaced. Such a model runs and writes nonsense. Here all of this
-is an error, and so are weights that are NaN or pickled; a pickle can run code.
+Transformers replaces a missing tokenizer, missing weights and a damaged generation config by defaults, and ignores
+unknown fields of a config. Such a model writes nonsense. Here all of this is an error, and so are weights that are NaN
+or pickled; a pickle can run code.
 """
 
 import difflib
@@ -28,7 +28,8 @@ PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"  #
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 JSON_FILES = (CONFIG, GENERATION_CONFIG, PROCESSOR, PREPROCESSOR, TOKENIZER, TOKENIZER_CONFIG)
 
-OF_THE_LIBRARY = ("architectures", "dtype", "torch_dtype", "quantization_config", "_name_or_path")  # in any config
+# Fields of the config of any model.
+LIBRARY_FIELDS = ("architectures", "dtype", "torch_dtype", "quantization_config", "_name_or_path")
 TOKEN_IDS = (
     *("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id"),
     *("forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids"),
@@ -51,17 +52,17 @@ def load_model_and_processor(checkpoint: str | Path, model_class=None, **overrid
 
     Args:
         checkpoint (`str` or `Path`): folder, or name on the Hub.
-        model_class (*optional*): [`EchoForConditionalGeneration`] or [`EchoForCTC`]. Without it, the class that was
-            saved, and all of its weights have to be there. A class that is given starts at random what the file lacks.
-        overrides: fields of the config to change. The weights have to hold all that the config then asks for, in the
-            same shapes: a mechanism can be switched off, not on, unless `model_class` is given.
+        model_class (*optional*): [`EchoForConditionalGeneration`] or [`EchoForCTC`]; weights that the file lacks start
+            at random. Without it, the class that was saved, with all of its weights.
+        overrides: fields of the config to change. A mechanism can be switched off, but not on, since its weights are
+            missing, unless `model_class` is given.
 
     Returns:
         The model, in float32 and on the CPU, and [`EchoProcessor`].
 
     Raises:
         `CheckpointError`, a `ValueError`: there is no such checkpoint; a file of it is missing, cut off, damaged, of
-            another or a newer model; or its files do not fit each other. The message names the file and the remedy.
+            another or a newer model; or its files do not fit each other.
     """
     with _explained(f"No checkpoint could be loaded from {checkpoint}"):
         paths = {name: _find(checkpoint, name) for name in JSON_FILES}
@@ -85,12 +86,7 @@ def load_model_and_processor(checkpoint: str | Path, model_class=None, **overrid
 
 
 def check_fit(processor: EchoProcessor, config: EchoConfig) -> None:
-    """
-    Checks that the processor makes what the model takes.
-
-    Raises:
-        `ValueError`: features, their rate or the tokens differ; the message names what.
-    """
+    """Raises `ValueError` if features, their rate or the tokens differ between the processor and the model."""
     extractor, tokenizer = processor.feature_extractor, processor.tokenizer
     for name in ("feature_groups", "sampling_rate", "hop_length"):
         if getattr(extractor, name) != getattr(config, name):
@@ -109,30 +105,20 @@ def check_fit(processor: EchoProcessor, config: EchoConfig) -> None:
 
 
 def check_safetensors(path: str | Path) -> None:
-    """
-    Reads the header of a file of weights, which tells how long the file has to be.
-
-    Raises:
-        `ValueError`: the file is cut off, or no safetensors.
-    """
+    """Raises `ValueError` for a file that is cut off or no safetensors, by its header, which has the file's length."""
     with _explained(f"{path} is cut off or damaged", "Copy or download it again."):
         with safe_open(path, framework="pt"):
             pass
 
 
 def read_json(path: str | Path) -> Any:
-    """
-    What a JSON file holds.
-
-    Raises:
-        `ValueError`: it is no JSON, perhaps because it is cut off, or it is nested too deeply.
-    """
+    """The value in a JSON file; raises `ValueError` for one that is no JSON, is cut off or nested too deeply."""
     with _explained(f"{path} is cut off or damaged", "Copy or download it again."):
         return json.loads(Path(path).read_bytes())
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
-    """The JSON object that a file holds. Raises a `ValueError` as [`read_json`], and where it holds another value."""
+    """The JSON object in a file; raises `ValueError` as [`read_json`], and for another value."""
     value = read_json(path)
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is damaged: it holds no JSON object. Copy or download it again.")
@@ -178,16 +164,7 @@ def parse_overrides(text: str | None, config_class: type | None = EchoConfig) ->
 
 
 def parse_object(text: str, name: str) -> dict[str, Any]:
-    """
-    The JSON object that an option holds.
-
-    Args:
-        text (`str`): its text.
-        name (`str`): what an error calls the option.
-
-    Raises:
-        `ValueError`: it is no JSON, or no object.
-    """
+    """The JSON object in the text of an option, which an error calls `name`; raises `ValueError` for other text."""
     try:
         value = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -199,7 +176,7 @@ def parse_object(text: str, name: str) -> dict[str, Any]:
 
 @contextmanager
 def _explained(what: str, remedy: str = "") -> Iterator[None]:
-    """Whatever a library raises of a file becomes one line: what is wrong, the reason, the remedy."""
+    """Turns any error of a library into one line: what is wrong, the reason, the remedy."""
     try:
         yield
     except CheckpointError:
@@ -214,7 +191,6 @@ def _find(checkpoint: str | Path, name: str) -> str | None:
 
 
 def _find_weights(checkpoint: str | Path) -> list[str]:
-    """Files of the weights: one, or those that an index names."""
     single, index = _find(checkpoint, WEIGHTS), _find(checkpoint, WEIGHTS_INDEX)
     if single is not None:
         return [single]
@@ -242,7 +218,7 @@ def _load_config(checkpoint: str | Path, path: str, saved: dict[str, Any], overr
             f"{path} is of a model of type {saved.get('model_type')!r}, not {EchoConfig.model_type!r}."
         )
     default = EchoConfig()
-    known = {*default.to_dict(), *OF_THE_LIBRARY, *REMOVED_FIELDS}
+    known = {*default.to_dict(), *LIBRARY_FIELDS, *REMOVED_FIELDS}
     unknown = sorted(name for name in saved if name not in known and not hasattr(default, name))
     if unknown:
         raise CheckpointError(
@@ -280,8 +256,9 @@ def _load_model(checkpoint: str | Path, config: EchoConfig, model_class, overrid
     fault = None
     if mismatched:
         name, in_file, in_config = mismatched[0]
-        fault = f"{name} is {tuple(in_file)} in the file and {tuple(in_config)} by the config"
-        fault += f" ({len(mismatched)} such in all)"
+        fault = (
+            f"{name} is {tuple(in_file)} in the file and {tuple(in_config)} by the config ({len(mismatched)} in all)"
+        )
     elif missing and model_class is None:
         fault = f"The weights lack {missing[0]} and {len(missing) - 1} others that it asks for"
     elif unexpected and not overrides:
@@ -294,21 +271,21 @@ def _load_model(checkpoint: str | Path, config: EchoConfig, model_class, overrid
     for name, values in model.state_dict().items():
         if not torch.isfinite(values).all():
             raise CheckpointError(
-                f"{checkpoint}: {name} of its weights has NaN or infinite values, so the model hears nothing. Take a"
-                " checkpoint from before its training diverged."
+                f"{checkpoint}: {name} of its weights has NaN or infinite values. Take a checkpoint from before its"
+                " training diverged."
             )
     return model
 
 
 @contextmanager
 def _unreported() -> Iterator[None]:
-    """Silences the library's table of keys, of which an error here tells the first."""
+    """Silences the library's table of keys, the first of which an error here names."""
     reporter = logging.get_logger("transformers.modeling_utils")
 
     def is_error(record) -> bool:
         return record.levelno >= logging.ERROR
 
-    reporter.addFilter(is_error)  # a level of its own would make the library tell that no layer is sharded
+    reporter.addFilter(is_error)  # with a level of its own, the library would report that no layer is sharded
     try:
         yield
     finally:

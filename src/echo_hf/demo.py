@@ -1,6 +1,6 @@
 """A page on this machine to try a checkpoint on. Needs gradio: `pip install ".[demo]"`.
 
-Nothing leaves the machine: no link is shared, no usage is reported, and the page asks no other server for fonts.
+Nothing leaves the machine: gradio shares no link, reports no usage and loads no fonts.
 """
 
 import os
@@ -12,8 +12,6 @@ import soundfile
 from .analysis.plotting import LONGEST_PICTURE, plot_pitch
 from .inference import BUNDLED_RECORDINGS, find_audio_files, make_pipeline
 
-HOST, PORT = "127.0.0.1", 7860
-
 
 def build_demo(model, processor):
     """
@@ -24,7 +22,7 @@ def build_demo(model, processor):
         processor ([`EchoProcessor`]): the model's.
 
     Returns:
-        `gradio.Blocks`: to be launched. Its one function has the name `recognize`.
+        `gradio.Blocks`: with one function, `recognize`.
 
     Raises:
         `ImportError`: gradio or matplotlib is not installed.
@@ -32,12 +30,11 @@ def build_demo(model, processor):
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
     try:
         import gradio
-    except ImportError as error:
-        raise ImportError(f"The demo needs gradio ({error}): `pip install '.[demo]'` in the clone.") from error
-    try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"The demo needs matplotlib ({error}): `pip install '.[demo]'` in the clone.") from error
+        raise ImportError(
+            f"The demo needs gradio and matplotlib ({error}): `pip install '.[demo]'` in the clone."
+        ) from error
 
     pipeline = make_pipeline(model, processor)
     has_pitch = "pitch" in processor.feature_extractor.feature_groups
@@ -50,8 +47,7 @@ def build_demo(model, processor):
             draws = has_pitch and soundfile.info(audio).duration <= LONGEST_PICTURE
             figure = plot_pitch(audio, processor.feature_extractor, words=result["chunks"]) if draws else None
         except ValueError as error:
-            # The page's reader knows the file by its name, not by where the server keeps it.
-            message = str(error).replace(audio, Path(audio).name)
+            message = str(error).replace(audio, Path(audio).name)  # without the server's folder
             raise gradio.Error(message, print_exception=False) from error
         rows = [[chunk["text"].strip(), *(round(time, 2) for time in chunk["timestamp"])] for chunk in result["chunks"]]
         return result["text"], figure, rows
@@ -77,24 +73,12 @@ def build_demo(model, processor):
     return demo
 
 
-def launch(demo, host: str = HOST, port: int = PORT) -> str:
-    """
-    Serves the page, until the program ends.
-
-    Args:
-        demo (`gradio.Blocks`): of [`build_demo`].
-        host (`str`, defaults to this machine alone): name or address to listen at.
-        port (`int`, defaults to 7860): where.
-
-    Returns:
-        `str`: the page's address.
-
-    Raises:
-        `ValueError`: the port is taken.
-    """
+def launch(demo, host: str = "127.0.0.1", port: int = 7860) -> str:
+    """Serves the page of [`build_demo`] until the program ends, and returns its address; raises `ValueError` if the
+    port is taken."""
     import gradio
 
-    # The browser's own fonts: many of gradio's themes have it fetch theirs from elsewhere.
+    # Fonts of the browser, since many of gradio's themes load theirs from elsewhere.
     theme = gradio.themes.Default(font=["sans-serif"], font_mono=["monospace"])
     try:
         _, address, _ = demo.launch(

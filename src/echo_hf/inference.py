@@ -1,16 +1,14 @@
-"""Inference with a checkpoint: on prepared utterances, in length-sorted batches, or on audio files of any length.
+"""Inference with a checkpoint: on prepared utterances, or on audio files of any length.
 
-For prepared data there are two controls: `"zeroed"` replaces every feature, F0 too, by 0 at the same length, and
-`"shuffled"` gives every utterance the features of another one. A model that uses the audio has high error rates with
-both; one that only knows which texts are likely does not.
+Prepared utterances have two controls: `"zeroed"` replaces every feature, F0 too, by 0, and `"shuffled"` gives every
+utterance the features of another one. A model that uses the audio has high error rates with both.
 
-Transcribing files needs nothing that the package's base install lacks, such as `datasets`.
+Transcribing files needs the base install alone, without `datasets`.
 """
 
 import os
 import stat
 import sys
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,16 +41,15 @@ BUNDLED_RECORDINGS = ASSETS / "recordings"
 
 CONTROLS = ("zeroed", "shuffled")
 
-# Formats that soundfile reads by itself, in folders; a file that is named is tried whatever it is called.
+# Formats of soundfile, which are looked for in folders. A file that is named is tried whatever its extension.
 AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64")
-# Audio, and video with sound, that it does not read.
+# Audio, and video with sound, that soundfile does not read.
 OTHER_EXTENSIONS = (
     *(".m4a", ".m4b", ".aac", ".wma", ".amr", ".3gp", ".webm", ".weba", ".mka", ".ape", ".wv", ".ac3", ".dts", ".ra"),
     *(".mp4", ".m4v", ".mov", ".mkv", ".avi", ".wmv", ".flv", ".mpg", ".mpeg"),
 )
 NAMED_AT_MOST = 5  # files in a message that reports many
 LARGEST_PIPE = 1 << 31  # bytes of a pipe, all of which are held in memory
-PIPE_BLOCK = 1 << 20  # bytes read from it at a time
 
 
 def load_checkpoint(checkpoint: str | Path | None = None, device: str | None = None, **overrides):
@@ -137,11 +134,11 @@ def recognize(
     Args:
         model: [`EchoForConditionalGeneration`] or [`EchoForCTC`].
         processor ([`EchoProcessor`]): the model's.
-        dataset (`datasets.Dataset`): as [`~echo_hf.data.prepare_dataset`] makes it.
-        batch_size (`int`, defaults to 16): utterances at a time; those of like length go together.
+        dataset (`datasets.Dataset`): of [`~echo_hf.data.prepare_dataset`].
+        batch_size (`int`, defaults to 16): utterances at a time, sorted by length.
         control (`str`, *optional*): `"zeroed"` or `"shuffled"`, see above.
-        seed (`int`, defaults to 0): which other utterance each gets when shuffled.
-        generate_kwargs: passed on to `generate()`, e.g. `num_beams`; a CTC model takes none.
+        seed (`int`, defaults to 0): of the shuffling.
+        generate_kwargs: for `generate()`, e.g. `num_beams`; a CTC model takes none.
 
     Returns:
         `list[str]`: the texts, in the order of `dataset`; and `int`: how many were cut off at the longest length.
@@ -154,24 +151,18 @@ def recognize(
         raise ValueError(f"A CTC model generates nothing, and takes no {', '.join(generate_kwargs)}; leave them out.")
     if control is not None and control not in CONTROLS:
         raise ValueError(f"control must be one of {', '.join(CONTROLS)}, got {control!r}.")
-    source = np.arange(len(dataset))  # which utterance's features each utterance gets
+    source = np.arange(len(dataset))  # the utterance whose features each utterance gets
     if control == "shuffled":
         if len(dataset) < 2:
             raise ValueError("shuffled: a single utterance has no other one to take features from.")
-        # In random order, each takes the features of the next: nobody keeps its own.
         order = np.random.default_rng(seed).permutation(len(dataset))
         source[order] = np.roll(order, -1)
     lengths = np.asarray(dataset["length"])[source]
-    positions = np.argsort(-lengths, kind="stable")  # the longest first: what does not fit into memory fails at once
-    texts, cut_off = [""] * len(dataset), 0
+    positions = np.argsort(-lengths, kind="stable")  # the longest first, so that a lack of memory shows at once
+    texts, num_cut_off = [""] * len(dataset), 0
     features = dataset.select_columns(["input_features"])
-    for start in tqdm(
-        range(0, len(positions), batch_size),
-        desc=f"Recognizing ({control or 'as recorded'})",
-        leave=False,
-        disable=None,  # where standard error is no terminal
-    ):
-        batch_positions = positions[start : start + batch_size]
+    batches = np.split(positions, range(batch_size, len(positions), batch_size))
+    for batch_positions in tqdm(batches, f"Recognizing ({control or 'as recorded'})", leave=False, disable=None):
         rows = [np.asarray(features[int(row)]["input_features"], np.float32) for row in source[batch_positions]]
         batch = processor.feature_extractor.pad(
             {"input_features": rows}, padding=True, return_attention_mask=True, return_tensors="pt"
@@ -181,62 +172,52 @@ def recognize(
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         if model.can_generate():
             ids = model.generate(**batch, **generate_kwargs)
-            cut_off += int(find_cut_off(ids, model.generation_config).sum())
+            num_cut_off += int(find_cut_off(ids, model.generation_config).sum())
             batch_texts = processor.batch_decode(ids, skip_special_tokens=True)
         else:
-            with torch.inference_mode():
-                logits = model(**batch).logits
-            frames = model._get_feat_extract_output_lengths(batch["attention_mask"].sum(-1)).tolist()
-            if not all(torch.isfinite(row[:length]).all() for row, length in zip(logits, frames)):
-                raise ValueError("The model's output has NaN or infinite values. Take another checkpoint.")
-            paths = logits.argmax(-1)
-            batch_texts = [processor.decode_ctc(path[:length]) for path, length in zip(paths, frames)]
+            batch_texts = _best_paths(model, processor, batch)
         for position, text in zip(batch_positions, batch_texts):
             texts[position] = text
-    return texts, cut_off
+    return texts, num_cut_off
+
+
+def _best_paths(model, processor: EchoProcessor, batch: dict[str, torch.Tensor]) -> list[str]:
+    with torch.inference_mode():
+        logits = model(**batch).logits
+    frames = model._get_feat_extract_output_lengths(batch["attention_mask"].sum(-1)).tolist()
+    if not all(torch.isfinite(row[:length]).all() for row, length in zip(logits, frames)):
+        raise ValueError("The model's output has NaN or infinite values. Take another checkpoint.")
+    return [processor.decode_ctc(path[:length]) for path, length in zip(logits.argmax(-1), frames)]
 
 
 def find_audio_files(folder: str | os.PathLike) -> list[Path]:
-    """Audio files in a folder and the folders in it, by their extension, in the order of their paths.
-
-    Files and folders whose name begins with a dot are left out: some systems put notes beside files under such names. A
-    warning tells which audio is left out because soundfile does not read it.
+    """Audio files in a folder and below, by their extension, sorted. Hidden files and folders are left out, and so is
+    audio that soundfile does not read, of which a warning tells.
     """
     folder = Path(folder)
     found, others = [], []
-    for path in folder.rglob("*"):
-        extension = path.suffix.lower()
-        if extension not in AUDIO_EXTENSIONS and extension not in OTHER_EXTENSIONS:
+    for path in sorted(folder.rglob("*")):
+        name, extension = path.relative_to(folder), path.suffix.lower()
+        if extension not in AUDIO_EXTENSIONS + OTHER_EXTENSIONS or not path.is_file():
             continue
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
-            (found if extension in AUDIO_EXTENSIONS else others).append(path)
+        if not any(part.startswith(".") for part in name.parts):
+            found.append(path) if extension in AUDIO_EXTENSIONS else others.append(str(name))
     if others:
-        _warn_of_unread(folder, sorted(others))
-    return sorted(found)
-
-
-def _warn_of_unread(folder: Path, paths: list[Path]) -> None:
-    by_extension = defaultdict(list)
-    for path in paths:
-        by_extension[path.suffix.lower()].append(str(path.relative_to(folder)))
-    named = "; ".join(
-        f"{len(names)} {extension} ({', '.join(names[:NAMED_AT_MOST])}{', ...' if len(names) > NAMED_AT_MOST else ''})"
-        for extension, names in by_extension.items()
-    )
-    logger.warning(
-        f"{folder}: left out, since soundfile does not read such files: {named}. Convert them first, e.g."
-        " `ffmpeg -i INPUT -ac 1 OUTPUT.wav`."
-    )
+        more = ", ..." if len(others) > NAMED_AT_MOST else ""
+        logger.warning(
+            f"{folder}: {len(others)} files are left out, since soundfile does not read them:"
+            f" {', '.join(others[:NAMED_AT_MOST])}{more}. Convert them first, e.g."
+            " `ffmpeg -i INPUT -ac 1 OUTPUT.wav`."
+        )
+    return found
 
 
 def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
     """
-    Audio files that paths stand for: a file or a pipe for itself, a folder for the audio files in it and below; each
-    once.
+    The files and pipes that are named, and the audio files of the folders that are named, each once.
 
     Raises:
-        `ValueError`: there is no such file or folder, or no audio in a folder; or it is a URL or a device. The message
-            names it.
+        `ValueError`: there is no such file or folder, or no audio in a folder; or it is a URL or a device.
     """
     files = []
     for given in paths:
@@ -262,12 +243,7 @@ def expand_paths(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def bundled_recordings() -> list[Path]:
-    """
-    The recordings that come with the package.
-
-    Raises:
-        `ValueError`: this installation has none.
-    """
+    """The recordings that come with the package; raises `ValueError` if this installation has none."""
     files = find_audio_files(BUNDLED_RECORDINGS)
     if not files:
         raise ValueError("This installation came without recordings; name files or folders.")
@@ -277,14 +253,14 @@ def bundled_recordings() -> list[Path]:
 @dataclass(frozen=True)
 class Transcript:
     """
-    What was recognized in one file.
+    The transcript of a file.
 
     Args:
         path (`Path`): the file.
         text (`str`, *optional*): what was recognized; `None` if the file could not be used.
         seconds (`float`, *optional*): its duration.
-        chunks (`list[dict]`, *optional*): its segments or words, each with `"text"`, `"start"` and `"end"` (seconds);
-            with timestamps.
+        chunks (`list[dict]`, *optional*): with timestamps, its segments or words: `"text"`, `"start"` and `"end"`
+            (seconds).
         error (`str`, *optional*): why it could not be used.
     """
 
@@ -307,20 +283,18 @@ def transcribe_files(
     """
     Transcripts of audio files of any length and sampling rate, in their order, as soon as each is done.
 
-    Files that are no longer than a segment go through the model together, and of a longer one its segments. No more
-    than `batch_size` segments are in memory. A file that cannot be used gives a [`Transcript`] with its `error`, and
-    does not keep the others from being transcribed.
+    A batch has files that are no longer than a segment, or segments of one longer file. No more than `batch_size`
+    segments are in memory. A file that cannot be used has a [`Transcript`] with its `error`.
 
     Args:
         pipeline: of [`make_pipeline`].
         files (`list[Path]`): audio files.
         batch_size (`int`, defaults to 8): segments at a time.
         generate_kwargs (`dict`, *optional*): for `generate()`.
-        timestamps (`str`, *optional*): `"segment"` or `"word"`: what to tell the times of.
+        timestamps (`str`, *optional*): `"segment"` or `"word"`: what `chunks` are.
         chunk_length_s (`float`, defaults to 20): longest segment in seconds; 0: a file is never cut. Not used with a
             Whisper, which moves its own window along the file.
-        show_progress (`bool`, defaults to `False`): whether a bar on standard error, if that is a terminal, tells how
-            much of the audio is done.
+        show_progress (`bool`, defaults to `False`): whether to show a progress bar if standard error is a terminal.
 
     Raises:
         `ValueError`: the kind of timestamps is not known.
@@ -343,10 +317,10 @@ def transcribe_files(
         def finish(waiting: list[tuple[Path, np.ndarray | str]]) -> Iterator[Transcript]:
             done = list(_transcribe_together(pipeline, waiting, options))
             bar.advance(sum(transcript.seconds or 0.0 for transcript in done))
-            bar.clear()  # it would stand in the way of what the caller writes
+            bar.clear()  # before the caller writes
             yield from done
 
-        waiting: list[tuple[Path, np.ndarray | str]] = []  # with samples, or why there are none
+        waiting: list[tuple[Path, np.ndarray | str]] = []  # each with its samples, or the error
         for path in files:
             bar.set_postfix_str("".join(c if c.isprintable() else "?" for c in path.name), refresh=False)
             try:
@@ -369,7 +343,7 @@ def transcribe_files(
 
 
 class _ProgressBar(tqdm):
-    """Seconds of audio done, of those that the files' headers claim. If they claim too few, the bar loses its end."""
+    """Seconds of audio done, of those that the files' headers claim."""
 
     def __init__(self, files: list[Path], show: bool):
         show = show and sys.stderr.isatty()
@@ -386,7 +360,7 @@ class _ProgressBar(tqdm):
 
 
 def _claimed_seconds(path: Path) -> float:
-    """Duration as the file's header has it, for the progress bar alone: it may be wrong."""
+    """Duration by the file's header, which may be wrong."""
     try:
         with open_audio(path) as (file, _):
             return file.frames / file.samplerate
@@ -395,26 +369,20 @@ def _claimed_seconds(path: Path) -> float:
 
 
 def open_pipe(path: Path) -> Path | bytes:
-    """
-    What to read audio from: the path of a file, or all bytes of a pipe, which can be read only once.
-
-    Raises:
-        `ValueError`: more than 2 GiB come through the pipe.
-    """
+    """The path of a file, or all bytes of a pipe, which can be read only once; raises `ValueError` above 2 GiB."""
     if not path.is_fifo():
         return path
-    blocks, num_bytes = [], 0
+    content = bytearray()
     with open(path, "rb") as pipe:
-        while block := pipe.read(PIPE_BLOCK):
-            blocks.append(block)
-            num_bytes += len(block)
-            if num_bytes > LARGEST_PIPE:
+        while block := pipe.read(1 << 20):
+            content += block
+            if len(content) > LARGEST_PIPE:
                 raise ValueError(f"More than {LARGEST_PIPE >> 20} MiB come through {path}. Write them to a file first.")
-    return b"".join(blocks)
+    return bytes(content)
 
 
 def read_short(source: Path | bytes, rate: int, longest: float) -> np.ndarray | None:
-    """Samples of [`open_pipe`]'s source at `rate` (Hz), or None if it is longer than `longest` seconds (0: none is)."""
+    """Samples of the audio at `rate` (Hz), or None if it is longer than `longest` seconds (0: no limit)."""
     blocks, num_samples = [np.zeros(0, np.float32)], 0
     for block in read_blocks(source, rate):
         blocks.append(block)
@@ -430,7 +398,7 @@ def _transcribe_together(pipeline, waiting: list[tuple[Path, np.ndarray | str]],
     try:
         batch = [{"raw": samples, "sampling_rate": rate} for samples in recordings]
         results = list(pipeline(batch, **options)) if batch else []
-    except ValueError:  # one of them: alone, each shows whether it is the one
+    except ValueError:  # of one of them
         results = []
         for samples in recordings:
             try:

@@ -1,7 +1,7 @@
 """Error rates of words, characters and tones: of texts, and of what `Seq2SeqTrainer` predicts.
 
-Errors are counted in [`echo_hf.speech_errors.error_counts`], which is a metric of Hugging Face `evaluate` as well:
-`evaluate.load(SPEECH_ERRORS)`. Only scoring needs jiwer, and only the metric needs `evaluate`.
+Errors are counted in [`echo_hf.speech_errors.error_counts`], which is also a metric of Hugging Face `evaluate`:
+`evaluate.load(SPEECH_ERRORS)`. Scoring needs jiwer.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,22 +23,6 @@ from .speech_errors.error_counts import (
 SPEECH_ERRORS = str(Path(__file__).parent / "speech_errors")  # the folder for `evaluate.load`, which takes no `Path`
 
 
-def decode_ids(tokenizer, token_ids: np.ndarray) -> list[str]:
-    """
-    Token ids of a batch as texts, without special tokens.
-
-    Args:
-        tokenizer: anything with `batch_decode` and `pad_token_id`, e.g. an `EchoTokenizer`.
-        token_ids (`np.ndarray`): ids, shape `(batch, tokens)`; -100 stands for padding.
-
-    Returns:
-        `list[str]`: one text a row.
-    """
-    token_ids = np.asarray(token_ids)
-    token_ids = np.where(token_ids == -100, tokenizer.pad_token_id, token_ids)
-    return tokenizer.batch_decode(token_ids, skip_special_tokens=True)
-
-
 def make_compute_metrics(
     tokenizer, normalize: Callable[[str], str] | None = normalize_text, tones: str = "digits"
 ) -> Callable[..., dict[str, float | int]]:
@@ -46,19 +30,18 @@ def make_compute_metrics(
     A `compute_metrics` for `Seq2SeqTrainer` with `predict_with_generate=True`.
 
     Args:
-        tokenizer: the tokenizer of the labels; an `EchoProcessor` is not taken, its `tokenizer` is.
-        normalize (`Callable[[str], str]`, *optional*, defaults to [`normalize_text`]):
-            Applied to references and hypotheses; `None` compares them as they are.
-        tones (`str`, defaults to `"digits"`): how the texts write tone, see [`score`].
+        tokenizer: the tokenizer of the labels, with `batch_decode` and `pad_token_id`.
+        normalize (`Callable[[str], str]`, *optional*, defaults to [`normalize_text`]), tones: as of [`score`].
 
     Returns:
-        A function of an `EvalPrediction` (ids, shape `(utterances, tokens)`) that returns the flat dictionary of
-        [`Score.to_dict`].
-
-    Raises:
-        `ValueError`: by the returned function, if predictions are logits and not ids, which the Trainer gives without
-        `predict_with_generate`: teacher-forced, they would look far better than recognition is.
+        A function of an `EvalPrediction` (ids, shape `(utterances, tokens)`, padded with -100 or the padding token)
+        that returns [`Score.to_dict`]. It raises a `ValueError` for logits, which the Trainer gives without
+        `predict_with_generate`: teacher-forced, they look far better than recognition is.
     """
+
+    def decode(token_ids) -> list[str]:
+        token_ids = np.where(np.asarray(token_ids) == -100, tokenizer.pad_token_id, token_ids)
+        return tokenizer.batch_decode(token_ids, skip_special_tokens=True)
 
     def compute_metrics(prediction) -> dict[str, float | int]:
         predicted = prediction.predictions
@@ -67,8 +50,7 @@ def make_compute_metrics(
                 "Error rates need generated token ids of shape (utterances, tokens), got logits: set"
                 " `predict_with_generate=True` in the Seq2SeqTrainingArguments."
             )
-        references = decode_ids(tokenizer, prediction.label_ids)
-        return score(references, decode_ids(tokenizer, predicted), normalize, tones).to_dict()
+        return score(decode(prediction.label_ids), decode(predicted), normalize, tones).to_dict()
 
     return compute_metrics
 
@@ -95,7 +77,6 @@ __all__ = [
     "ErrorCounts",
     "Rate",
     "Score",
-    "decode_ids",
     "format_table",
     "has_half_surrogate",
     "make_compute_metrics",

@@ -1,24 +1,22 @@
 """Subtitles: texts with their times as SubRip (.srt) and WebVTT (.vtt).
 
-What the two ask for and a transcript may not keep is put right here: a cue is one line with something in it, ends after
-it begins, and holds nothing that a player would read as markup or as times.
+A cue is one line of text, ends after it begins, and has nothing that a player reads as markup or as times.
 """
 
+import html
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from .segmentation_echo import needs_space
 
 SHORTEST_CUE = 0.001  # seconds, the unit of both formats
-
-# What a viewer can read at a glance: about two lines of 42 characters.
 LONGEST_CUE = 6.0  # seconds
-LONGEST_TEXT = 84  # characters
+LONGEST_TEXT = 84  # characters, two lines of 42
 CUE_PAUSE = 0.8  # seconds between words that end a cue
 
 
 def format_time(seconds: float, decimal_mark: str = ".") -> str:
-    """Seconds as `HH:MM:SS.mmm`, with as many digits of hours as it takes, at least two.
+    """Seconds as `HH:MM:SS.mmm`.
 
     Examples:
 
@@ -33,8 +31,8 @@ def format_time(seconds: float, decimal_mark: str = ".") -> str:
 
 def group_cues(words: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """
-    Words as cues to be read: of at most 6 seconds and 84 characters, unless one word is longer, and cut where there is
-    a pause of 0.8 seconds or a sentence ends.
+    Words as cues of at most 6 seconds and 84 characters, unless one word is longer, cut at pauses of 0.8 seconds and at
+    ends of sentences.
 
     Args:
         words: dicts with `"text"` without white space around it, `"start"` and `"end"` (seconds), in the order of time.
@@ -57,14 +55,10 @@ def group_cues(words: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def to_srt(chunks: Iterable[Mapping[str, Any]]) -> str:
     """
-    SubRip, the format of https://docs.fileformat.com/video/srt/: numbered cues with their times and text.
+    SubRip, https://docs.fileformat.com/video/srt/: the content of a file, empty without text.
 
     Args:
-        chunks: dicts with `"text"`, `"start"` and `"end"` (seconds), in the order of time. Those without text are left
-            out.
-
-    Returns:
-        `str`: the content of a file, empty if there is no text.
+        chunks: dicts with `"text"`, `"start"` and `"end"` (seconds), in the order of time.
     """
     cues = [
         f"{number}\n{format_time(start, ',')} --> {format_time(end, ',')}\n{text}\n"
@@ -74,17 +68,17 @@ def to_srt(chunks: Iterable[Mapping[str, Any]]) -> str:
 
 
 def to_vtt(chunks: Iterable[Mapping[str, Any]]) -> str:
-    """WebVTT, https://www.w3.org/TR/webvtt1/. Arguments as of [`to_srt`]; without any text, the header alone."""
-    cues = []
-    for text, start, end in _cues(chunks):
-        escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-        cues.append(f"\n{format_time(start)} --> {format_time(end)}\n{escaped}\n")
+    """WebVTT, https://www.w3.org/TR/webvtt1/. Arguments as of [`to_srt`]; without text, the header alone."""
+    cues = [
+        f"\n{format_time(start)} --> {format_time(end)}\n{html.escape(text, quote=False)}\n"
+        for text, start, end in _cues(chunks)
+    ]
     return "WEBVTT\n" + "".join(cues)
 
 
 def _cues(chunks: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, float, float]]:
     for chunk in chunks:
-        # An arrow in the text of a cue would be taken for its times.
+        # A player reads an arrow as times.
         text = " ".join(chunk["text"].split()).replace("-->", "->")
         if text:
             yield text, chunk["start"], max(chunk["end"], chunk["start"] + SHORTEST_CUE)

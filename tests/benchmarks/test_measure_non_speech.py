@@ -18,7 +18,7 @@ KINDS = TRAINING_KINDS + FURTHER_KINDS
 def write_text(origin):
     """What the recogniser of known output writes, with silence scaling."""
     if "non-speech" in origin:
-        return {"white_noise": "Two words.", "wind": "..."}.get(origin.split("(")[1].split(",")[0], "")
+        return {"white_noise": "Two words.", "sweep": "..."}.get(origin.split("(")[1].split(",")[0], "")
     added = {"then silence": " four", "then noise, -60 dBFS": " five six"}
     return "one two three" + next((words for tail, words in added.items() if origin.endswith(tail)), "")
 
@@ -57,16 +57,16 @@ def test_counts_of_known_output(known_output, checkpoint, tmp_path):
         assert row["clips"] == 2 and row["trainable"] == (kind in TRAINING_KINDS)
         assert row["seconds"] == clips["zeros"]["seconds"], "all kinds have the same durations"
         assert row["no silence scaling"] == row["pipeline"] == silent
-        if kind not in ("white_noise", "wind"):
+        if kind not in ("white_noise", "sweep"):
             assert row["model"] == silent
     minutes = clips["zeros"]["seconds"] / 60
     found = clips["white_noise"]["model"]
     assert found["not_empty"] == 1 and found["words_per_minute"] == pytest.approx(4 / minutes, rel=1e-3)
-    assert clips["wind"]["model"] == {"not_empty": 1.0, "words_per_minute": 0.0}, "a text of no words"
+    assert clips["sweep"]["model"] == {"not_empty": 1.0, "words_per_minute": 0.0}, "a text of no words"
     trained, others = clips["all for training"], clips["all never trained on"]
-    assert (trained["clips"], trained["model"]["not_empty"]) == (16, 1 / 8)
-    assert trained["model"]["words_per_minute"] == pytest.approx(4 / (8 * minutes), rel=1e-3)
-    assert (others["clips"], others["model"]["not_empty"]) == (8, 1 / 4)
+    assert (trained["clips"], trained["model"]["not_empty"]) == (14, 1 / 7)
+    assert trained["model"]["words_per_minute"] == pytest.approx(4 / (7 * minutes), rel=1e-3)
+    assert (others["clips"], others["model"]["not_empty"]) == (4, 1 / 2)
 
     tails = {row["tail"]: row for row in report["tails"]}
     assert list(tails) == list(TAILS)

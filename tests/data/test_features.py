@@ -120,10 +120,9 @@ def test_empty_and_long_texts_are_named(manifest, checking_processor, processor,
 
 def test_a_text_that_would_exhaust_memory_is_named_and_never_tokenized(manifest, checking_processor, monkeypatch):
     """The native code of tokenizer and alignment ends the process where memory runs out."""
-    table = load_sources(manifest)
+    table, tokenized = load_sources(manifest), []
     for module in ("sources", "features"):
         monkeypatch.setattr(f"echo_hf.data.{module}.MAX_CHARACTERS", 6)
-    tokenized = []
 
     def tokenize(texts):
         tokenized.extend(texts)
@@ -133,6 +132,8 @@ def test_a_text_that_would_exhaust_memory_is_named_and_never_tokenized(manifest,
     with pytest.raises(ValueError, match="line 2 .*: the text has 7 characters, and a transcript has at most 6"):
         prepare_dataset(table, checking_processor)
     assert tokenized == ["one", "two tw", "three"]
+    with pytest.raises(ValueError, match="line 2 .*: the text has 7 characters.*the transcript of this recording"):
+        load_sources(manifest)
 
 
 def test_durations_outside_the_limits_are_left_out(manifest, processor, cache_dir):

@@ -155,15 +155,16 @@ def test_the_trainer_learns_from_a_stream_and_resumes_where_it_was(manifest, mod
 
 PREPARE = """
 import sys, time
-from echo_hf import EchoFeatureExtractor, EchoProcessor, EchoTokenizer, data
-extract = data._extract
+from echo_hf import EchoFeatureExtractor, EchoProcessor, EchoTokenizer
+from echo_hf.data import features, load_sources, prepare_dataset
+extract = features._extract
 def count(*args, **kwargs):
     print("computed", flush=True)
     time.sleep(1)  # the other process comes meanwhile
     return extract(*args, **kwargs)
-data._extract = count
+features._extract = count
 processor = EchoProcessor(EchoFeatureExtractor(), EchoTokenizer())
-rows = data.prepare_dataset(data.load_sources(sys.argv[1]), processor, cache_dir=sys.argv[2]).dataset
+rows = prepare_dataset(load_sources(sys.argv[1]), processor, cache_dir=sys.argv[2]).dataset
 print(len(rows), float(sum(row["input_features"].sum() for row in rows)))
 """
 

@@ -1,6 +1,6 @@
-"""Pictures of how pitch moves a model's attention, asked of the model itself.
+"""Pictures of how pitch moves a model's attention, computed by the model's own rotary embedding and encoder.
 
-Angles come from the model's own rotary embedding, and F0 is put on the encoder's frames as the encoder does it.
+Each function returns a `matplotlib.figure.Figure` with a `title` above, and raises an `ImportError` without matplotlib.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,136 +20,105 @@ from .figures import (
     VERMILLION,
     check_length,
     draw_f0,
+    draw_matrix,
     new_figure,
-    set_title,
     write_words_above,
 )
 
 THETA_MODES = ("none", "mean", "frame", "phase")
 MOST_TOKENS = 120  # rows of a picture of the alignment; more cannot be read
-ROTARY_PAIRS = 4  # channel pairs whose angles are drawn
-ROUNDING = 1e-9  # rad; below it angles made in float64 are the same
+PAIR_COLORS = (BLACK, ORANGE, BLUE, PURPLE)  # of the channel pairs whose angles are drawn
+ROUNDING = 1e-9  # rad; smaller differences of float64 angles are rounding errors
 
 
 def plot_angles(model, input_features, theta_mode: str | None = None, title: str | None = None):
     """Rotary angles of the first four channel pairs of the encoder: standard (thick; even pairs solid, odd ones dashed)
-    against F0-adapted (thin), what lies between the two, and the F0 that did it.
+    against F0-adapted (thin), their difference, and F0.
 
-    Angles are drawn unwound where no pair turns by more than half a circle a frame. Otherwise they are drawn modulo
-    2 pi, with the shortest way between standard and adapted, since how often they went round can then not be told. At
-    the first frame the two are made the same: what is added to all angles alike means nothing to attention.
+    Angles are unwound where no pair turns by more than half a circle a frame. Otherwise they are drawn modulo 2 pi,
+    with the difference in (-pi, pi]: the number of turns is not known. The difference starts at 0, since attention
+    does not depend on what is added to all angles alike.
 
     Args:
         model: an Echo model with an encoder.
         input_features (`torch.Tensor` of shape `(T, channels)` or `(1, T, channels)`): of [`EchoFeatureExtractor`],
             with pitch, one utterance without padding.
-        theta_mode (`str`, *optional*): one of `"mean"`, `"frame"`, `"phase"` (or `"none"`: no difference); the model's
-            own if not given.
-        title (`str`, *optional*): put above the picture.
+        theta_mode (`str`, *optional*): `"mean"`, `"frame"`, `"phase"` or `"none"` (no difference); the model's own if
+            not given.
 
     Returns:
         `matplotlib.figure.Figure`: with three axes: angles (rad), differences (rad) and F0 (Hz) over time (s).
 
     Raises:
-        `ImportError`: matplotlib is not installed.
         `ValueError`: the features are not one utterance with pitch, or the mode is not known.
     """
     from matplotlib.lines import Line2D
 
-    figure = new_figure(9, 7.5)
+    figure = new_figure(9, 7.5, title)
     encoder, pitch, seconds = _encode_pitch(model, input_features)
     f0 = pitch.f0[0].double().numpy()
     theta_mode = _check_mode(encoder, theta_mode or encoder.config.theta_mode)
-    unwound = _fastest_turn(encoder, f0) < np.pi
-    standard = _angles(encoder, pitch, "none", unwound)[:, :ROTARY_PAIRS]
-    adapted = _angles(encoder, pitch, theta_mode, unwound)[:, :ROTARY_PAIRS]
-    difference = adapted - standard
+    is_unwound = _fastest_turn(encoder, f0) < np.pi
+    standard = _angles(encoder, pitch, "none", is_unwound)[:, : len(PAIR_COLORS)]
+    difference = _angles(encoder, pitch, theta_mode, is_unwound)[:, : len(PAIR_COLORS)] - standard
     difference -= difference[:1]
-    if not unwound:
+    if not is_unwound:
         difference = (difference + np.pi) % (2 * np.pi) - np.pi
     difference[np.abs(difference) < ROUNDING] = 0.0
-    adapted = standard + difference if unwound else (standard + difference) % (2 * np.pi)
+    adapted = standard + difference if is_unwound else (standard + difference) % (2 * np.pi)
     times = np.arange(len(f0)) * seconds
     axes = figure.subplots(3, 1, sharex=True, height_ratios=(2.2, 1.6, 1))
-    colors = (BLACK, ORANGE, BLUE, PURPLE)
+    handles = []
     for pair in range(standard.shape[1]):
-        style, color = ("-", "--")[pair % 2], colors[pair % len(colors)]
-        axes[0].plot(times, standard[:, pair], style, color=color, linewidth=4.5, alpha=0.45)
-        axes[0].plot(times, adapted[:, pair], "-", color=color, linewidth=1.2)
-        axes[1].plot(times, difference[:, pair], style, color=color, linewidth=1.6)
-    handles = [
-        Line2D([], [], linestyle=("-", "--")[pair % 2], color=colors[pair], linewidth=2.5, label=f"pair {pair}")
-        for pair in range(standard.shape[1])
-    ]
-    handles += [
-        Line2D([], [], color="0.3", linewidth=4.5, alpha=0.45, label="standard"),
-        Line2D([], [], color="0.3", linewidth=1.2, label=f"F0-adapted ({theta_mode})"),
-    ]
+        line = {"color": PAIR_COLORS[pair], "linestyle": ("-", "--")[pair % 2]}
+        axes[0].plot(times, standard[:, pair], linewidth=4.5, alpha=0.45, **line)
+        axes[0].plot(times, adapted[:, pair], linewidth=1.2, color=PAIR_COLORS[pair])
+        axes[1].plot(times, difference[:, pair], linewidth=1.6, **line)
+        handles.append(Line2D([], [], linewidth=2.5, label=f"pair {pair}", **line))
+    handles.append(Line2D([], [], color="0.3", linewidth=4.5, alpha=0.45, label="standard"))
+    handles.append(Line2D([], [], color="0.3", linewidth=1.2, label=f"F0-adapted ({theta_mode})"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize="small")
-    axes[0].set_ylabel("angle (rad)" if unwound else "angle modulo 2π (rad)")
+    axes[0].set_ylabel("angle (rad)" if is_unwound else "angle modulo 2π (rad)")
     axes[1].set_ylabel("adapted − standard (rad)")
     axes[1].axhline(0.0, color="0.7", linewidth=0.8, zorder=0)
-    if np.abs(difference).max() < ROUNDING:
+    if not difference.any():
         axes[1].set_ylim(-1.0, 1.0)
         axes[1].text(0.5, 0.6, "F0 moves no angle", ha="center", transform=axes[1].transAxes)
     draw_f0(axes[2], times, f0)
     axes[2].set_xlim(0.0, max(times[-1], seconds))
-    set_title(figure, title)
     figure.align_ylabels(axes)
     return figure
 
 
 def plot_similarity(model, input_features, theta_modes: Sequence[str] = THETA_MODES, title: str | None = None):
-    """How alike the rotary embedding makes two positions: the mean over channel pairs of `cos(angle_i - angle_j)`, the
-    standard embedding beside the F0-adapted ones, and what F0 changes of it below.
-
-    A bright diagonal: a position matches itself. Wide bands: far sight. Narrow bands: local.
+    """How alike the rotary embedding makes two positions: the mean over channel pairs of `cos(angle_i - angle_j)`,
+    standard and F0-adapted, and below it what F0 changes. A narrow bright band is local attention.
 
     Args:
         model: an Echo model with an encoder; its own `theta_mode` does not matter.
         input_features (`torch.Tensor` of shape `(T, channels)` or `(1, T, channels)`): as in [`plot_angles`].
         theta_modes (`Sequence[str]`): of `"none"` (standard), `"mean"`, `"frame"` and `"phase"`: one column each.
-        title (`str`, *optional*): put above the picture.
 
     Returns:
         `matplotlib.figure.Figure`: similarities in the upper row, at most 1, and in the lower row those less the
         standard ones; time in seconds both ways.
 
     Raises:
-        `ImportError`: matplotlib is not installed.
         `ValueError`: the features are not one utterance with pitch, or a mode is not known.
     """
     if not theta_modes:
         raise ValueError(f"theta_modes: name at least one of {', '.join(THETA_MODES)}.")
-    figure = new_figure(3.0 * len(theta_modes) + 1.2, 6.4)
+    figure = new_figure(3.0 * len(theta_modes) + 1.2, 6.4, title)
     encoder, pitch, seconds = _encode_pitch(model, input_features)
-    f0 = pitch.f0[0].double().numpy()
     similarities = [position_similarity(_angles(encoder, pitch, _check_mode(encoder, mode))) for mode in theta_modes]
     standard = position_similarity(_angles(encoder, pitch, "none"))
     differences = [similarity - standard for similarity in similarities]
     largest = max(max(np.abs(difference).max() for difference in differences), 1e-3)
     lowest = min(similarity.min() for similarity in similarities)
     axes = figure.subplots(2, len(theta_modes), sharex=True, sharey=True, squeeze=False)
-    extent = (0.0, len(f0) * seconds, 0.0, len(f0) * seconds)
     for column, mode in enumerate(theta_modes):
-        upper = axes[0, column].imshow(
-            similarities[column],
-            origin="lower",
-            cmap="cividis",
-            vmin=lowest,
-            vmax=1,
-            extent=extent,
-            interpolation="nearest",
-        )
-        lower = axes[1, column].imshow(
-            differences[column],
-            origin="lower",
-            cmap="PuOr",
-            vmin=-largest,
-            vmax=largest,
-            extent=extent,
-            interpolation="nearest",
-        )
+        upper = draw_matrix(axes[0, column], similarities[column], len(standard) * seconds, (lowest, 1))
+        lower = draw_matrix(axes[1, column], differences[column], len(standard) * seconds, (-largest, largest), "PuOr")
         axes[0, column].set_title("standard (none)" if mode == "none" else mode)
         if np.abs(differences[column]).max() < ROUNDING:
             axes[1, column].text(0.5, 0.5, "no difference", ha="center", transform=axes[1, column].transAxes)
@@ -158,7 +127,6 @@ def plot_similarity(model, input_features, theta_modes: Sequence[str] = THETA_MO
         row[0].set_ylabel("time i (s)")
     figure.colorbar(upper, ax=axes[0], label="similarity", pad=0.01)
     figure.colorbar(lower, ax=axes[1], label="less the standard's", pad=0.01)
-    set_title(figure, title)
     return figure
 
 
@@ -176,63 +144,68 @@ def plot_pitch_bias(
     head: int | None = None,
     title: str | None = None,
 ):
-    """What the pitch bias adds to the score of frame i looking at frame j, both forms side by side, over the F0 they
-    compare: laplacian `exp(-|f_i - f_j|)` and gaussian `-s * (f_i - f_j) ** 2`, f the standardized F0
-    (the laplacian's by n - 1, as published).
+    """What the pitch bias adds to the score of frame i attending to frame j, both forms side by side, above F0:
+    laplacian `exp(-|f_i - f_j|)` and gaussian `-s * (f_i - f_j) ** 2`, f the standardized F0 (the laplacian's by n - 1,
+    as published).
 
     Args:
-        model: an Echo model with an encoder, with whatever pitch bias.
+        model: an Echo model with an encoder, with any pitch bias.
         input_features (`torch.Tensor` of shape `(T, channels)` or `(1, T, channels)`): as in [`plot_angles`].
         strength (`float`, *optional*): s of the gaussian. If not given: the one that `layer` and `head` have learned,
-            or 1 if the model has no gaussian bias. A negative one was learned to keep frames of similar pitch apart.
+            or 1 if the model has no gaussian bias. A negative one keeps frames of similar pitch apart.
         layer, head (`int`, *optional*): whose strength, counted from 0; the strongest if neither is given.
-        title (`str`, *optional*): put above the picture.
 
     Returns:
         `matplotlib.figure.Figure`: laplacian, gaussian, and F0 (Hz) below each; time in seconds.
 
     Raises:
-        `ImportError`: matplotlib is not installed.
         `ValueError`: the features are not one utterance with pitch; or there is no such layer or head, or no strength
             was learned.
     """
-    figure = new_figure(10, 6.6)
+    figure = new_figure(10, 6.6, title)
     encoder, pitch, seconds = _encode_pitch(model, input_features)
-    f0 = pitch.f0[0].double().numpy()
     strength, described = _choose_strength(encoder, strength, layer, head)
     everywhere = torch.ones_like(pitch.f0)
-    f = standardize_f0(pitch.f0, everywhere)[0].double().numpy()
-    laplacian = laplacian_bias(pitch.f0, everywhere)[0, 0].numpy()
-    distance = np.abs(f[:, None] - f[None, :])
-    times = (np.arange(len(f0)) + 0.5) * seconds
-    duration = len(f0) * seconds
+    f0, f = pitch.f0[0].double().numpy(), standardize_f0(pitch.f0, everywhere)[0].double().numpy()
+    gaussian = -strength * np.square(f[:, None] - f[None, :])
     axes = figure.subplots(2, 2, sharex=True, height_ratios=(4, 1))
-    # What has the value 0 changes nothing; a gaussian is below it, or above it if s is negative.
-    largest = float(abs(strength) * np.square(distance).max()) or 1.0
-    low, high = (-largest, 0.0) if strength >= 0 else (0.0, largest)
-    for axis, matrix, name, limits in (
+    # A bias of 0 changes nothing; a gaussian is below it, or above it if s is negative.
+    largest = float(np.abs(gaussian).max()) or 1.0
+    limits = (-largest, 0.0) if strength >= 0 else (0.0, largest)
+    laplacian = laplacian_bias(pitch.f0, everywhere)[0, 0].numpy()
+    for axis, matrix, name, (low, high) in (
         (axes[0, 0], laplacian, "laplacian", (0.0, 1.0)),
-        (axes[0, 1], -strength * np.square(distance), f"gaussian ({described})", (low, high)),
+        (axes[0, 1], gaussian, f"gaussian ({described})", limits),
     ):
-        image = axis.imshow(
-            matrix,
-            origin="lower",
-            cmap="cividis",
-            vmin=limits[0],
-            vmax=limits[1],
-            extent=(0.0, duration, 0.0, duration),
-            interpolation="nearest",
-            aspect="auto",
-        )
+        image = draw_matrix(axis, matrix, len(f0) * seconds, (low, high))
         axis.set_title(name, fontsize="medium")
         figure.colorbar(image, ax=axis, label="added to the score", pad=0.02)
-    axes[0, 0].set_ylabel("time i, who looks (s)")
+    axes[0, 0].set_ylabel("time i, query (s)")
     for axis in axes[1]:
-        draw_f0(axis, times, f0)
-        axis.set_xlabel("time j, looked at (s)")
-    axes[1, 0].set_xlim(0.0, duration)
-    set_title(figure, title)
+        draw_f0(axis, (np.arange(len(f0)) + 0.5) * seconds, f0)
+        axis.set_xlabel("time j, key (s)")
+    axes[1, 0].set_xlim(0.0, len(f0) * seconds)
     return figure
+
+
+def _choose_strength(encoder, strength: float | None, layer: int | None, head: int | None) -> tuple[float, str]:
+    """The strength of the gaussian, and where it comes from."""
+    if strength is not None:
+        return strength, f"s = {strength:.3g}, given"
+    if encoder.config.pitch_bias != "gaussian":
+        if layer is not None or head is not None:
+            raise ValueError(f"The model's pitch_bias is {encoder.config.pitch_bias!r}: no layer has a strength.")
+        return 1.0, "s = 1"
+    learned = torch.stack([layer.self_attn.bias_strength.detach().float().cpu() for layer in encoder.layers]).numpy()
+    layers, heads = learned.shape
+    if not -layers <= (layer or 0) < layers or not -heads <= (head or 0) < heads:
+        raise ValueError(f"layer {layer}, head {head}: the encoder has {layers} layers with {heads} heads each.")
+    chosen = np.full(learned.shape, np.nan)
+    within = (slice(None) if layer is None else layer, slice(None) if head is None else head)
+    chosen[within] = np.abs(learned[within])
+    layer, head = np.unravel_index(np.nanargmax(chosen), chosen.shape)
+    strength = float(learned[layer, head])
+    return strength, f"s = {strength:.3g}, learned by layer {layer}, head {head}"
 
 
 def plot_alignment(
@@ -243,35 +216,32 @@ def plot_alignment(
     words: Sequence[Mapping[str, Any]] | None = None,
     title: str | None = None,
 ):
-    """Where the decoder looks as it writes: cross-attention of each token over the encoder's frames, the mean of all
-    heads and layers, the brightest frame of each token marked.
+    """Cross-attention of each token over the encoder's frames, the mean of all heads and layers, with a mark at the
+    maximum of each token.
 
     Args:
         model ([`EchoForConditionalGeneration`]): the model.
         input_features (`torch.Tensor` of shape `(T, channels)` or `(1, T, channels)`): one utterance without padding.
         tokenizer ([`EchoTokenizer`]): the model's.
-        text (`str`, *optional*): what the decoder is made to write; what it writes by itself if not given.
+        text (`str`, *optional*): what the decoder is made to write; what it generates if not given.
         words (`Sequence[Mapping]`, *optional*): as in [`plot_utterance`]; written above.
-        title (`str`, *optional*): put above the picture.
 
     Returns:
         `matplotlib.figure.Figure`: tokens from top to bottom by time in seconds.
 
     Raises:
-        `ImportError`: matplotlib is not installed.
-        `ValueError`: the features are not one utterance, the model has no decoder, no token was written, or more than
-            120 were, which is more than a picture has room for.
+        `ValueError`: the features are not one utterance, the model has no decoder, or there is no token, or more than
+            120.
     """
-    new_figure(1, 1)  # so that a missing matplotlib is told before the model runs
+    new_figure(1, 1)  # fails without matplotlib before the model runs
     if not model.can_generate():
         raise ValueError(f"{type(model).__name__} has no decoder, and so no cross-attention to draw.")
     ids, weights = _write_tokens(model, _one_utterance(model, input_features), tokenizer, text)
     seconds = model.config.inputs_to_logits_ratio / model.config.sampling_rate
     duration = weights.shape[1] * seconds
-    labels = [_show_token(tokenizer, token) for token in ids]
-    figure = new_figure(9, max(3.0, 1.3 + 0.17 * len(ids) + (0.5 if words else 0.0)))
+    figure = new_figure(9, max(3.0, 1.3 + 0.17 * len(ids) + (0.5 if words else 0.0)), title)
     axis = figure.subplots()
-    # Each row by its own brightest: a token that looks far around would otherwise be dark all over.
+    # Each row is scaled by its own maximum: a token of broad attention would otherwise be dark.
     image = axis.imshow(
         weights / weights.max(axis=1, keepdims=True),
         aspect="auto",
@@ -282,28 +252,20 @@ def plot_alignment(
         interpolation="nearest",
     )
     figure.colorbar(image, ax=axis, label="share of the token's largest", pad=0.01)
-    axis.plot(
-        (weights.argmax(axis=1) + 0.5) * seconds,
-        np.arange(len(ids)),
-        "o",
-        color=VERMILLION,
-        markeredgecolor="white",
-        markersize=4,
-        markeredgewidth=0.5,
-        label="where a token looks most",
-    )
-    axis.set_yticks(np.arange(len(ids)), labels, fontsize=8)
+    style = {"color": VERMILLION, "markeredgecolor": "white", "markersize": 4, "markeredgewidth": 0.5}
+    peaks = (weights.argmax(axis=1) + 0.5) * seconds
+    axis.plot(peaks, np.arange(len(ids)), "o", label="maximum of the token", **style)
+    axis.set_yticks(np.arange(len(ids)), [_show_token(tokenizer, token) for token in ids], fontsize=8)
     axis.set_ylabel("token")
     axis.set_xlabel("time (s)")
     figure.legend(loc="outside lower center", fontsize="small")
     if words:
         write_words_above(axis, words, duration, "white")
-    set_title(figure, title)
     return figure
 
 
 def _write_tokens(model, features: torch.Tensor, tokenizer, text: str | None) -> tuple[list[int], np.ndarray]:
-    """The ids of a text, or of what the model writes by itself, and the mean cross-attention of each, `(L, S)`."""
+    """The ids of the text, or of what the model generates, and the mean cross-attention of each, `(L, S)`."""
     config, was_training = model.config, model.training
     model.eval()
     try:
@@ -313,7 +275,7 @@ def _write_tokens(model, features: torch.Tensor, tokenizer, text: str | None) ->
                 ids = ids[1:] if ids[0] == config.decoder_start_token_id else ids
             else:
                 ids = [token for token in tokenizer(text)["input_ids"] if token != config.bos_token_id]
-            if not [token for token in ids if token not in tokenizer.all_special_ids]:
+            if not set(ids).difference(tokenizer.all_special_ids):
                 raise ValueError("The model wrote nothing for this utterance; give a text to align.")
             if len(ids) > MOST_TOKENS:
                 raise ValueError(
@@ -327,7 +289,7 @@ def _write_tokens(model, features: torch.Tensor, tokenizer, text: str | None) ->
 
 
 def _show_token(tokenizer, token: int) -> str:
-    """A token as a label: a space is seen, and bytes that are no whole character stand as such."""
+    """A token as a label: a space is visible, and bytes that are no whole character are shown by their id."""
     if token in tokenizer.all_special_ids:
         return tokenizer.convert_ids_to_tokens(token)
     text = tokenizer.decode([token])
@@ -337,8 +299,8 @@ def _show_token(tokenizer, token: int) -> str:
     return text.replace(" ", "␣").replace("\n", "⏎").replace("$", r"\$")
 
 
-def _one_utterance(model, input_features):
-    """Features of one utterance, `(1, T, channels)`, where the model is and as it is."""
+def _one_utterance(model, input_features) -> torch.Tensor:
+    """Features of one utterance, `(1, T, channels)`, in float32 on the model's device."""
     features = torch.as_tensor(input_features)
     features = features[None] if features.dim() == 2 else features
     if features.dim() != 3 or features.shape[0] != 1:
@@ -366,15 +328,14 @@ def _encode_pitch(model, input_features):
 
 
 def _check_mode(encoder, theta_mode: str) -> str:
-    # What the contour does is learned, and only a model of that mode has learned it.
-    modes = dict.fromkeys((*THETA_MODES, encoder.config.theta_mode))
+    modes = dict.fromkeys((*THETA_MODES, encoder.config.theta_mode))  # only a model trained by the contour has that
     if theta_mode not in modes:
         raise ValueError(f"theta_mode must be one of {', '.join(modes)}, got {theta_mode!r}.")
     return theta_mode
 
 
 def _rotary(encoder, theta_mode: str):
-    """The encoder's rotary embedding, on the CPU, as it would be in that mode; a new one, so that nothing changes."""
+    """A copy of the encoder's rotary embedding, on the CPU, in that mode."""
     own = encoder.rotary_emb
     rotary = type(own)(own.config, own.head_dim, theta_mode)
     with torch.no_grad():
@@ -387,7 +348,7 @@ def _angles(encoder, pitch: EchoPitch, theta_mode: str, unwound: bool = False) -
     """Angles, `(S, C)`, float64: in [0, 2 pi), or unwound, which is right where no pair turns by pi or more a frame."""
     rotary, positions = _rotary(encoder, theta_mode), torch.arange(pitch.f0.shape[1])[None]
     if unwound and theta_mode not in ("phase", "contour"):
-        # Theirs is the position times the angle at position 1; it may jump by any number of turns with F0.
+        # The position times the angle at position 1. It may jump by any number of turns with F0.
         turns = rotary.angles(torch.ones_like(positions), pitch.f0, pitch.mean_f0)
         return (positions[..., None] * turns)[0].numpy()
     angles = rotary.angles(positions, pitch.f0, pitch.mean_f0, pitch.normalized)[0].numpy()
@@ -395,38 +356,10 @@ def _angles(encoder, pitch: EchoPitch, theta_mode: str, unwound: bool = False) -
 
 
 def _fastest_turn(encoder, f0: np.ndarray) -> float:
-    """How far the fastest of the drawn pairs turns in a frame at most, in rad."""
+    """The largest turn of a drawn pair in a frame, in rad."""
     rotary = _rotary(encoder, "none")
     theta = rotary.theta(torch.device("cpu"), None, None)
-    return float(rotary.frequencies(theta + float(f0.max()))[..., :ROTARY_PAIRS].max())
-
-
-def _choose_strength(encoder, strength: float | None, layer: int | None, head: int | None) -> tuple[float, str]:
-    """The strength of the gaussian that [`plot_pitch_bias`] draws, and where it comes from."""
-    if strength is not None:
-        return strength, f"s = {strength:.3g}, given"
-    learned = _learned_strengths(encoder)
-    if learned is None:
-        if layer is not None or head is not None:
-            raise ValueError(f"The model's pitch_bias is {encoder.config.pitch_bias!r}: no layer has a strength.")
-        return 1.0, "s = 1"
-    layers, heads = learned.shape
-    if not -layers <= (layer or 0) < layers or not -heads <= (head or 0) < heads:
-        raise ValueError(f"layer {layer}, head {head}: the encoder has {layers} layers with {heads} heads each.")
-    chosen = np.full(learned.shape, np.nan)
-    within = (slice(None) if layer is None else layer, slice(None) if head is None else head)
-    chosen[within] = np.abs(learned[within])
-    layer, head = np.unravel_index(np.nanargmax(chosen), chosen.shape)
-    strength = float(learned[layer, head])
-    return strength, f"s = {strength:.3g}, learned by layer {layer}, head {head}"
-
-
-def _learned_strengths(encoder) -> np.ndarray | None:
-    """Strength of the gaussian bias, `(layers, heads)`, or None if the model has none."""
-    if encoder.config.pitch_bias != "gaussian":
-        return None
-    strengths = [layer.self_attn.bias_strength.detach().float().cpu() for layer in encoder.layers]
-    return torch.stack(strengths).numpy()
+    return float(rotary.frequencies(theta + float(f0.max()))[..., : len(PAIR_COLORS)].max())
 
 
 __all__ = ["plot_alignment", "plot_angles", "plot_pitch_bias", "plot_similarity", "position_similarity"]

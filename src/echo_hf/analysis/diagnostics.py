@@ -1,19 +1,18 @@
-"""What goes on inside a model while it runs, seen from outside: statistics of activations, of pitch and of silence.
+"""Statistics of a running model: of its activations, of pitch and of silence.
 
-[`EchoDiagnostics`] listens by forward hooks, which are there only within its `with` block: outside it a model costs and
-does what it did. Hooks look and change nothing. Padding is left out by the model's own masks, so that a batch tells of
-its utterances what each tells alone.
+[`EchoDiagnostics`] measures by forward hooks, which exist only within its `with` block and change nothing. Padding is
+left out by the model's own masks, so that a batch has the statistics of its utterances.
 
 Statistics are of the magnitude |activation|, over all channels of all real frames (or tokens), by kind of component:
 
-    gate     activation(gate_proj(x) + pitch), what the gated feed-forward multiplies by
-    mlp      what the feed-forward gives
-    q k v o  what the attention's projections give (q and k before rotation and pitch)
-    norm     what the RMSNorms give
+    gate     activation(gate_proj(x) + pitch), the factor of the gated feed-forward
+    mlp      outputs of the feed-forward
+    q k v o  outputs of the attention's projections (q and k before rotation and pitch)
+    norm     outputs of the RMSNorms
     encoder  the encoder's last hidden states
 
-Sparsity is the share of magnitudes no larger than a tenth of the root mean square of their own frame's vector: a
-measure that neither the scale of a block nor other frames and utterances can move.
+Sparsity is the share of magnitudes no larger than a tenth of the root mean square of their own frame's vector. It does
+not depend on the scale of a block, or on other frames and utterances.
 """
 
 import inspect
@@ -32,7 +31,7 @@ SPARSITY_THRESHOLD = 0.1  # of the root mean square of the frame's vector
 
 @dataclass
 class RunningStatistics:
-    """Mean, least, greatest and number of values that come in portions, and how many of them counted as sparse."""
+    """Sum, extremes and number of values that arrive in parts, and the number of sparse ones."""
 
     total: float = 0.0
     least: float = float("inf")
@@ -41,11 +40,11 @@ class RunningStatistics:
     sparse: int = 0
 
     def update(self, values: torch.Tensor, sparse: torch.Tensor | None = None) -> None:
-        """Takes in values of any shape, and which of them are sparse."""
+        """Adds values of any shape, and which of them are sparse."""
         if values.numel() == 0:
             return
         values = values.detach().float()
-        # One transfer from the device. Sums of few thousands a frame: float32 rounds per frame, Python adds in float64.
+        # One transfer from the device. Rows are summed in float32, and their sums in float64.
         rows = values.reshape(values.shape[0], -1).sum(-1)
         least, greatest = torch.aminmax(values)
         *sums, low, high = torch.cat((rows, torch.stack((least, greatest)))).tolist()
@@ -63,7 +62,7 @@ class RunningStatistics:
         return self.sparse / self.count if self.count else None
 
     def to_dict(self) -> dict[str, float | int | None]:
-        """`mean`, `min` and `max` (None if there was nothing) and `count`."""
+        """`mean`, `min` and `max` (None without values) and `count`."""
         return {
             "mean": self.mean,
             "min": self.least if self.count else None,
@@ -74,10 +73,10 @@ class RunningStatistics:
 
 @dataclass
 class Measurements:
-    """All that is counted between the first and the last forward."""
+    """Statistics of all forward passes within the `with` blocks of an [`EchoDiagnostics`]."""
 
     components: dict[str, RunningStatistics] = field(default_factory=dict)  # by kind
-    blocks: dict[str, dict[str, RunningStatistics]] = field(default_factory=dict)  # by block; then gate, mlp
+    blocks: dict[str, dict[str, RunningStatistics]] = field(default_factory=dict)  # by block, then by gate and mlp
     theta: RunningStatistics = field(default_factory=RunningStatistics)
     radius: RunningStatistics = field(default_factory=RunningStatistics)
     f0: RunningStatistics = field(default_factory=RunningStatistics)
@@ -87,12 +86,12 @@ class Measurements:
 
 class EchoDiagnostics:
     """
-    Statistics of what a model does within a `with` block; several blocks add up.
+    Statistics of a model within a `with` block; several blocks add up.
 
     With gradient checkpointing a training step runs each layer twice, and its activations count twice.
 
     Args:
-        model: an Echo model that has an encoder; with a decoder, that is listened to as well.
+        model: an Echo model with an encoder, with or without a decoder.
 
     Raises:
         `ValueError`: the model has no Echo encoder.
@@ -143,13 +142,12 @@ class EchoDiagnostics:
         self._frame_mask = self._key_mask = self._token_mask = None
 
     def _listen(self, side: nn.Module, name: str) -> list:
-        """Hooks on all components of the encoder or the decoder."""
         mask = "_frame_mask" if name == "encoder" else "_token_mask"
         handles = []
         for path, module in side.named_modules():
             last = path.rpartition(".")[2]
             if last in PROJECTIONS:
-                # Keys and values of cross-attention are made of the encoder's frames.
+                # Keys and values of cross-attention are of the encoder's frames.
                 of_keys = "encoder_attn" in path and last in ("k_proj", "v_proj")
                 handles.append(self._watch(module, PROJECTIONS[last], "_key_mask" if of_keys else mask))
             elif "RMSNorm" in type(module).__name__:
@@ -167,16 +165,15 @@ class EchoDiagnostics:
         return module.register_forward_hook(hook)
 
     def _count(self, kind: str, states: torch.Tensor, mask: torch.Tensor | None, block: str | None = None) -> None:
-        """Takes in `(B, S, channels)` where the mask, `(B, S)`, says that it is real; no mask, all of it."""
+        """Adds `(B, S, channels)` where the mask, `(B, S)`, is true; all of it without a mask."""
         states = states.detach().float()
         states = (states.flatten(0, 1) if mask is None else states[mask]).abs()  # (frames, channels)
         scale = states.square().mean(-1, keepdim=True).sqrt()
         sparse = states <= SPARSITY_THRESHOLD * scale
-        measurements = self.measurements
-        measurements.components.setdefault(kind, RunningStatistics()).update(states, sparse)
-        if block is not None:
-            parts = measurements.blocks.setdefault(block, {})
-            parts.setdefault(kind, RunningStatistics()).update(states, sparse)
+        groups = [self.measurements.components]
+        groups += [self.measurements.blocks.setdefault(block, {})] if block is not None else []
+        for group in groups:
+            group.setdefault(kind, RunningStatistics()).update(states, sparse)
 
     def _begin_encoder(self, encoder, arguments, keywords) -> None:
         given = inspect.signature(encoder.forward).bind(*arguments, **keywords).arguments
@@ -210,8 +207,7 @@ class EchoDiagnostics:
     def _begin_decoder(self, decoder, arguments, keywords) -> None:
         given = inspect.signature(decoder.forward).bind(*arguments, **keywords).arguments
         ids, mask = given.get("input_ids"), given.get("attention_mask")
-        # None: all of it is real. Labels that end before others' leave their end of sequence as an input too, whose
-        # prediction is of padding.
+        # Labels that end before others' have their end of sequence as an input too, which predicts padding.
         ends = torch.tensor((decoder.config.pad_token_id, *decoder.config.ends_of_sequence))
         self._token_mask = None if ids is None else ~torch.isin(ids, ends.to(ids.device))
         if mask is not None and mask.dim() == 2:
@@ -231,30 +227,24 @@ class EchoDiagnostics:
             - `"components"`: for each kind `mean`, `min`, `max` and `count` of |activation|, and `sparsity`;
             - `"blocks"`: for each block of encoder and decoder `gate_to_mlp` (mean |gate| over mean |mlp|),
               `gate_sparsity`, `mlp_sparsity` and `sparsity_difference` (gate less mlp);
-            - `"theta"` and `"radius"`, of the encoder's rotary embedding: `mean`, `min`, `max`, `count` over real
-              frames;
-            - `"f0"`: the same in Hz over voiced frames;
-            - `"frames"`: real encoder frames; `"voiced_share"` of them; `"silent_share"`, those whose keys are scaled
-              to near zero, None if the model does not look for silence.
+            - `"theta"`, `"radius"` (over real frames) and `"f0"` (Hz, over voiced frames): `mean`, `min`, `max`,
+              `count`;
+            - `"frames"`: real encoder frames; `"voiced_share"` of them; `"silent_share"`, whose keys are scaled to near
+              zero, None without silence scaling.
         """
         seen = self.measurements
-        components = {
-            kind: {**seen.components[kind].to_dict(), "sparsity": seen.components[kind].sparsity}
-            for kind in KINDS
-            if kind in seen.components
-        }
+        components = {kind: seen.components[kind] for kind in KINDS if kind in seen.components}
         blocks = {}
         for name, parts in seen.blocks.items():
             gate, mlp = parts["gate"], parts["mlp"]
-            comparable = gate.count and mlp.count
             blocks[name] = {
-                "gate_to_mlp": gate.mean / mlp.mean if comparable and mlp.mean else None,
+                "gate_to_mlp": gate.mean / mlp.mean if mlp.mean else None,
                 "gate_sparsity": gate.sparsity,
                 "mlp_sparsity": mlp.sparsity,
-                "sparsity_difference": gate.sparsity - mlp.sparsity if comparable else None,
+                "sparsity_difference": gate.sparsity - mlp.sparsity if mlp.count else None,
             }
         return {
-            "components": components,
+            "components": {kind: {**part.to_dict(), "sparsity": part.sparsity} for kind, part in components.items()},
             "blocks": blocks,
             "theta": seen.theta.to_dict(),
             "radius": seen.radius.to_dict(),
@@ -265,36 +255,29 @@ class EchoDiagnostics:
         }
 
     def table(self) -> str:
-        """All figures, for reading."""
+        """All figures, as text."""
         figures = self.to_dict()
         lines = [_row("|activation|", "mean", "min", "max", "count", "sparsity")]
         for kind, values in figures["components"].items():
             lines.append(_row(kind, *(values[key] for key in ("mean", "min", "max", "count", "sparsity"))))
         lines += ["", _row("block", "gate/mlp", "gate sparse", "mlp sparse", "difference")]
-        for name, values in figures["blocks"].items():
-            lines.append(_row(name, *values.values()))
+        lines += [_row(name, *values.values()) for name, values in figures["blocks"].items()]
         lines += ["", _row("pitch", "mean", "min", "max", "count")]
         for name, label in (("theta", "theta"), ("radius", "radius"), ("f0", "F0 (Hz), voiced")):
             lines.append(_row(label, *figures[name].values()))
         lines += ["", _row("encoder frames", figures["frames"])]
-        lines.append(_row("voiced share", figures["voiced_share"]))
-        lines.append(_row("silent share", figures["silent_share"]))
+        lines += [_row(f"{kind} share", figures[f"{kind}_share"]) for kind in ("voiced", "silent")]
         return "\n".join(lines)
 
 
 def find_module(model: nn.Module, class_name: str) -> nn.Module | None:
-    """The first module of that class, wherever the class comes from: a checkpoint may have brought its own code."""
+    """The first module of a class of that name, which may come from the code of a checkpoint."""
     return next((module for module in model.modules() if type(module).__name__ == class_name), None)
 
 
 def _row(label: str, *values) -> str:
-    return f"{label:<16}" + "".join(f"{_format(value):>13}" for value in values)
-
-
-def _format(value) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    cells = ("-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value) for value in values)
+    return f"{label:<16}" + "".join(f"{cell:>13}" for cell in cells)
 
 
 __all__ = ["EchoDiagnostics"]

@@ -5,19 +5,22 @@ from typing import Any
 
 import numpy as np
 
-# The colour-blind safe palette of Okabe and Ito (https://jfly.uni-koeln.de/color/).
+# The color-blind safe palette of Okabe and Ito (https://jfly.uni-koeln.de/color/).
 BLACK, ORANGE, SKY = "#000000", "#E69F00", "#56B4E9"
 BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
-LONGEST_PICTURE = 120  # s; beyond it nothing can be told apart, and spectrograms fill the memory
+LONGEST_PICTURE = 120  # s; details of longer audio cannot be seen, and its spectrogram fills the memory
 
 
-def new_figure(width: float, height: float):
-    """An empty figure of that size in inches."""
+def new_figure(width: float, height: float, title: str | None = None):
+    """An empty figure of that size in inches, with a title above all axes."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(f'Pictures need matplotlib ({error}): `pip install ".[plot]"` in the clone.') from error
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    if title is not None:
+        figure.suptitle(title)
+    return figure
 
 
 def check_length(seconds: float) -> None:
@@ -28,14 +31,8 @@ def check_length(seconds: float) -> None:
         )
 
 
-def set_title(figure, title: str | None) -> None:
-    """Puts a title above all axes, if there is one."""
-    if title is not None:
-        figure.suptitle(title)
-
-
 def check_words(words: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """The words, if each has a text and its times in seconds; raises `ValueError` for one that has not."""
+    """Returns the words; raises `ValueError` for one without a text, a start or an end."""
     for word in words:
         times = word.get("timestamp") or ()
         if "text" not in word or len(times) != 2 or any(time is None for time in times):
@@ -44,7 +41,7 @@ def check_words(words: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any
 
 
 def write_words_above(axis, words: Sequence[Mapping[str, Any]], duration: float, color: str) -> None:
-    """Words at their middles above an axis, with dotted lines of that colour where each starts and ends."""
+    """Words at their middles above an axis, with dotted lines of that color where each starts and ends."""
     middles = [min(sum(word["timestamp"]) / 2, duration) for word in check_words(words)]
     top = axis.secondary_xaxis("top")
     top.set_xticks(middles, [word["text"].strip() for word in words], fontsize=8, rotation=30, ha="left")
@@ -56,9 +53,18 @@ def write_words_above(axis, words: Sequence[Mapping[str, Any]], duration: float,
 
 def draw_f0(axis, times: np.ndarray, f0: np.ndarray) -> None:
     """Voiced frames of F0 (Hz) over time (s), or a note that there is none."""
-    axis.plot(times, np.where(f0 > 0, f0, np.nan), ".", color=VERMILLION, markersize=4)
+    axis.plot(times, np.where(f0 > 0, f0, np.nan), ".", color=VERMILLION, markersize=4, label="F0")
     axis.set_ylabel("F0 (Hz)")
     axis.set_xlabel("time (s)")
     if not f0.any():
         axis.set_yticks([])
         axis.text(0.5, 0.5, "no voiced frame", ha="center", transform=axis.transAxes)
+
+
+def draw_matrix(axis, matrix: np.ndarray, duration: float, limits: tuple[float, float], colors: str = "cividis"):
+    """The image of a matrix `(S, S)` of frames by frames, over seconds both ways."""
+    low, high = limits
+    extent = (0.0, duration, 0.0, duration)
+    return axis.imshow(
+        matrix, origin="lower", cmap=colors, vmin=low, vmax=high, extent=extent, interpolation="nearest", aspect="auto"
+    )

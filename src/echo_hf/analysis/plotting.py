@@ -1,9 +1,7 @@
-"""Pictures of what Echo hears and how pitch moves its attention. Needs matplotlib: `pip install ".[plot]"`.
+"""Pictures of what Echo is given and how pitch moves its attention. Needs matplotlib: `pip install ".[plot]"`.
 
-Each function returns a `matplotlib.figure.Figure`, made without pyplot, so that a notebook, a file and TensorBoard all
-take it and no window opens. What a model does is asked of the model: angles come from its own rotary embedding, and F0
-is put on the encoder's frames as the encoder does it. Colours are those of Okabe and Ito, and what a colour says, a
-line's style or a label says too.
+Each function returns a `matplotlib.figure.Figure` with a `title` above, and raises an `ImportError` without matplotlib.
+Figures are made without pyplot, so that no window opens. A label or a line's style tells what a color tells.
 """
 
 import json
@@ -25,12 +23,13 @@ from .figures import (
     VERMILLION,
     check_length,
     check_words,
+    draw_f0,
     new_figure,
-    set_title,
     write_words_above,
 )
 
 SPECTROGRAM_RANGE = 70.0  # dB below the loudest that a picture still shows
+HIGHEST_FREQUENCY = 4000.0  # Hz, top of a narrow-band spectrogram
 
 
 def plot_utterance(
@@ -42,22 +41,19 @@ def plot_utterance(
     """Waveform, log-mel spectrogram and F0 of one utterance on one time axis, voiced stretches shaded.
 
     Args:
-        audio: what [`EchoFeatureExtractor`] takes as one utterance; another sampling rate than its own is resampled.
-        feature_extractor ([`EchoFeatureExtractor`], *optional*): the default one if not given. Its features must hold
-            the pitch.
-        title (`str`, *optional*): put above the picture.
-        words (`Sequence[Mapping]`, *optional*): what was said when, as the pipeline's `"chunks"`: each with `"text"`
-            and `"timestamp"` (start and end in seconds). They are written under the waveform.
+        audio: one utterance, as [`EchoFeatureExtractor`] takes it, of any sampling rate.
+        feature_extractor ([`EchoFeatureExtractor`], *optional*): with pitch; the default one if not given.
+        words (`Sequence[Mapping]`, *optional*): the `"chunks"` of the pipeline: each with `"text"` and `"timestamp"`
+            (start and end in seconds). They are written under the waveform.
 
     Returns:
         `matplotlib.figure.Figure`: with three axes, in the order above; time in seconds.
 
     Raises:
-        `ImportError`: matplotlib is not installed.
         `ValueError`: the extractor has no pitch, the audio cannot be used, or a word lacks its times.
     """
-    figure = new_figure(9, 6.5)
-    extractor, waveform, features, f0 = _hear(audio, feature_extractor)
+    figure = new_figure(9, 6.5, title)
+    extractor, waveform, features, f0 = _extract(audio, feature_extractor)
     num_mels = extractor.feature_groups["spectrogram"]
     frame = extractor.hop_length / extractor.sampling_rate  # seconds
     duration = len(waveform) / extractor.sampling_rate
@@ -74,26 +70,20 @@ def plot_utterance(
     )
     axes[1].set_ylabel("mel channel")
     figure.colorbar(image, ax=axes[1], label="dB above floor", pad=0.01)
-    axes[2].plot(np.arange(len(f0)) * frame, np.where(f0 > 0, f0, np.nan), ".", color=VERMILLION, ms=4, label="F0")
-    axes[2].set_ylabel("F0 (Hz)")
-    axes[2].set_xlabel("time (s)")
+    draw_f0(axes[2], np.arange(len(f0)) * frame, f0)
     axes[2].set_xlim(0.0, duration)
     for i, (start, end) in enumerate(runs(f0 > 0)):
         for axis in (axes[0], axes[2]):
             label = "voiced" if i == 0 and axis is axes[2] else None
             axis.axvspan(start * frame, end * frame, color=SKY, alpha=0.25, linewidth=0, label=label)
     if f0.any():
-        # Room for the legend above the contour.
-        axes[2].set_ylim(0.9 * f0[f0 > 0].min(), 1.35 * f0.max())
+        axes[2].set_ylim(0.9 * f0[f0 > 0].min(), 1.35 * f0.max())  # with room for the legend
         axes[2].legend(loc="upper right", ncols=2)
-    else:
-        axes[2].text(duration / 2, 0.5, "no voiced frame", ha="center", transform=axes[2].get_xaxis_transform())
     if words:
         peak = float(np.abs(waveform).max()) or 1.0
         axes[0].set_ylim(-2.2 * peak, 1.1 * peak)
         axes[0].set_yticks((-peak, 0.0, peak), [f"{tick:.2g}" for tick in (-peak, 0.0, peak)])
         _write_words(axes[0], words, duration)
-    set_title(figure, title)
     return figure
 
 
@@ -103,37 +93,31 @@ def plot_pitch(
     title: str | None = None,
     words: Sequence[Mapping[str, Any]] | None = None,
     harmonics: int = 5,
-    max_frequency: float = 4000.0,
 ):
-    """F0 and its harmonics on a narrow-band spectrogram: whether the tracker follows the voice can be seen at a glance,
-    since F0 and its multiples must lie on the spectrogram's ridges.
+    """F0 and its harmonics on a narrow-band spectrogram. Where the tracker is right, they lie on its ridges.
 
-    The spectrogram has a window of 40 ms, longer than the model's own 25 ms, so that harmonics stand apart; it is not
-    what the model is given.
+    The spectrogram has a window of 40 ms, longer than the model's own 25 ms, so that harmonics stand apart.
 
     Args:
-        audio, feature_extractor, title, words: as in [`plot_utterance`]; words are written above.
+        audio, feature_extractor, words: as in [`plot_utterance`]; words are written above.
         harmonics (`int`, defaults to 5): multiples of F0 that are drawn, F0 itself among them; at least 1.
-        max_frequency (`float`, defaults to 4000.0): Hz, top of the picture.
 
     Returns:
         `matplotlib.figure.Figure`: with one axes, time in seconds by frequency in Hz.
 
     Raises:
-        `ImportError`: matplotlib is not installed.
         `ValueError`: the extractor has no pitch, or the audio cannot be used.
     """
     from transformers.audio_utils import spectrogram, window_function
 
     if harmonics < 1:
         raise ValueError(f"harmonics must be at least 1, got {harmonics}.")
-    figure = new_figure(9, 5)
-    extractor, waveform, _, f0 = _hear(audio, feature_extractor)
+    figure = new_figure(9, 5, title)
+    extractor, waveform, _, f0 = _extract(audio, feature_extractor)
     rate, hop = extractor.sampling_rate, extractor.hop_length
     window = round(0.04 * rate)
-    padded = np.pad(waveform, (0, max(0, window + 1 - len(waveform))))  # mirrored at its ends, which takes that many
     decibels = spectrogram(
-        padded,
+        np.pad(waveform, (0, max(0, window + 1 - len(waveform)))),  # mirroring the ends takes that many samples
         window_function(window, "hann"),
         frame_length=window,
         hop_length=hop,
@@ -160,7 +144,7 @@ def plot_pitch(
         label = f"harmonics 2 to {harmonics}" if number == 2 else None
         axis.plot(times, number * voiced, "--", color=BLUE, linewidth=1.0, label=label)
     axis.plot(times, voiced, color=VERMILLION, linewidth=2.5, label="F0")
-    axis.set_ylim(0.0, min(max_frequency, rate / 2))
+    axis.set_ylim(0.0, min(HIGHEST_FREQUENCY, rate / 2))
     axis.set_xlim(0.0, len(waveform) / rate)
     axis.set_xlabel("time (s)")
     axis.set_ylabel("frequency (Hz)")
@@ -169,80 +153,63 @@ def plot_pitch(
         write_words_above(axis, words, len(waveform) / rate, "0.4")
     if not f0.any():
         axis.text(0.5, 0.9, "no voiced frame", ha="center", transform=axis.transAxes)
-    set_title(figure, title)
     return figure
 
 
 def plot_learning_curves(log_history: str | PathLike | Iterable[Mapping[str, Any]], title: str | None = None):
-    """Losses of a training run over its steps, and the word error rate on an axis of its own at the right.
+    """Losses of a training run by step, and the word error rate on an axis at the right.
 
     Args:
-        log_history: `trainer.state.log_history`, or path of a `trainer_state.json`, or of the folder it lies in.
-        title (`str`, *optional*): put above the picture.
+        log_history: `trainer.state.log_history`, or path of a `trainer_state.json`, or of the folder with it.
 
     Returns:
         `matplotlib.figure.Figure`: with one axes for losses, and a second for the word error rate in percent if the log
         has one.
 
     Raises:
-        `ImportError`: matplotlib is not installed.
         `ValueError`: there is no log, or it holds no loss and no word error rate.
     """
-    figure = new_figure(9, 5)
+    figure = new_figure(9, 5, title)
     if isinstance(log_history, str | PathLike):
-        log_history = read_log_history(log_history)
+        log_history = _read_log_history(Path(log_history))
     log_history = list(log_history)
-    axis = figure.subplots()
-    handles = []
-    # key in the log, label, colour, line, marker
-    for key, label, color, style, marker in (
-        ("loss", "training loss", BLUE, "-", ""),
-        ("eval_loss", "evaluation loss", ORANGE, "-", "o"),
-    ):
-        handles += _draw_log(axis, log_history, key, 1.0, color=color, linestyle=style, marker=marker, label=label)
-    axis.set_xlabel("step")
-    axis.set_ylabel("loss (nats a token)")
-    _start_at_zero(axis)
-    axis.grid(color="0.9")
+    losses = figure.subplots()
+    handles = _draw_log(losses, log_history, "loss", color=BLUE, label="training loss")
+    handles += _draw_log(losses, log_history, "eval_loss", color=ORANGE, marker="o", label="evaluation loss")
+    losses.set_xlabel("step")
+    losses.set_ylabel("loss (nats a token)")
+    losses.grid(color="0.9")
     if any(isinstance(entry.get("eval_wer"), int | float) for entry in log_history):
-        right = axis.twinx()
-        handles += _draw_log(
-            right,
-            log_history,
-            "eval_wer",
-            100.0,
-            color=VERMILLION,
-            linestyle="-.",
-            marker="s",
-            label="word error rate (right)",
-        )
-        right.set_ylabel("word error rate (%)", color=VERMILLION)
-        right.tick_params(axis="y", colors=VERMILLION)
-        _start_at_zero(right)
+        rates, style = losses.twinx(), {"color": VERMILLION, "linestyle": "-.", "marker": "s"}
+        handles += _draw_log(rates, log_history, "eval_wer", 100.0, label="word error rate (right)", **style)
+        rates.set_ylabel("word error rate (%)", color=VERMILLION)
+        rates.tick_params(axis="y", colors=VERMILLION)
     if not handles:
         raise ValueError("log_history holds neither a loss nor a word error rate: was anything trained?")
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), fontsize="small")
-    set_title(figure, title)
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize="small")
     return figure
 
 
-def read_log_history(path: str | PathLike) -> list[dict[str, Any]]:
-    """The `log_history` of a `trainer_state.json`, which is named or lies in the folder that is named.
-
-    Raises:
-        `ValueError`: there is none.
-    """
-    path = Path(path)
+def _read_log_history(path: Path) -> list[dict[str, Any]]:
     file = path / "trainer_state.json" if path.is_dir() else path
     try:
         return json.loads(file.read_text(encoding="utf-8"))["log_history"]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: no log of a training run ({error}); name a trainer_state.json or the folder of a run."
         ) from error
 
 
-def _hear(audio, extractor: EchoFeatureExtractor | None):
+def _draw_log(axis, log_history: list[Mapping[str, Any]], key: str, scale: float = 1.0, **style) -> list:
+    points = [(entry["step"], entry[key] * scale) for entry in log_history if isinstance(entry.get(key), int | float)]
+    lines = axis.plot(*zip(*points), markersize=4, **style) if points else []
+    # From 0, with room above for whole markers.
+    highest = max((max(line.get_ydata()) for line in axis.lines), default=0.0)
+    axis.set_ylim(0.0, 1.05 * highest if highest > 0 else 1.0)
+    return lines
+
+
+def _extract(audio, extractor: EchoFeatureExtractor | None):
     """The extractor, the waveform `(samples,)` at its rate, the features `(T, channels)` and F0 `(T,)` in Hz."""
     extractor = extractor if extractor is not None else EchoFeatureExtractor()
     if "pitch" not in extractor.feature_groups:
@@ -254,10 +221,10 @@ def _hear(audio, extractor: EchoFeatureExtractor | None):
 
 
 def _write_words(axis, words: Sequence[Mapping[str, Any]], duration: float) -> None:
-    """Words at their times near an axis' lower edge, in rows if they would run into each other."""
+    """Words at their times near an axis' lower edge, in rows if they would overlap."""
     place = axis.get_xaxis_transform()
     letter = duration / 95  # width of a letter of this size, seconds
-    ends = [0.0, 0.0, 0.0]  # where the writing of each row ends
+    ends = [0.0, 0.0, 0.0]  # where the text of each row ends
     for word in check_words(words):
         (start, end), text = word["timestamp"], word["text"].strip()
         middle, half = (start + end) / 2, 0.5 * len(text) * letter
@@ -266,17 +233,6 @@ def _write_words(axis, words: Sequence[Mapping[str, Any]], duration: float) -> N
         y = 0.27 - 0.12 * row
         axis.plot((start, end), (y - 0.02, y - 0.02), "|-", color=VERMILLION, linewidth=1.5, transform=place)
         axis.text(middle, y, text, ha="center", va="bottom", fontsize=8, transform=place, clip_on=True)
-
-
-def _draw_log(axis, log_history: list[Mapping[str, Any]], key: str, scale: float, **style) -> list:
-    points = [(entry["step"], entry[key] * scale) for entry in log_history if isinstance(entry.get(key), int | float)]
-    return axis.plot(*zip(*points), markersize=4, **style) if points else []
-
-
-def _start_at_zero(axis) -> None:
-    """The vertical axis from 0, with room above for whole markers, which may be large values close to each other."""
-    highest = max((max(line.get_ydata()) for line in axis.lines), default=0.0)
-    axis.set_ylim(0.0, 1.05 * highest if highest > 0 else 1.0)
 
 
 __all__ = [
@@ -289,5 +245,4 @@ __all__ = [
     "plot_similarity",
     "plot_utterance",
     "position_similarity",
-    "read_log_history",
 ]

@@ -9,23 +9,20 @@ import torch
 from transformers import TrainerCallback
 
 from ..data.collator import EchoDataCollator
-from . import attention, figures, plotting
+from . import attention, figures
 from .diagnostics import EchoDiagnostics
 
 
 class DiagnosticsCallback(TrainerCallback):
     """
-    Writes diagnostics of the model in training into TensorBoard, as the run `diagnostics` beside the Trainer's own: at
-    the start and at every evaluation (every saving, if there is none) the scalars of [`EchoDiagnostics`] on a few
-    utterances, always the same, and the pictures of the first of them that is
-    not too long for one: angles, similarity, bias, alignment.
-
-    Between those times nothing listens, so that training steps cost what they did.
+    Writes diagnostics into TensorBoard, as the run `diagnostics` beside the Trainer's own, at the start and at every
+    evaluation (every saving, without evaluation): the scalars of [`EchoDiagnostics`] on the first utterances of a
+    dataset, and pictures of the first one that fits into a picture: angles, similarity, bias, alignment.
 
     Args:
-        dataset (`datasets.Dataset`): as [`~echo_hf.data.prepare_dataset`] makes it.
+        dataset (`datasets.Dataset`): of [`~echo_hf.data.prepare_dataset`].
         processor ([`EchoProcessor`]): the model's.
-        num_utterances (`int`, defaults to 8): the first so many of the dataset.
+        num_utterances (`int`, defaults to 8): number of utterances.
 
     Raises:
         `ImportError`: tensorboard or matplotlib is not installed.
@@ -40,7 +37,7 @@ class DiagnosticsCallback(TrainerCallback):
         fitting = (
             row for row in rows if len(row["input_features"]) <= longest and len(row["labels"]) <= attention.MOST_TOKENS
         )
-        self.drawn = next(fitting, None)  # None where all are too long to be drawn
+        self.drawn = next(fitting, None)
         self.batch = EchoDataCollator(processor)([rows[index] for index in range(len(rows))])
         self.writer = None
         self.last_step = None
@@ -50,7 +47,7 @@ class DiagnosticsCallback(TrainerCallback):
             from torch.utils.tensorboard import SummaryWriter
 
             root = os.environ.get("TENSORBOARD_LOGGING_DIR") or Path(args.output_dir) / "runs"
-            # Of a run that goes on, what lies after its checkpoint is written again.
+            # A resumed run writes again what lies after its checkpoint.
             self.writer = SummaryWriter(Path(root) / "diagnostics", purge_step=state.global_step)
             self._write(model, state.global_step)
 
@@ -62,7 +59,7 @@ class DiagnosticsCallback(TrainerCallback):
             self._write(model, state.global_step)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        if not args.load_best_model_at_end:  # else the model is that of another step now
+        if not args.load_best_model_at_end:  # otherwise the model is of another step now
             self._write(model, state.global_step)
         if self.writer is not None:
             self.writer.close()
@@ -83,23 +80,18 @@ class DiagnosticsCallback(TrainerCallback):
             if self.drawn is None:
                 return
             features = torch.as_tensor(self.drawn["input_features"], dtype=torch.float32)
-            text = self.drawn["text"]
-            figures = {"alignment": plotting.plot_alignment(model, features, self.tokenizer, text=text)}
+            alignment = attention.plot_alignment(model, features, self.tokenizer, text=self.drawn["text"])
+            self.writer.add_figure("alignment", alignment, step)
             if diagnostics.measurements.f0.count:
-                figures["angles"] = plotting.plot_angles(model, features)
-                figures["similarity"] = plotting.plot_similarity(model, features)
-                figures["bias"] = plotting.plot_pitch_bias(model, features)
-            for name, figure in figures.items():
-                self.writer.add_figure(name, figure, step)
+                self.writer.add_figure("angles", attention.plot_angles(model, features), step)
+                self.writer.add_figure("similarity", attention.plot_similarity(model, features), step)
+                self.writer.add_figure("bias", attention.plot_pitch_bias(model, features), step)
         finally:
             model.train(was_training)
 
 
 def require_tensorboard() -> None:
-    """
-    Raises:
-        `ImportError`: what [`DiagnosticsCallback`] needs is not installed.
-    """
+    """Raises `ImportError` if a package that [`DiagnosticsCallback`] needs is not installed."""
     for package in ("tensorboard", "matplotlib"):
         try:
             __import__(package)
@@ -110,7 +102,7 @@ def require_tensorboard() -> None:
 
 
 def flatten(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Numbers of nested dictionaries with their keys joined by slashes; what is None is left out."""
+    """Numbers of nested dictionaries with their keys joined by slashes, without None."""
     for key, value in figures.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}/")

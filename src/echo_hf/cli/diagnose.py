@@ -1,4 +1,4 @@
-"""`echo-hf diagnose`: statistics of what the parts of a model do."""
+"""`echo-hf diagnose`: statistics of the activations of a model."""
 
 import json
 
@@ -44,14 +44,13 @@ def run(options) -> int:
 
     files = expand_paths(options.paths or bundled_recordings())
     model, processor = load_checkpoint(options.checkpoint, options.device)
-    diagnostics, num_used = EchoDiagnostics(model), 0
+    diagnostics, num_broken = EchoDiagnostics(model), 0
     with diagnostics, torch.inference_mode():
         for transcript in transcribe_files(make_pipeline(model, processor), files, options.batch_size):
-            if transcript.error is None:
-                num_used += 1
-            else:
+            if transcript.error is not None:
                 skip_or_stop(transcript, options.skip_broken)
-    if not num_used:
+                num_broken += 1
+    if num_broken == len(files):
         raise ValueError(f"None of {len(files)} files could be used.")
     figures = diagnostics.to_dict()
     if not figures["frames"]:

@@ -1,4 +1,4 @@
-"""What the commands' parsers share: the look of their help, types of values, and options that several commands have."""
+"""What the commands' parsers share: the format of help, types of values, and options of several commands."""
 
 import argparse
 import math
@@ -8,14 +8,11 @@ from pathlib import Path
 
 from .output import tell
 
-# More than anybody has use for. Memory grows with both: PyTorch's loader lists the indices of a whole batch.
-LARGEST_BATCH, MOST_BEAMS = 10_000, 100
-
-VALUE_NAMES = {int: "N", float: "X"}  # of an option, in help; other values are called TEXT
+VALUE_NAMES = {int: "N", float: "X"}  # of the values of an option in help, by type; others are called TEXT
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """One spelling of each option, defaults other than "none" and "no", and the examples as they are."""
+    """Shows one spelling of each option, defaults other than "none" and "no", and the epilog as it is."""
 
     def _format_action_invocation(self, action):
         if not action.option_strings:
@@ -25,17 +22,14 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         return ", ".join(names) + (f"{value} ..." if action.nargs == "+" else value)
 
     def _get_help_string(self, action):
-        return (
-            action.help
-            if action.default in (None, False, argparse.SUPPRESS) or not action.option_strings or action.default == []
-            else super()._get_help_string(action)
-        )
+        has_default = action.option_strings and action.default not in (None, False, argparse.SUPPRESS, [])
+        return super()._get_help_string(action) if has_default else action.help
 
 
 def new_parser(
     commands, name: str, arguments: str, help: str, description: str, epilog: str
 ) -> argparse.ArgumentParser:
-    """Adds the parser of a command; `arguments` is its usage, behind the name and before the options."""
+    """Adds the parser of a command; `arguments` is its usage between the name and the options."""
     return commands.add_parser(
         name,
         usage=f"echo-hf {name} {arguments} [options]",
@@ -48,9 +42,8 @@ def new_parser(
 
 
 def add_both(parser, name: str, **options) -> None:
-    """Adds an option under its name as the Trainer spells it, and with hyphens."""
-    names = [f"--{name}"] + ([f"--{name.replace('_', '-')}"] if "_" in name else [])
-    parser.add_argument(*names, dest=name, **options)
+    """Adds an option with underscores, as the Trainer spells it, and with hyphens."""
+    parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), dest=name, **options)
 
 
 # Types of values -----------------------------------------------------------------------------------------------------
@@ -60,7 +53,7 @@ def whole_number(lowest: int, highest: int) -> Callable[[str], int]:
     """The type of an option that takes a whole number within bounds, both included."""
 
     def parse(text: str) -> int:
-        """The type of an option that takes a whole number within bounds."""
+        """A whole number."""
         value = int(text) if text.isdecimal() and len(text) <= 20 else -1
         if not lowest <= value <= highest:
             raise argparse.ArgumentTypeError(f"must be a whole number from {lowest} to {highest}, got {text[:40]!r}")
@@ -70,82 +63,68 @@ def whole_number(lowest: int, highest: int) -> Callable[[str], int]:
     return parse
 
 
-def _finite(text: str) -> float:
-    """A number, or NaN, which is within no bounds, for what is none."""
-    try:
-        value = float(text)
-    except ValueError:
-        return math.nan
-    return value if math.isfinite(value) else math.nan
+def finite(lowest: float, highest: float, name: str) -> Callable[[str], float]:
+    """The type of an option that takes a finite number within bounds, both included, which an error calls `name`."""
 
+    def parse(text: str) -> float:
+        """A finite number."""
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not lowest <= value <= highest:
+            raise argparse.ArgumentTypeError(f"must be {name}, got {text!r}")
+        return value
 
-def seconds(text: str) -> float:
-    """The type of an option that takes a duration."""
-    value = _finite(text)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds, got {text!r}")
-    return value
-
-
-def share(text: str) -> float:
-    """The type of an option that takes a number from 0 to 1."""
-    value = _finite(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}")
-    return value
-
-
-def number(text: str) -> float:
-    """The type of an option that takes any finite number."""
-    value = _finite(text)
-    if math.isnan(value):
-        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}")
-    return value
+    VALUE_NAMES[parse] = "X"
+    return parse
 
 
 count = whole_number(1, 2**31 - 1)
 seed = whole_number(0, 2**32 - 1)
 port = whole_number(1, 65535)
-batch_size = whole_number(1, LARGEST_BATCH)
-beams = whole_number(1, MOST_BEAMS)
-VALUE_NAMES |= {seconds: "X", share: "X", number: "X"}
+batch_size = whole_number(1, 10_000)  # PyTorch's loader lists the indices of a whole batch
+beams = whole_number(1, 100)
+seconds = finite(0, math.inf, "a number of seconds")
+share = finite(0, 1, "a number from 0 to 1")
+number = finite(-math.inf, math.inf, "a number")
 
 
-# Options that several commands have ----------------------------------------------------------------------------------
+# Options of several commands -----------------------------------------------------------------------------------------
 
 
 def add_checkpoint(parser) -> None:
-    """The option that names the checkpoint."""
+    """Adds `--checkpoint`."""
     parser.add_argument("--checkpoint", help="folder, or name on the Hub (the one that comes with the package)")
 
 
 def add_device(parser) -> None:
-    """The option that names the device."""
+    """Adds `--device`."""
     parser.add_argument("--device", help="cpu, cuda, ... (the accelerator if there is one)")
 
 
 def add_skip_broken(parser) -> None:
-    """The option that goes on behind an input that cannot be used."""
+    """Adds `--skip_broken`."""
     add_both(
         parser, "skip_broken", action="store_true", help="report what cannot be used and go on, instead of stopping"
     )
 
 
 def add_format(parser, formats: list[str], help: str) -> None:
-    """The options that choose the format of the output, of which one can be given: `--format`, and `--json`."""
+    """Adds `--format` and `--json`, of which one can be given."""
     either = parser.add_mutually_exclusive_group()
-    # No default: argparse takes an option that was given its default for one that was not given.
+    # Without default, since argparse does not see a conflict of an option that has its default.
     either.add_argument("--format", choices=formats, help=help)
     either.add_argument("--json", action="store_const", const="json", dest="format", help="the same as --format json")
 
 
 def add_batch_size(parser, default: int) -> None:
-    """The option that says how much goes through the model together."""
+    """Adds `--batch_size`."""
     add_both(parser, "batch_size", type=batch_size, default=default, help="recordings at a time")
 
 
 def add_decoding(parser, batch_size: int) -> None:
-    """Options of the commands that recognize speech."""
+    """Adds the options of commands that recognize speech."""
     add_checkpoint(parser)
     add_batch_size(parser, batch_size)
     add_both(parser, "num_beams", type=beams, help="beams to search with (the checkpoint's; 1 is greedy decoding)")
@@ -160,7 +139,7 @@ def add_decoding(parser, batch_size: int) -> None:
 
 
 def generate_options(options, model) -> dict[str, int | float]:
-    """What `generate()` is given of the options of [`add_decoding`]."""
+    """Arguments of `generate()` by the options of [`add_decoding`]."""
     if not model.can_generate():
         for name in ("num_beams", "ctc_weight", "max_new_tokens"):
             if getattr(options, name) is not None:
@@ -170,7 +149,7 @@ def generate_options(options, model) -> dict[str, int | float]:
         raise ValueError(f"--ctc_weight does not apply to {type(model).__name__}, which has no CTC head. Omit it.")
     given = {name: getattr(options, name) for name in ("num_beams", "ctc_weight")}
     if options.max_new_tokens is not None:
-        # The begin of sequence counts too. Given as such, it would argue with the checkpoint's max_length in a warning.
+        # With the begin of sequence. Beside the checkpoint's max_length, max_new_tokens itself would cause a warning.
         given["max_length"] = options.max_new_tokens + 1
     return {name: value for name, value in given.items() if value is not None}
 

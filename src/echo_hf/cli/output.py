@@ -1,4 +1,4 @@
-"""What the commands write: results to standard output, messages to standard error, figures in words."""
+"""What the commands write: results to standard output, messages to standard error."""
 
 import logging
 import math
@@ -10,47 +10,40 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Controls of terminals, and of the direction of text, which would show a name as another one.
+# Control characters of terminals, and of the direction of text, which can disguise a name.
 HIDDEN_CATEGORIES = ("Cc", "Zl", "Zp")
 DIRECTION_CONTROLS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 LINE_BREAK = re.compile(r"\s*[\r\n]\s*")
 
 
 def prepare_streams() -> None:
-    """Makes standard output fit for what is written to it, and keeps progress bars out of files and pipes."""
+    """Sets the encoding of standard output, and keeps progress bars out of files and pipes."""
     if hasattr(sys.stdout, "reconfigure"):
-        # Into files and pipes text goes as UTF-8 on every system; a terminal shows what it can. Names of files need not
-        # be text.
+        # UTF-8 for files and pipes on every system. The name of a file may be no text.
         to_screen = sys.stdout.isatty()
         sys.stdout.reconfigure(
             encoding=None if to_screen else "utf-8", errors="replace" if to_screen else "surrogateescape"
         )
     if not sys.stderr.isatty():
-        # Read when the libraries are imported, which is after this.
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # Transformers heeds it, too
+        # Read when the libraries are imported, which is later.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of Transformers, too
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def printable(text: object, keep: str = "") -> str:
-    """
-    A text without what a terminal would act on: control characters, line breaks and marks of direction are written as
-    escapes, such as `\\x1b`.
+    """A text with control characters, line breaks and marks of direction other than `keep` as escapes (`\\x1b`)."""
 
-    Args:
-        text: a file's name, a transcript or a message.
-        keep (`str`, defaults to none): control characters that stay.
-    """
+    def is_hidden(character: str) -> bool:
+        return character in DIRECTION_CONTROLS or unicodedata.category(character) in HIDDEN_CATEGORIES
+
     return "".join(
-        character.encode("unicode_escape").decode()
-        if character not in keep
-        and (character in DIRECTION_CONTROLS or unicodedata.category(character) in HIDDEN_CATEGORIES)
-        else character
+        character.encode("unicode_escape").decode() if is_hidden(character) and character not in keep else character
         for character in str(text)
     )
 
 
 def write(text: str, end: str = "\n") -> None:
-    """Writes lines of results, which a terminal gets without control characters, and files and pipes as they are."""
+    """Writes results to standard output; to a terminal without control characters."""
     if sys.stdout.isatty():
         text = printable(text, keep="\n\t")
     sys.stdout.write(text + end)
@@ -70,7 +63,7 @@ class _StderrHandler(logging.Handler):
 
 @contextmanager
 def warnings_on_stderr() -> Iterator[None]:
-    """Within it, warnings of the package are messages as those of a command."""
+    """Writes warnings of the package as [`tell`] does."""
     logger, handler = logging.getLogger(__name__.partition(".")[0]), _StderrHandler()
     logger.addHandler(handler)
     try:
@@ -87,12 +80,12 @@ def duration(seconds: float) -> str:
 
 
 def percent(rate: float, digits: int) -> str:
-    """A rate in percent, or "undefined" for NaN, which is that of no reference words."""
+    """A rate in percent, or "undefined" for NaN."""
     return "undefined" if math.isnan(rate) else f"{100 * rate:.{digits}f}%"
 
 
 def rates(metrics: dict[str, Any]) -> str:
-    """Error rates with the counts they come from, as [`~echo_hf.metrics.Score.to_dict`] gives them."""
+    """Error rates and counts of [`~echo_hf.metrics.Score.to_dict`] in words."""
     from ..metrics import RATES
 
     parts = [

@@ -1,12 +1,11 @@
 """`echo-hf plot`: pictures of a recording, of what a checkpoint makes of it, or of a training run."""
 
 from pathlib import Path
-from typing import Any
 
 from .options import add_both, add_checkpoint, new_parser, number, whole_number
 from .output import write
 
-# Options that a kind of picture reads, beside input, output and title.
+# Options of each kind of picture, besides input, output and title.
 OPTIONS = {
     "utterance": ("checkpoint", "words"),
     "pitch": ("checkpoint", "words"),
@@ -17,7 +16,6 @@ OPTIONS = {
     "curves": (),
 }
 FORMATS = (".png", ".svg", ".pdf")
-RESOLUTION = 150  # dots an inch
 index = whole_number(0, 1000)
 
 EXAMPLES = """\
@@ -65,13 +63,14 @@ def run(options) -> int:
     output = Path(options.output).expanduser()
     if output.suffix.lower() not in FORMATS:
         raise ValueError(f"--output {options.output}: name a file that ends in {', '.join(FORMATS)}.")
-    for name in dict.fromkeys(name for names in OPTIONS.values() for name in names):
+    known = {name for names in OPTIONS.values() for name in names}
+    for name in sorted(known.difference(OPTIONS[options.kind])):
         value = getattr(options, name)
-        if value is not None and value is not False and name not in OPTIONS[options.kind]:
+        if value is not None and value is not False:
             raise ValueError(f"--{name} does not apply to pictures of the kind {options.kind}. Omit it.")
     figure = _draw_curves(options) if options.kind == "curves" else _draw_recording(options)
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=RESOLUTION)
+    figure.savefig(output, dpi=150)
     write(str(output))
     return 0
 
@@ -86,13 +85,13 @@ def _draw_curves(options):
 
 def _draw_recording(options):
     from ..analysis import plotting
-    from ..inference import bundled_recordings, expand_paths, load_checkpoint, open_pipe, read_short
+    from ..inference import bundled_recordings, expand_paths, load_checkpoint, make_pipeline, open_pipe, read_short
     from ..pipeline_echo import LONGEST_SEGMENT
 
     path = expand_paths([options.input] if options.input else bundled_recordings())[0]
     model, processor = load_checkpoint(options.checkpoint, "cpu")
     extractor, title = processor.feature_extractor, options.title
-    # In longer recordings `transcribe` has the decoder attend to segments, each by itself.
+    # The decoder attends to segments of a longer recording one by one.
     longest = LONGEST_SEGMENT if options.kind == "alignment" else plotting.LONGEST_PICTURE
     waveform = read_short(open_pipe(path), extractor.sampling_rate, longest)
     if waveform is None:
@@ -100,7 +99,10 @@ def _draw_recording(options):
             f"{path} is longer than {longest:g} s, the most that a picture of the kind {options.kind} shows. Cut out a"
             " part of it."
         )
-    words = _find_words(model, processor, waveform) if options.words else None
+    words = None
+    if options.words:
+        recording = {"raw": waveform, "sampling_rate": extractor.sampling_rate}
+        words = make_pipeline(model, processor)(recording, return_timestamps="word")["chunks"]
     if options.kind == "utterance":
         return plotting.plot_utterance(waveform, extractor, title, words)
     if options.kind == "pitch":
@@ -113,10 +115,3 @@ def _draw_recording(options):
     if options.kind == "bias":
         return plotting.plot_pitch_bias(model, features, options.strength, options.layer, options.head, title)
     return plotting.plot_alignment(model, features, processor.tokenizer, options.text, words, title)
-
-
-def _find_words(model, processor, waveform) -> list[dict[str, Any]]:
-    from ..inference import make_pipeline
-
-    recording = {"raw": waveform, "sampling_rate": processor.feature_extractor.sampling_rate}
-    return make_pipeline(model, processor)(recording, return_timestamps="word")["chunks"]

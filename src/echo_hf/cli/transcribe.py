@@ -1,4 +1,4 @@
-"""`echo-hf transcribe`: what is said in audio files, as text, JSON lines or subtitles."""
+"""`echo-hf transcribe`: transcripts of audio files, as text, JSON lines or subtitles."""
 
 import json
 from dataclasses import replace
@@ -72,7 +72,7 @@ def run(options) -> int:
     model, processor = load_recognizer(options.checkpoint, options.device)
     if options.chunk_length_s is not None and model.config.model_type != "echo":
         raise ValueError(f"--chunk_length_s does not apply to {type(model).__name__}, which has a window. Omit it.")
-    # Subtitles are made of words, unless whole segments or single words are asked for.
+    # By default, subtitles are groups of words.
     is_grouped = options.timestamps is None and format in ("srt", "vtt")
     transcripts = transcribe_files(
         make_pipeline(model, processor),
@@ -103,8 +103,8 @@ def run(options) -> int:
 
 
 def _output_files(folder: str, files: list[Path], suffix: str) -> dict[Path, Path]:
-    """The file for the transcript of each recording; the folder is made. One that lies beside its recording may be the
-    text to train on, and is not overwritten."""
+    """The file for the transcript of each recording, in a new or existing folder. One that lies beside its recording
+    may be the text to train on, and is an error."""
     outputs: dict[Path, Path] = {}
     taken: dict[str, Path] = {}
     for path in files:
@@ -122,7 +122,7 @@ def _output_files(folder: str, files: list[Path], suffix: str) -> dict[Path, Pat
 
 
 def _content(transcript, format: str, prefix: str) -> str:
-    """A transcript as it is written, with its line breaks; `prefix` begins each line of text."""
+    """A transcript in a format, with its line breaks; `prefix` begins each line of text."""
     from ..subtitles import format_time, to_srt, to_vtt
 
     if format == "srt":
@@ -130,10 +130,9 @@ def _content(transcript, format: str, prefix: str) -> str:
     if format == "vtt":
         return to_vtt(transcript.chunks)
     if format == "json":
-        line = {"path": str(transcript.path), "text": transcript.text, "seconds": transcript.seconds}
-        if transcript.chunks is not None:
-            line["chunks"] = transcript.chunks
-        return json.dumps(line, ensure_ascii=False) + "\n"
+        line = {name: getattr(transcript, name) for name in ("text", "seconds", "chunks")}
+        line = {name: value for name, value in line.items() if value is not None}
+        return json.dumps({"path": str(transcript.path), **line}, ensure_ascii=False) + "\n"
     if transcript.chunks is None:
         return f"{prefix}{transcript.text}\n"
     return "".join(

@@ -1,4 +1,4 @@
-"""Speech with transcripts: found, checked, turned into features once, and made into batches."""
+"""Speech with transcripts: read, checked, turned into features once, and made into batches."""
 
 from .collator import EchoDataCollator
 from .features import PreparedData, features_fingerprint, prepare_dataset, stream_dataset

@@ -1,7 +1,7 @@
-"""Other voices out of the same recordings, for training: what a speaker's tempo, size and channel would change.
+"""Other voices out of the same recordings, for training: changes of a speaker's tempo, size and channel.
 
-It works on features, not on audio, so that F0 is estimated once and every epoch hears something new. Masking
-(SpecAugment) is the model's own, see `apply_spec_augment` in the config.
+It works on features, so that F0 is estimated once and every epoch differs. Masking (SpecAugment) is the model's own,
+see `apply_spec_augment` in the config.
 """
 
 import random
@@ -10,37 +10,33 @@ import numpy as np
 from transformers.audio_utils import hertz_to_mel, mel_to_hertz
 
 SHORTEST = 4  # frames that tempo leaves an utterance at least
-LONGEST_PAUSES = (20, 1000)  # frames, 0.2 and 10 s: between them lies the longest pause of a batch
+LONGEST_PAUSES = (20, 1000)  # frames, 0.2 and 10 s: range of the longest pause of a batch
 
 
 class VoicePerturbation:
     r"""Perturbs the features of an utterance, or of each of a `batch`, with factors drawn anew for every one.
 
     - **tempo**: time is stretched by linear interpolation, `exp(u)` times as fast, u uniform in `[-tempo, tempo]`.
-    - **voice**: the vocal tract is made longer or shorter, `g = exp(u)`, u uniform in `[-voice, voice]`: mel channel at
+    - **voice**: the vocal tract changes its length, `g = exp(u)`, u uniform in `[-voice, voice]`: mel channel at
       frequency h takes the value from h / g (vocal tract length perturbation, Jaitly and Hinton, ICML workshop 2013),
-      and F0 becomes g * F0, as when a recording is played faster. F0 is never interpolated: frames are selected.
-    - **f0_drop**: with this probability all of F0, and voicing with it, is set to 0, unvoiced, as where a tracker finds
-      none; to F0 what SpecAugment is to the spectrogram, so that the model does not hang on it alone.
-    - **pause**: with this probability some time in which nobody speaks is put before or behind the utterance: digital
-      silence, or its own quietest frames in random order, as the noise of its room. So words do not hang on where a
-      recording was cut. All utterances of a batch have a pause, or none, as a single long one would have all the
-      others padded; the longest it may hold is drawn between 0.2 and 10 s, uniform on a logarithmic scale.
+      and F0 becomes g * F0, as in faster playback. F0 is never interpolated: frames are selected.
+    - **f0_drop**: with this probability all F0 and voicing of an utterance is 0, so that a model does not rely on it.
+    - **pause**: with this probability a pause is put before or behind each utterance of a batch: digital silence, or
+      the utterance's quietest frames in random order. Its longest duration is drawn between 0.2 and 10 s, uniform on a
+      logarithmic scale. A batch has pauses or none, as a single long one would have all the others padded.
     - **channel**: the spectrum is tilted, by u uniform in `[-channel, channel]` at the highest mel channel and -u at
       the lowest (units of the extractor: 0.25 is 10 dB), and everything under a floor drawn from `[0, 1.5 * channel]`
       is raised to it, as by noise.
 
-    Groups of channels other than spectrogram and pitch follow in time only; the accumulated phase would no longer
-    belong to its F0, so it is not taken.
+    Groups of channels other than spectrogram and pitch follow in time only.
 
     Args:
-        feature_extractor ([`EchoFeatureExtractor`]): says what the channels are.
-        tempo, voice, channel, f0_drop, pause (`float`, defaults to 0.0): strengths, or probabilities; 0 leaves that
-            aspect alone.
+        feature_extractor ([`EchoFeatureExtractor`]): defines the channels.
+        tempo, voice, channel, f0_drop, pause (`float`, defaults to 0.0): strengths, or probabilities; 0 is off.
 
     Raises:
-        `ValueError`: a strength is negative or above 1; the features hold the accumulated phase, which would not
-            follow; or they hold no F0 to drop.
+        `ValueError`: a strength is negative or above 1; the features hold the accumulated phase, which would no longer
+            belong to its F0; or they hold no F0 to drop.
 
     Example:
 
@@ -64,13 +60,7 @@ class VoicePerturbation:
         f0_drop: float = 0.0,
         pause: float = 0.0,
     ):
-        strengths = {
-            "tempo": tempo,
-            "voice": voice,
-            "channel": channel,
-            "f0_drop": f0_drop,
-            "pause": pause,
-        }
+        strengths = {"tempo": tempo, "voice": voice, "channel": channel, "f0_drop": f0_drop, "pause": pause}
         for name, value in strengths.items():
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {value}.")
@@ -85,26 +75,19 @@ class VoicePerturbation:
         self.has_pitch = "pitch" in groups
         self.has_voicing = "voicing" in groups
         self.top = feature_extractor.sampling_rate / 2
-        edges = np.linspace(0.0, hertz_to_mel(self.top, mel_scale="slaney"), self.num_mels + 2)
-        self.mels = edges[1:-1]  # centres of the mel channels
+        # Centers of the mel channels.
+        self.mels = np.linspace(0.0, hertz_to_mel(self.top, mel_scale="slaney"), self.num_mels + 2)[1:-1]
         self.frequencies = mel_to_hertz(self.mels, mel_scale="slaney")
 
     def __call__(self, features: np.ndarray, chance: random.Random | None = None) -> np.ndarray:
-        """
-        Args:
-            features: float32, shape `(frames, channels)`, of the extractor.
-            chance (`random.Random`, *optional*): what draws the factors; Python's own when not given.
-
-        Returns:
-            float32, shape `(other frames, channels)`; a new array.
-        """
+        """[`batch`](VoicePerturbation.batch) of a single utterance."""
         return self.batch([features], chance)[0]
 
     def batch(self, utterances: list[np.ndarray], chance: random.Random | None = None) -> list[np.ndarray]:
         """
         Args:
-            utterances: each as above.
-            chance (`random.Random`, *optional*): what draws the factors; Python's own when not given.
+            utterances: features of the extractor, each float32 of shape `(frames, channels)`.
+            chance (`random.Random`, *optional*): draws the factors; Python's own when not given.
 
         Returns:
             As many new arrays, each float32 of shape `(other frames, channels)`.
@@ -135,33 +118,32 @@ class VoicePerturbation:
         return features
 
     def _stretch(self, features: np.ndarray, factor: float) -> np.ndarray:
-        """`factor` times as fast. F0 is taken from the nearest frame."""
         length = len(features)
         times = np.linspace(0, length - 1, max(round(length / factor), min(SHORTEST, length)))
-        before = np.floor(times).astype(int)
-        after = np.minimum(before + 1, length - 1)
-        weight = (times - before).astype(np.float32)[:, None]
-        stretched = features[before] * (1 - weight) + features[after] * weight
+        stretched = _interpolate(features, times)
         if self.has_pitch:
             stretched[:, -1] = features[np.round(times).astype(int), -1]
         return stretched
 
     def _add_pause(self, features: np.ndarray, chance: random.Random, longest: int) -> np.ndarray:
-        """Up to `longest` frames before or behind, F0 and what else there is 0."""
         pause = np.zeros((chance.randint(1, longest), features.shape[1]), dtype=np.float32)
         if chance.random() < 0.5:
             loudness = features[:, : self.num_mels].mean(axis=1)
             quietest = np.argsort(loudness, kind="stable")[: max(1, len(features) // 10)]
             rows = [chance.randrange(len(quietest)) for _ in range(len(pause))]
             pause[:, : self.num_mels] = features[quietest[rows], : self.num_mels]
-        parts = (pause, features) if chance.random() < 0.5 else (features, pause)
-        return np.concatenate(parts)
+        return np.concatenate((pause, features) if chance.random() < 0.5 else (features, pause))
 
     def _warp(self, spectrogram: np.ndarray, factor: float) -> np.ndarray:
-        """Formants `factor` times as high. Above what was heard the highest channel repeats."""
+        """Formants `factor` times as high. The highest channel repeats above the band."""
         sources = hertz_to_mel(np.minimum(self.frequencies / factor, self.top), mel_scale="slaney")
         positions = np.clip((sources - self.mels[0]) / (self.mels[1] - self.mels[0]), 0, self.num_mels - 1)
-        below = np.floor(positions).astype(int)
-        above = np.minimum(below + 1, self.num_mels - 1)
-        weight = (positions - below).astype(np.float32)
-        return spectrogram[:, below] * (1 - weight) + spectrogram[:, above] * weight
+        return _interpolate(spectrogram.T, positions).T
+
+
+def _interpolate(rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Rows at fractional positions, linearly."""
+    before = np.floor(positions).astype(int)
+    after = np.minimum(before + 1, len(rows) - 1)
+    weight = (positions - before).astype(np.float32)[:, None]
+    return rows[before] * (1 - weight) + rows[after] * weight

@@ -15,36 +15,34 @@ MAX_JOINED_SECONDS = 20.0  # of utterances that a collator joins
 @dataclass
 class EchoDataCollator:
     """
-    Makes a batch of rows of [`prepare_dataset`], or of any rows with `input_features` and `labels`; other columns are
-    left aside.
+    Makes a batch of rows with `input_features` and `labels`, such as those of [`prepare_dataset`].
 
     Features are padded by the extractor. Labels are padded with -100, which no loss counts, and lose a begin of
-    sequence at their front: the model puts its `decoder_start_token_id` there itself when it shifts them.
+    sequence at their front, since the model puts its `decoder_start_token_id` there.
 
     Args:
-        processor ([`EchoProcessor`]): its feature extractor pads, its tokenizer says what the begin of sequence is.
+        processor ([`EchoProcessor`]): its feature extractor pads, its tokenizer has the begin of sequence.
         pad_to_multiple_of (`int`, *optional*): frames are padded up to a multiple of this, for fixed shapes.
         perturb (`Callable`, *optional*):
-            What is done to the features of the utterances before, such as [`VoicePerturbation.batch`]: it takes a list
-            of them, each `(frames, channels)`, and a `random.Random` to draw from, and returns as many, each
-            `(other frames, channels)`. For training only.
+            Changes the features of a batch, such as [`VoicePerturbation.batch`]: takes a list of `(frames, channels)`
+            and a `random.Random`, and returns as many of `(other frames, channels)`. For training only.
         join (`float`, defaults to 0.0):
-            Probability that the utterances of a batch are joined: those of a language, as many as were drawn and as
-            `max_joined_seconds` hold, one behind the other, their texts parted by a space; so the batch has fewer and
-            longer rows. Rows need `text` and `labels`; those without a `language` are taken to be of one.
+            Probability that utterances of the batch are concatenated, their texts parted by a space. They have the same
+            `language`, if rows have that; a random number of them is joined, as far as the limits allow. Rows need
+            `text` and `labels`.
         max_joined_seconds (`float`, defaults to 20.0): longest audio that joining may make.
         max_label_length (`int`, *optional*): longest transcript in tokens that joining may make.
-        seed (`int`, defaults to 0): of what is drawn.
-        epoch (`int`, *optional*, defaults to 0): likewise; [`EchoTrainer`] sets it. `None`, as for a stream, which may
-            repeat itself within an epoch: `perturb` gets no `random.Random`, and all is drawn anew each time.
+        seed (`int`, defaults to 0), epoch (`int`, *optional*, defaults to 0):
+            Determine the random numbers, together with the batch. [`EchoTrainer`] sets the epoch. `None`: they are
+            drawn anew each time, as for a stream, which may repeat itself within an epoch.
 
     Returns (`__call__`):
         `dict[str, torch.Tensor]`: `input_features` `(batch, frames, channels)`, `attention_mask` `(batch, frames)` and,
         if the rows have them, `labels` `(batch, tokens)`.
 
     Raises:
-        `ValueError`: utterances are to be joined, and rows have no `text` or `labels`, or the accumulated phase, which
-            would begin anew within a row.
+        `ValueError`: utterances are to be joined, and rows have no `text` or `labels`, or have the accumulated phase,
+            which would begin anew within a row.
     """
 
     processor: Any
@@ -62,7 +60,7 @@ class EchoDataCollator:
 
     @property
     def draws(self) -> bool:
-        """Whether chance has a part in its batches."""
+        """Whether batches are random."""
         return self.perturb is not None or self.join > 0
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -74,23 +72,23 @@ class EchoDataCollator:
         features = [np.asarray(row["input_features"], dtype=np.float32) for row in rows]
         chance = None
         if self.draws and self.epoch is not None:
-            # Loaders fetch batches ahead, in whatever process. So chance hangs on the batch itself, and not on what was
-            # drawn before it: a run that is resumed hears what it would have heard.
+            # Seeded by the batch itself, since loaders fetch batches ahead: a resumed run draws what it would have.
             lengths = [len(utterance) for utterance in features]
-            said = [np.asarray(row["labels"]).tolist() for row in rows if row.get("labels") is not None]
-            chance = random.Random(f"{self.seed} {self.epoch} {lengths} {said}")
+            labels = [np.asarray(row["labels"]).tolist() for row in rows if row.get("labels") is not None]
+            chance = random.Random(f"{self.seed} {self.epoch} {lengths} {labels}")
         if self.perturb is not None:
             features = self.perturb(features, chance)
         if self.join and (chance or random).random() < self.join:
             rows, features = self._join(rows, features, chance or random)
-        padded = self.processor.feature_extractor.pad(
-            {"input_features": features},
-            padding=True,
-            pad_to_multiple_of=self.pad_to_multiple_of,
-            return_attention_mask=True,
-            return_tensors="pt",
+        batch = dict(
+            self.processor.feature_extractor.pad(
+                {"input_features": features},
+                padding=True,
+                pad_to_multiple_of=self.pad_to_multiple_of,
+                return_attention_mask=True,
+                return_tensors="pt",
+            )
         )
-        batch = dict(padded)
         if all(row.get("labels") is not None for row in rows):
             begin = self.processor.tokenizer.bos_token_id
             labels = [torch.as_tensor(row["labels"], dtype=torch.long) for row in rows]
@@ -108,13 +106,12 @@ class EchoDataCollator:
             return str(rows[index].get("language"))
 
         def fits(indices: list[int]) -> bool:
-            # Each has a begin and an end of sequence of its own, of which a joined one keeps two; spaces are fewer.
+            # Two begins or ends of sequence fall away for each space that joining adds.
             tokens = sum(len(rows[index]["labels"]) for index in indices)
-            if self.max_label_length is not None and tokens > self.max_label_length:
-                return False
-            return sum(len(features[index]) for index in indices) <= limit
+            frames = sum(len(features[index]) for index in indices)
+            return frames <= limit and (self.max_label_length is None or tokens <= self.max_label_length)
 
-        # Those of a source side by side, as they may be of one speaker.
+        # Utterances of a source, which may have one speaker, go together.
         order = sorted(range(len(rows)), key=lambda index: (language(index), str(rows[index].get("source"))))
         joined, joined_features = [], []
         for _, indices in groupby(order, key=language):

@@ -1,8 +1,4 @@
-"""Speech with transcripts, found and checked: a manifest, a folder or a dataset becomes one table.
-
-Its columns are `audio` (undecoded, as `datasets` keeps it), `text`, `origin` (what an error message calls the row),
-`source` and all that the source has besides. No audio is decoded.
-"""
+"""Speech with transcripts from manifests, folders and datasets, as one checked table. No audio is decoded."""
 
 import json
 import os
@@ -16,7 +12,7 @@ from datasets import Dataset
 from ..inference import AUDIO_EXTENSIONS, find_audio_files
 from ..metrics import MAX_CHARACTERS, has_half_surrogate
 
-# A source that ends so is meant as a file. Names of datasets on the Hub may have dots, too.
+# A source with such an ending is a file. Names of datasets on the Hub may have dots, too.
 FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".arrow", ".parquet", ".zip", *AUDIO_EXTENSIONS)
 NAMED_AT_MOST = 5  # examples in a message that reports many rows
 
@@ -29,14 +25,14 @@ def load_sources(
     text_column: str | None = None,
 ) -> Dataset:
     """
-    Reads one or more sources of speech with transcripts and puts them one after the other. No audio is decoded.
+    Reads sources of speech with transcripts and concatenates them.
 
     Args:
         sources (`str`, `os.PathLike` or a sequence of these): each is one of
             - a manifest: a file of JSON lines, `{"audio": "clips/1.flac", "text": "hello"}`, paths relative to its
               folder, or a pipe with such lines, paths relative to the current folder;
-            - a folder with a `metadata.jsonl` manifest (which may say `file_name` for `audio`), or with audio files
-              and beside each a `.txt` of the same name;
+            - a folder with a `metadata.jsonl` manifest (with `file_name` or `audio`), or with audio files and beside
+              each a `.txt` of the same name;
             - a folder written by `Dataset.save_to_disk`, or the name of a dataset on the Hub.
         split (`str`, *optional*): split of a `datasets` source, e.g. `"train"`.
         name (`str`, *optional*): configuration of a dataset on the Hub, e.g. a language.
@@ -44,8 +40,8 @@ def load_sources(
         text_column (`str`, *optional*): column with the transcript; `"text"` when not given.
 
     Returns:
-        `datasets.Dataset`: columns `audio` (undecoded: `{"bytes", "path"}`), `text`, `origin`, `source` (as given) and
-        the sources' others. A column that has different types in two sources becomes text.
+        `datasets.Dataset`: columns `audio` (undecoded: `{"bytes", "path"}`), `text`, `origin` (names the row in error
+        messages), `source` (as given) and the sources' others. A column of different types in two sources becomes text.
 
     Raises:
         `ValueError`: a source does not exist, is empty, lacks a column, or has a line that is not JSON; or a transcript
@@ -58,20 +54,15 @@ def load_sources(
     tables = []
     for source in map(str, sources):
         table = _load_source(source, split, name, audio_column, text_column)
-        _refuse_long_texts(table)
-        table = table.remove_columns("source") if "source" in table.column_names else table
-        tables.append(table.add_column("source", [source] * len(table)))
+        for row, text in enumerate(table["text"]):
+            if problem := length_problem(text):
+                raise ValueError(f"{table['origin'][row]}: {problem}. Is it the transcript of this recording?")
+        tables.append(_set_column(table, "source", [source] * len(table)))
     for column in {column for table in tables for column in table.column_names}:
         types = {str(table.features[column]) for table in tables if column in table.column_names}
         if len(types - {str(datasets.Value("null"))}) > 1:
             tables = [_as_text(table, column) if column in table.column_names else table for table in tables]
     return datasets.concatenate_datasets(tables)
-
-
-def _refuse_long_texts(table: Dataset) -> None:
-    for row, text in enumerate(table["text"]):
-        if problem := length_problem(text):
-            raise ValueError(f"{table['origin'][row]}: {problem}. Is it the transcript of this recording?")
 
 
 def length_problem(text: str | None) -> str | None:
@@ -81,12 +72,22 @@ def length_problem(text: str | None) -> str | None:
     return f"the text has {len(text):,} characters, and a transcript has at most {MAX_CHARACTERS:,}"
 
 
+def name_some(items: Iterable[Any]) -> str:
+    """The first few of many items, for a message."""
+    items = [str(item) for item in items]
+    more = f" and {len(items) - NAMED_AT_MOST} more" if len(items) > NAMED_AT_MOST else ""
+    return "; ".join(items[:NAMED_AT_MOST]) + more
+
+
+def _set_column(table: Dataset, column: str, values: list) -> Dataset:
+    return table.remove_columns([column] if column in table.column_names else []).add_column(column, values)
+
+
 def _as_text(table: Dataset, column: str) -> Dataset:
     if isinstance(table.features[column], datasets.Value):
         return table.cast_column(column, datasets.Value("string"))
-    # A list or an object, which `cast_column` takes for no text.
-    texts = [value if value is None else str(_plain(value)) for value in table[column]]
-    return table.remove_columns(column).add_column(column, texts)
+    # `cast_column` makes no text of a list or an object.
+    return _set_column(table, column, [value if value is None else str(_plain(value)) for value in table[column]])
 
 
 def _load_source(
@@ -97,12 +98,13 @@ def _load_source(
     path = Path(source).expanduser()
     if path.is_file() or path.is_fifo():
         return _read_manifest(path, audio_column, text_column)
-    if path.is_dir() and not (path / "state.json").exists() and not (path / "dataset_dict.json").exists():
-        if (path / "metadata.jsonl").is_file():
-            return _read_manifest(path / "metadata.jsonl", audio_column, text_column)
-        return _read_folder(path)
     if path.is_dir():
-        table = datasets.load_from_disk(str(path))
+        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            table = datasets.load_from_disk(str(path))
+        elif (path / "metadata.jsonl").is_file():
+            return _read_manifest(path / "metadata.jsonl", audio_column, text_column)
+        else:
+            return _read_folder(path)
     elif path.exists():
         raise ValueError(f"{source} is a terminal or another device. Name a file, a folder or a dataset.")
     elif path.suffix.lower() in FILE_SUFFIXES or path.is_absolute() or len(path.parts) > 2:
@@ -137,36 +139,21 @@ def _from_dataset(table: Dataset, source: str, audio_column: str, text_column: s
     if getattr(table.features[text_column], "dtype", None) not in ("string", "large_string"):
         raise ValueError(f"{source}: column {text_column!r} must hold strings, not {table.features[text_column]}.")
     table = table.cast_column(audio_column, datasets.Audio(decode=False))
-    # The columns get the names used here; whatever else had such a name gives way.
     for old, new in ((audio_column, "audio"), (text_column, "text")):
-        if old != new:
+        if old != new:  # another column of that name gives way
             table = table.remove_columns([new] if new in table.column_names else []).rename_column(old, new)
-    if "origin" in table.column_names:
-        table = table.remove_columns("origin")
-    return table.add_column("origin", [f"{source} row {row}" for row in range(len(table))])
+    return _set_column(table, "origin", [f"{source} row {row}" for row in range(len(table))])
 
 
 def _read_manifest(path: Path, audio_column: str | None, text_column: str | None) -> Dataset:
-    rows, origins = [], []
-    try:
-        with open(path, encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    row, origin = json.loads(line), f"{path} line {number}"
-                    if not isinstance(row, dict):
-                        raise ValueError(f"{origin}: must be a JSON object such as {{'audio': ..., 'text': ...}}.")
-                    rows.append(row)
-                    origins.append(origin)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} line {number}: not JSON ({error}). A manifest has one JSON object a line.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error}); a manifest is a text file of JSON lines.") from error
+    rows = _read_rows(path)
     if not rows:
         raise ValueError(f"{path}: the manifest is empty.")
+    first = next(iter(rows.values()))
     if audio_column is None:
-        audio_column = "audio" if "audio" in rows[0] or "file_name" not in rows[0] else "file_name"
+        audio_column = "file_name" if "file_name" in first and "audio" not in first else "audio"
     text_column = text_column or "text"
-    for row, origin in zip(rows, origins):
+    for origin, row in rows.items():
         for column in (audio_column, text_column):
             if not isinstance(row.get(column), str):
                 found = f"it has {', '.join(row)}" if column not in row else f"got {row[column]!r}"
@@ -174,19 +161,38 @@ def _read_manifest(path: Path, audio_column: str | None, text_column: str | None
         for column, value in row.items():
             if isinstance(value, str) and has_half_surrogate(value):
                 raise ValueError(f"{origin}: {column!r} has half of a surrogate pair, which is no character.")
-    folder = Path.cwd() if path.is_fifo() else path.parent.absolute()  # a pipe lies in no folder of recordings
-    columns = dict.fromkeys(column for row in rows for column in row if column not in (audio_column, text_column))
+    folder = Path.cwd() if path.is_fifo() else path.parent.absolute()
+    others = dict.fromkeys(
+        column for row in rows.values() for column in row if column not in (audio_column, text_column)
+    )
     return _make_table(
-        paths=[str(folder / row[audio_column]) for row in rows],
-        texts=[row[text_column] for row in rows],
-        origins=[f"{origin} ({row[audio_column]})" for row, origin in zip(rows, origins)],
-        extra={column: [_plain(row.get(column)) for row in rows] for column in columns},
+        paths=[str(folder / row[audio_column]) for row in rows.values()],
+        texts=[row[text_column] for row in rows.values()],
+        origins=[f"{origin} ({row[audio_column]})" for origin, row in rows.items()],
+        others={column: [_plain(row.get(column)) for row in rows.values()] for column in others},
     )
 
 
+def _read_rows(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows of a manifest by what an error message calls them."""
+    rows = {}
+    try:
+        with open(path, encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, start=1):
+                origin = f"{path} line {number}"
+                if line.strip():
+                    rows[origin] = json.loads(line)
+                    if not isinstance(rows[origin], dict):
+                        raise ValueError(f"{origin}: must be a JSON object such as {{'audio': ..., 'text': ...}}.")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{origin}: not JSON ({error}). A manifest has one JSON object a line.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}); a manifest is a text file of JSON lines.") from error
+    return rows
+
+
 def _plain(value: Any) -> Any:
-    # Lists and objects of an extra column may differ in shape from line to line, which no table can hold, nor does one
-    # hold integers of more than 64 bits.
+    # A table holds neither lists and objects of varying shape nor integers of more than 64 bits.
     is_large = isinstance(value, int) and not -(2**63) <= value < 2**63
     return json.dumps(value, default=str) if isinstance(value, (list, dict)) or is_large else value
 
@@ -197,17 +203,18 @@ def _read_folder(folder: Path) -> Dataset:
         manifests = ", ".join(str(path) for path in sorted(folder.glob("*.jsonl")))
         hint = f" Did you mean one of its manifests: {manifests}?" if manifests else ""
         raise ValueError(f"{folder}: no audio files ({', '.join(AUDIO_EXTENSIONS)}) in this folder.{hint}")
-    without = [path for path in files if not path.with_suffix(".txt").is_file()]
-    if without:
+    text_files = [path.with_suffix(".txt") for path in files]
+    missing = [path for path in text_files if not path.is_file()]
+    if missing:
         raise ValueError(
-            f"{folder}: {len(without)} of {len(files)} audio files have no text beside them; needed are"
-            f" {name_some(path.with_suffix('.txt') for path in without)}, or a metadata.jsonl for the folder."
+            f"{folder}: {len(missing)} of {len(files)} audio files have no text beside them; needed are"
+            f" {name_some(missing)}, or a metadata.jsonl for the folder."
         )
     return _make_table(
         paths=[str(path.absolute()) for path in files],
-        texts=[_read_text(path.with_suffix(".txt")) for path in files],
+        texts=[_read_text(path) for path in text_files],
         origins=[str(path) for path in files],
-        extra={},
+        others={},
     )
 
 
@@ -218,21 +225,14 @@ def _read_text(path: Path) -> str:
         raise ValueError(f"{path}: not UTF-8 text ({error}).") from error
 
 
-def _make_table(paths: list[str], texts: list[str], origins: list[str], extra: dict[str, list]) -> Dataset:
+def _make_table(paths: list[str], texts: list[str], origins: list[str], others: dict[str, list]) -> Dataset:
     columns: dict[str, list] = {"audio": paths, "text": texts, "origin": origins}
-    for column, values in extra.items():
+    for column, values in others.items():
         kinds = {type(value) for value in values if value is not None}
         if len(kinds) > 1 and not kinds <= {int, float}:
             values = [value if value is None else str(value) for value in values]
         columns.setdefault(column, values)
     return Dataset.from_dict(columns).cast_column("audio", datasets.Audio(decode=False))
-
-
-def name_some(items: Iterable[Any]) -> str:
-    """The first few of many items, for a message."""
-    items = [str(item) for item in items]
-    more = f" and {len(items) - NAMED_AT_MOST} more" if len(items) > NAMED_AT_MOST else ""
-    return "; ".join(items[:NAMED_AT_MOST]) + more
 
 
 __all__ = ["load_sources"]

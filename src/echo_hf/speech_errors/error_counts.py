@@ -1,9 +1,8 @@
-"""Errors of words, characters and tones in recognized speech, counted over a whole corpus.
+"""Errors of words, characters and tones in recognized speech, counted over a corpus.
 
-Rates are sums of errors over sums of reference units, never means of the rates of utterances. jiwer aligns the texts;
-it works offline and is imported where texts are scored. Texts are normalized before they are compared. Transformers'
-Whisper `BasicTextNormalizer` is not used for that: it deletes whatever is in brackets, turns apostrophes into spaces
-("don't" becomes two words) and removes combining marks, which changes Hindi and Thai words.
+Rates are sums of errors over sums of reference units, not means over utterances. jiwer aligns the texts. Transformers'
+Whisper `BasicTextNormalizer` is not used: it deletes text in brackets, splits "don't" and removes combining marks,
+which changes Hindi and Thai words.
 
 Nothing here imports Echo, so that the folder can be shared as it is.
 """
@@ -26,53 +25,41 @@ class Rate(NamedTuple):
     unit: str
 
 
+def _rate(name: str, full_name: str, unit: str) -> Rate:
+    key = unit.replace(" ", "_")
+    return Rate(name, full_name, f"{key.removesuffix('s')}_errors", f"reference_{key}", unit)
+
+
+# By the key of the rate in `Score.to_dict`, in the order of the fields of `Score`.
 RATES = {
-    "wer": Rate("WER", "word error rate", "word_errors", "reference_words", "words"),
-    "cer": Rate("CER", "character error rate", "character_errors", "reference_characters", "characters"),
-    "tone_error_rate": Rate("tone error", "tone error rate", "tone_errors", "reference_tones", "tones"),
-    "base_syllable_error_rate": Rate(
-        "base-syllable error",
-        "base-syllable error rate",
-        "base_syllable_errors",
-        "reference_base_syllables",
-        "base syllables",
-    ),
-    "base_word_error_rate": Rate(
-        "base-word error", "base-word error rate", "base_word_errors", "reference_base_words", "base words"
-    ),
-    "base_character_error_rate": Rate(
-        "base-character error",
-        "base-character error rate",
-        "base_character_errors",
-        "reference_base_characters",
-        "base characters",
-    ),
+    "wer": _rate("WER", "word error rate", "words"),
+    "cer": _rate("CER", "character error rate", "characters"),
+    "tone_error_rate": _rate("tone error", "tone error rate", "tones"),
+    "base_syllable_error_rate": _rate("base-syllable error", "base-syllable error rate", "base syllables"),
+    "base_word_error_rate": _rate("base-word error", "base-word error rate", "base words"),
+    "base_character_error_rate": _rate("base-character error", "base-character error rate", "base characters"),
 }
 
-TONES = ("digits", "accents")  # the ways of writing tone, see `score`
+TONES = ("digits", "accents")  # how texts write tone, see `Score`
 
-# A syllable with its tone, as in toned pinyin (`shang4`) and Jyutping (`baa1`): letters, and one digit at the end. The
-# colon stands for the two dots of a u (`nu:3`, `lu:e4`).
+# A syllable and its tone in toned pinyin (`shang4`) or Jyutping (`baa1`): letters, then one digit. A colon stands for
+# the dots of a u (`nu:3`, `lu:e4`).
 TONED_SYLLABLE = re.compile(r"([^\W\d_]+(?::[^\W\d_]*)?)([0-9])")
 UMLAUT = re.compile(r"\b([ln])u:(?=(?:e|an|n)?[0-9]\b)")
-NO_TONE = "-"  # of a word that is no toned syllable, which no reference has; of a vowel without a tone mark
+NO_TONE = "-"  # of a word that is no toned syllable, or of a vowel without a tone mark
 
 # Grave, acute, circumflex, macron, double acute, caron, vertical line, double grave, and their contours (1DC4 to 1DC9).
 TONE_MARKS = "\u0300\u0301\u0302\u0304\u030b\u030c\u030d\u030f\u1dc4\u1dc5\u1dc6\u1dc7\u1dc8\u1dc9"
-# Letters that bear a tone even without a mark: vowels of Latin orthographies and of the IPA. y is left out, because it
-# is a consonant in most orthographies that write tone.
+# Letters with a tone even without a mark: vowels of Latin orthographies and of the IPA, but not y, which is a consonant
+# in most orthographies that write tone.
 VOWELS = frozenset(
     "aeiou\u00e6\u00f8\u0131\u0153\u01dd\u0250\u0251\u0252\u0254\u0258\u0259\u025b\u025c\u025e\u0264\u0268\u0269\u026a"
     "\u026f\u0275\u0276\u0289\u028a\u028c\u028f"
 )
+APOSTROPHES = "'\u2019\u02bc"  # typewriter, typographic, modifier letter
+TONE_LETTERS = "\u02e5\u02e6\u02e7\u02e8\u02e9"  # symbols to Unicode, but part of a word
 
-# Typed for an apostrophe: typewriter, typographic and modifier letter (NFKC turns the full-width sign into the first).
-APOSTROPHES = "'\u2019\u02bc"
-# Tone letters (U+02E5 to U+02E9) are symbols to Unicode, but belong to the word in which they stand.
-TONE_LETTERS = "\u02e5\u02e6\u02e7\u02e8\u02e9"
-
-# Of one text, about 18 hours of speech. The time of an alignment grows with the product of the lengths, and native code
-# that runs out of memory ends the process without an exception.
+# Of one text, about 18 hours of speech. Native code that runs out of memory in an alignment ends the process.
 MAX_CHARACTERS = 1_000_000
 
 
@@ -80,21 +67,20 @@ MAX_CHARACTERS = 1_000_000
 
 
 def has_half_surrogate(text: str) -> bool:
-    """Whether a text holds half of a surrogate pair, as JSON may: no character, and nothing that UTF-8 can write."""
+    """Whether a text has half of a surrogate pair, which JSON can hold and UTF-8 cannot."""
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def check_text(text: str, name: str) -> str:
     """
-    Returns a text that can be scored, and raises otherwise.
+    Returns a text that can be scored.
 
     Args:
-        text (`str`): what was said, or what was recognized; may be empty.
-        name (`str`): what the message calls it, such as `"references[3]"`.
+        text (`str`): may be empty.
+        name (`str`): of the text in the message, such as `"references[3]"`.
 
     Raises:
-        `ValueError`: it is no string (NaN, `None`, ...), is longer than `MAX_CHARACTERS`, or holds half of a surrogate
-        pair.
+        `ValueError`: it is no string, is longer than `MAX_CHARACTERS`, or has half of a surrogate pair.
     """
     if not isinstance(text, str):
         raise ValueError(
@@ -112,16 +98,7 @@ def check_text(text: str, name: str) -> str:
 
 
 def check_texts(texts: Sequence[str], name: str) -> list[str]:
-    """
-    Returns texts as a list, and raises if one of them cannot be scored.
-
-    Args:
-        texts (`Sequence[str]`): one an utterance.
-        name (`str`): what the message calls them: `"references"` or `"hypotheses"`.
-
-    Raises:
-        `ValueError`: these are not several texts, or [`check_text`] refuses one of them.
-    """
+    """Returns texts as a list; raises `ValueError` for one text, for what has no order, and as [`check_text`]."""
     try:
         if isinstance(texts, (str, bytes, dict, set, frozenset)):
             raise TypeError("they have no order or are one text")
@@ -135,15 +112,8 @@ def normalize_text(text: str) -> str:
     """
     Text as it is scored: Unicode NFKC, lower case, punctuation and symbols replaced by a space, whitespace collapsed.
 
-    An apostrophe beside a letter or digit stays, in one spelling (`'`); letters, digits, combining marks and tone
-    letters of every script stay. Numbers are not spelled out. Toned pinyin may have a colon for the dots of a `\u00fc`
-    (`nu:3`), which becomes that letter.
-
-    Args:
-        text (`str`): what was said, or what was recognized.
-
-    Returns:
-        `str`: the normalized text, without whitespace at its ends; may be empty.
+    Letters, digits, combining marks and tone letters stay, and so does an apostrophe beside a letter or digit, as `'`.
+    Numbers are not spelled out. `nu:3` of toned pinyin becomes `n\u00fc3`.
 
     Example:
 
@@ -170,14 +140,8 @@ def normalize_text(text: str) -> str:
 
 def split_toned_syllables(text: str) -> tuple[str, str]:
     """
-    The tones of a text whose words end in their tone's digit, and its syllables without them.
-
-    Args:
-        text (`str`): words that whitespace separates, such as `"shang4 ren4"`.
-
-    Returns:
-        `tuple[str, str]`: both separated by spaces, as many of each as there are words: `("4 4", "shang ren")`. The
-        tone of a word that is not letters and one digit is `"-"`, its syllable the word.
+    Tones and base syllables of words such as `"shang4 ren4"`: `("4 4", "shang ren")`. The tone of a word that is not
+    letters and one digit is `"-"`, its base syllable the word.
     """
     words = text.split()
     syllables = [TONED_SYLLABLE.fullmatch(word) for word in words]
@@ -190,16 +154,15 @@ def split_tone_marks(text: str) -> tuple[str, str]:
     """
     The tones of a text that writes them as combining accents, and the text without these accents.
 
-    Every vowel has a tone, `"-"` where it bears no mark (in many languages the low tone is not written), and so has any
-    other letter that bears a mark, such as a syllabic nasal. Marks of quality stay with the letters: dots below or
-    above, tilde, breve, cedilla.
+    Every vowel has a tone, `"-"` without a mark (many languages do not mark the low tone), and so has any other letter
+    with a mark, such as a syllabic nasal. Marks of quality stay: dots below or above, tilde, breve, cedilla.
 
     Args:
         text (`str`): composed or decomposed.
 
     Returns:
-        `tuple[str, str]`: the tones, separated by spaces, and the text without tone marks in NFC: `"ng\u00e1 ot\u00e9"`
-        gives two acute accents with a `"-"` between them, and `"nga ote"`.
+        `tuple[str, str]`: the tones, separated by spaces, and the text in NFC. Of `"ng\u00e1 ot\u00e9"` these are two
+        acute accents with a `"-"` between them, and `"nga ote"`.
     """
     tones, letters, has_tone = [], [], False
     for character in unicodedata.normalize("NFD", text):
@@ -210,7 +173,7 @@ def split_tone_marks(text: str) -> tuple[str, str]:
             tones[-1] = tones[-1].removeprefix(NO_TONE) + character
             continue
         letters.append(character)
-        if not unicodedata.combining(character):  # another letter, and no mark on the one before
+        if not unicodedata.combining(character):  # a new letter
             has_tone = character.lower() in VOWELS
             if has_tone:
                 tones.append(NO_TONE)
@@ -222,15 +185,7 @@ def split_tone_marks(text: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class ErrorCounts:
-    """
-    Errors of one kind, such as words or characters, summed over a corpus.
-
-    Args:
-        substitutions (`int`): units recognized as another one.
-        deletions (`int`): units of the references that were not recognized.
-        insertions (`int`): units recognized that no reference has.
-        total (`int`): units in the references.
-    """
+    """Errors of one kind of unit, such as words, and the units in the references (`total`), summed over a corpus."""
 
     substitutions: int
     deletions: int
@@ -239,43 +194,38 @@ class ErrorCounts:
 
     @property
     def errors(self) -> int:
-        """Substitutions, deletions and insertions together."""
+        """Substitutions, deletions and insertions."""
         return self.substitutions + self.deletions + self.insertions
 
     @property
     def rate(self) -> float:
-        """Errors as a share of the reference units (may exceed 1); NaN when the references hold none."""
+        """Errors as a share of the reference units (may exceed 1); NaN without reference units."""
         return self.errors / self.total if self.total else math.nan
 
 
 @dataclass(frozen=True)
 class Score:
     """
-    Error counts of a corpus. Each kind is a sequence that is aligned by itself.
+    Error counts of a corpus. Each kind of unit is a sequence that is aligned by itself.
 
-    Tone written as digits, one after each syllable as in toned pinyin (`shang4 ren4`) and Jyutping (`baa1`), is counted
-    if every word of the references is such a syllable. Tones are the sequence of the digits, base syllables that of
-    what stands before them. A recognized word that is no such syllable has no tone, which is an error, and counts as a
-    base syllable as it is: in place of "ma3", "ma" is an error of the tone alone, "mo3" one of the base syllable alone,
-    "ma33" one of both. Neither sequence has more errors than the words have.
+    Tone as digits (toned pinyin, Jyutping) is counted if every reference word is a toned syllable. A recognized word
+    that is none has no tone, which is an error, and counts as a base syllable as it is: in place of "ma3", "ma" is an
+    error of the tone alone, "mo3" one of the base syllable alone, "ma33" one of both. Neither sequence has more errors
+    than the words have.
 
-    Tone written as accents, combining marks over the letters as in Mboshi, Yoruba and pinyin with marks, is counted
-    when [`score`] is told so. Base words and base characters are those without the marks; tones are those of the
-    vowels, see [`split_tone_marks`]. Accents that mean stress or quality are taken for tone too, so this is not for
-    French or Vietnamese.
+    Tone as accents (Mboshi, Yoruba, pinyin with marks) is counted if [`score`] is told so, see [`split_tone_marks`].
+    Accents of stress or quality count as tone, so this is not for French or Vietnamese.
 
     Args:
-        words ([`ErrorCounts`]): counts of words; words are what whitespace separates.
-        characters ([`ErrorCounts`]): counts of characters, the space between words being one.
-        utterances (`int`): number of pairs compared.
-        empty_references (`list[int]`):
-            Positions of the pairs whose reference is empty once normalized. What was recognized there counts as
-            insertions.
-        exact (`int`): number of utterances recognized without an error.
-        tones ([`ErrorCounts`], *optional*): counts of tones, where they were counted.
-        base_syllables ([`ErrorCounts`], *optional*): counts of syllables without the digits of their tones.
-        base_words ([`ErrorCounts`], *optional*): counts of words without the accents of their tones.
-        base_characters ([`ErrorCounts`], *optional*): counts of characters without the accents of their tones.
+        words ([`ErrorCounts`]): what whitespace separates.
+        characters ([`ErrorCounts`]): the space between words is one.
+        utterances (`int`): pairs compared.
+        empty_references (`list[int]`): positions of empty normalized references. Words recognized there are insertions.
+        exact (`int`): utterances without an error.
+        tones ([`ErrorCounts`], *optional*): of syllables or vowels.
+        base_syllables ([`ErrorCounts`], *optional*): syllables without the digits of their tones.
+        base_words ([`ErrorCounts`], *optional*): words without the accents of their tones.
+        base_characters ([`ErrorCounts`], *optional*): characters without the accents of their tones.
     """
 
     words: ErrorCounts
@@ -299,16 +249,9 @@ class Score:
         return self.characters.rate
 
     def to_dict(self) -> dict[str, float | int]:
-        """Rates and counts under flat names, as a metrics dictionary; those of tones only where they were counted."""
-        kinds = (
-            self.words,
-            self.characters,
-            self.tones,
-            self.base_syllables,
-            self.base_words,
-            self.base_characters,
-        )
-        counts = {name: count for name, count in zip(RATES, kinds, strict=True) if count is not None}
+        """Rates and counts as a flat metrics dictionary; those of tones only where they were counted."""
+        counts = {name: getattr(self, rate.unit.replace(" ", "_")) for name, rate in RATES.items()}
+        counts = {name: count for name, count in counts.items() if count is not None}
         result = {name: count.rate for name, count in counts.items()}
         for name, count in counts.items():
             result |= {RATES[name].errors: count.errors, RATES[name].total: count.total}
@@ -334,10 +277,8 @@ def score(
     Args:
         references (`Sequence[str]`): what was said, one text an utterance; may be empty (silence).
         hypotheses (`Sequence[str]`): what was recognized, in the same order.
-        normalize (`Callable[[str], str]`, *optional*, defaults to [`normalize_text`]):
-            Applied to every text first; `None` compares the texts as they are.
-        tones (`str`, defaults to `"digits"`):
-            How the texts write tone, `"digits"` or `"accents"`; see [`Score`].
+        normalize (`Callable[[str], str]`, *optional*, defaults to [`normalize_text`]): applied to every text first.
+        tones (`str`, defaults to `"digits"`): how the texts write tone, `"digits"` or `"accents"`; see [`Score`].
 
     Returns:
         [`Score`]: counts and rates over the corpus.
@@ -375,61 +316,50 @@ def score(
         references = check_texts([normalize(text) for text in references], "normalized references")
         hypotheses = check_texts([normalize(text) for text in hypotheses], "normalized hypotheses")
     return Score(
-        words=count_words(references, hypotheses),
-        characters=count_characters(references, hypotheses),
+        words=_count_words(references, hypotheses),
+        characters=_count("process_characters", references, hypotheses),
         utterances=len(references),
         empty_references=[position for position, text in enumerate(references) if not text.split()],
         exact=sum(reference == hypothesis for reference, hypothesis in zip(references, hypotheses)),
-        **(count_digits if tones == "digits" else count_accents)(references, hypotheses),
+        **(_count_digits if tones == "digits" else _count_accents)(references, hypotheses),
     )
 
 
-def count_digits(references: list[str], hypotheses: list[str]) -> dict[str, ErrorCounts]:
-    """Counts of tones and base syllables where every reference word is a toned syllable; nothing elsewhere."""
+def _count_digits(references: list[str], hypotheses: list[str]) -> dict[str, ErrorCounts]:
     words = [word for text in references for word in text.split()]
     if not words or not all(map(TONED_SYLLABLE.fullmatch, words)):
         return {}
     reference_tones, reference_bases = zip(*map(split_toned_syllables, references))
     hypothesis_tones, hypothesis_bases = zip(*map(split_toned_syllables, hypotheses))
     return {
-        "tones": count_words(reference_tones, hypothesis_tones),
-        "base_syllables": count_words(reference_bases, hypothesis_bases),
+        "tones": _count_words(reference_tones, hypothesis_tones),
+        "base_syllables": _count_words(reference_bases, hypothesis_bases),
     }
 
 
-def count_accents(references: list[str], hypotheses: list[str]) -> dict[str, ErrorCounts]:
-    """Counts of tones written as accents, and of words and characters without these accents."""
+def _count_accents(references: list[str], hypotheses: list[str]) -> dict[str, ErrorCounts]:
     reference_tones, reference_bases = zip(*map(split_tone_marks, references))
     hypothesis_tones, hypothesis_bases = zip(*map(split_tone_marks, hypotheses))
     return {
-        "tones": count_words(reference_tones, hypothesis_tones),
-        "base_words": count_words(reference_bases, hypothesis_bases),
-        "base_characters": count_characters(reference_bases, hypothesis_bases),
+        "tones": _count_words(reference_tones, hypothesis_tones),
+        "base_words": _count_words(reference_bases, hypothesis_bases),
+        "base_characters": _count("process_characters", reference_bases, hypothesis_bases),
     }
 
 
-def count_words(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorCounts:
-    """Errors of what whitespace of any kind separates, aligned by jiwer."""
+def _count_words(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorCounts:
     # jiwer itself keeps a single tab or line break within a word.
     references, hypotheses = ([" ".join(text.split()) for text in texts] for texts in (references, hypotheses))
-    return _read_counts(_import_jiwer().process_words(references, hypotheses))
+    return _count("process_words", references, hypotheses)
 
 
-def count_characters(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorCounts:
-    """Errors of characters, aligned by jiwer; whitespace at the ends of a text is not counted."""
-    return _read_counts(_import_jiwer().process_characters(list(references), list(hypotheses)))
-
-
-def _import_jiwer():
+def _count(process: str, references: Sequence[str], hypotheses: Sequence[str]) -> ErrorCounts:
     try:
         import jiwer
     except ImportError as error:
         raise ImportError(f"Error rates need jiwer ({error}): `pip install jiwer`.") from error
-    return jiwer
-
-
-def _read_counts(output) -> ErrorCounts:
-    # Only jiwer's counts are used: its own rate of a corpus without any reference word is 1 for any number of errors.
+    output = getattr(jiwer, process)(list(references), list(hypotheses))
+    # jiwer's own rate of a corpus without reference units is 1 for any number of errors, and is not used.
     return ErrorCounts(
         substitutions=output.substitutions,
         deletions=output.deletions,

@@ -46,7 +46,7 @@ class SpeechErrors(evaluate.Metric):
 
     def add_batch(self, *, predictions=None, references=None):
         """Adds texts of several utterances, see `evaluate.EvaluationModule.add_batch`."""
-        # Checked here, because datasets would store NaN as the text "nan", and all but the first of a batch unseen.
+        # datasets would store NaN as the text "nan", and checks only the first text of a batch.
         predictions, references = check_texts(predictions, "predictions"), check_texts(references, "references")
         if len(references) != len(predictions):
             raise ValueError(f"{len(references)} references cannot be compared with {len(predictions)} predictions.")
