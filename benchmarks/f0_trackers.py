@@ -1,6 +1,6 @@
 """Errors of each F0 tracker on synthetic voices with known F0, clean, in noise and band-limited, as a Markdown table.
 
-    python benchmarks/f0_trackers.py
+python benchmarks/f0_trackers.py
 """
 
 import math
