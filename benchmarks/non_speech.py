@@ -18,7 +18,7 @@ import numpy as np
 from datasets import Dataset
 
 from echo_hf.data import load_sources, prepare_dataset
-from echo_hf.data.non_speech import FURTHER_KINDS, TRAINING_KINDS, non_speech_signal, non_speech_table, table_of_signals
+from echo_hf.data.non_speech import TRAINING_KINDS, make_signal, noise, non_speech_table, table_of_signals
 from echo_hf.inference import bundled_recordings, load_checkpoint, make_pipeline, recognize
 from echo_hf.metrics import format_table, normalize_text, score
 
@@ -30,6 +30,32 @@ TAILS = {  # kind of sound behind the speech, and its level in dBFS
     "noise, -60 dBFS": ("pink_noise", -60.0),
     "noise, -40 dBFS": ("pink_noise", -40.0),
 }
+
+
+def sweep(samples: int, generator: np.random.Generator, rate: int) -> np.ndarray:
+    """A sine that glides up and down like a siren, within 80 Hz to 7 kHz."""
+    low, high = np.sort(generator.uniform(np.log(80.0), np.log(min(7000.0, 0.45 * rate)), 2))
+    position = np.arange(samples) / rate / generator.uniform(0.3, 3.0) + generator.uniform()
+    height = np.abs(2.0 * (position % 1.0) - 1.0)  # a triangle wave between 0 and 1
+    return np.sin(2.0 * np.pi * np.cumsum(np.exp(low + (high - low) * height)) / rate)
+
+
+def bursts(samples: int, generator: np.random.Generator, rate: int) -> np.ndarray:
+    """Bursts of colored noise of 50 to 200 ms, 2 to 6 times a second, as often as syllables."""
+    signal = noise(samples, generator, rate, slope=generator.uniform(-1.0, 1.5))
+    interval = rate / generator.uniform(2.0, 6.0)  # samples
+    envelope, position = np.zeros(samples), 0.0
+    while position < samples:
+        length = int(generator.uniform(0.05, 0.2) * rate) + 1
+        shape = np.hanning(length + 2)[1:-1] * generator.uniform(0.3, 1.0)
+        piece = envelope[int(position) :][:length]
+        np.maximum(piece, shape[: len(piece)], out=piece)
+        position += interval * generator.uniform(0.6, 1.4)
+    return envelope * signal
+
+
+# Never trained on, so that they show what a model does with sounds of a new kind.
+FURTHER_KINDS = {"sweep": sweep, "bursts": bursts}
 
 
 def measure_non_speech(
@@ -69,9 +95,11 @@ def measure_non_speech(
     Raises:
         `ValueError`: a source cannot be used, or `count` is below 1.
     """
-    rate, kinds = processor.feature_extractor.sampling_rate, (*TRAINING_KINDS, *FURTHER_KINDS)
+    rate, kinds = processor.feature_extractor.sampling_rate, TRAINING_KINDS | FURTHER_KINDS
     seed += EVALUATION_SEEDS
-    clips = [non_speech_table(count, seed, (kind,), CLIP_SECONDS, sampling_rate=rate) for kind in kinds]
+    clips = [
+        non_speech_table(count, seed, {name: kind}, CLIP_SECONDS, sampling_rate=rate) for name, kind in kinds.items()
+    ]
     speech = load_sources(bundled_recordings()[0].parent if sources is None else sources)
     if len(speech) > count:
         speech = speech.select(np.sort(np.random.default_rng(seed).choice(len(speech), count, replace=False)))
@@ -93,7 +121,7 @@ def measure_non_speech(
     lengths, frame_seconds = prepared["length"][:], processor.feature_extractor.hop_length / rate
     first = len(kinds) * count  # of the speech, which comes after `count` clips of each kind
     return {
-        "clips": _clip_rows(texts, kinds, count, [frames * frame_seconds for frames in lengths[:first]]),
+        "clips": _clip_rows(texts, list(kinds), count, [frames * frame_seconds for frames in lengths[:first]]),
         "tails": _tail_rows({way: written[first:] for way, written in texts.items()}, len(speech)),
     }
 
@@ -129,7 +157,7 @@ def _with_tails(speech: Dataset, extractor, seed: int) -> list[Dataset]:
     tables = [table_of_signals(waveforms, speech["origin"][:], rate)]
     for name, (kind, level) in TAILS.items():
         longer = [
-            np.concatenate([waveform, non_speech_signal(kind, TAIL_SECONDS, generator, level, rate)])
+            np.concatenate([waveform, make_signal(TRAINING_KINDS[kind], TAIL_SECONDS, generator, level, rate)])
             for waveform in waveforms
         ]
         tables.append(table_of_signals(longer, [f"{origin}, then {name}" for origin in speech["origin"]], rate))

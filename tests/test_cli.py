@@ -117,7 +117,6 @@ def test_help_is_quick_and_imports_no_framework():
         ["evaluate", "x", "--json", "--format", "markdown"],
         ["evaluate", "x", "--seed", "-1"],
         ["plot", "bias", "--output", "x.png", "--strength", "inf"],
-        ["plot", "bias", "--output", "x.png", "--layer", "-1"],
         ["demo", "--port", "65536"],
         ["benchmark"],
         ["train"],

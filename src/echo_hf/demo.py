@@ -15,17 +15,8 @@ from .inference import BUNDLED_RECORDINGS, find_audio_files, make_pipeline
 
 def build_demo(model, processor):
     """
-    The page: audio from a file or the microphone in; text, F0 on the spectrogram and the times of words out.
-
-    Args:
-        model: [`EchoForConditionalGeneration`] or [`EchoForCTC`].
-        processor ([`EchoProcessor`]): the model's.
-
-    Returns:
-        `gradio.Blocks`: with one function, `recognize`.
-
-    Raises:
-        `ImportError`: gradio or matplotlib is not installed.
+    The page of a model and its processor, a `gradio.Blocks`: audio from a file or the microphone in; text, F0 on the
+    spectrogram and the times of words out. Raises `ImportError` without gradio or matplotlib.
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
     try:

@@ -192,7 +192,6 @@ def test_pitch_bias_is_what_the_models_attention_adds(features, form):
     laplacian, gaussian = plot_pitch_bias(model, features).axes[:2]
     if form == "gaussian":
         assert "layer 1, head 2" in gaussian.get_title() and "-0.7" in gaussian.get_title()
-        assert "layer 0" in plot_pitch_bias(model, features, layer=0).axes[1].get_title()
     drawn = np.asarray((gaussian if form == "gaussian" else laplacian).images[0].get_array())
     expected = np.exp(drawn) / np.exp(drawn).sum(-1, keepdims=True)
     assert np.allclose(attention, expected, atol=1e-5)
@@ -204,10 +203,6 @@ def test_pitch_bias_of_a_strength(features):
         np.asarray(plot_pitch_bias(model, features, strength=s).axes[1].images[0].get_array()) for s in (1.0, 2.0)
     )
     assert np.allclose(two, 2 * one) and one.max() <= 0
-    with pytest.raises(ValueError, match="no layer has a strength"):
-        plot_pitch_bias(model, features, layer=0)
-    with pytest.raises(ValueError, match="layer 7"):
-        plot_pitch_bias(tiny_model(), features, layer=7)
 
 
 def test_alignment_shows_cross_attention_by_token(features):
@@ -287,12 +282,7 @@ def test_command_draws_the_bundled_recording(kind, tmp_path, capsys):
         ("pitch", [], "plot_pitch", {"title": None, "words": None}),
         ("angles", ["--theta_mode", "mean"], "plot_angles", {"theta_mode": "mean", "title": None}),
         ("similarity", ["--title", "So"], "plot_similarity", {"title": "So"}),
-        (
-            "bias",
-            ["--strength", "0.5", "--layer", "1", "--head", "2"],
-            "plot_pitch_bias",
-            {"strength": 0.5, "layer": 1, "head": 2, "title": None},
-        ),
+        ("bias", ["--strength", "0.5"], "plot_pitch_bias", {"strength": 0.5, "title": None}),
         ("alignment", ["--text", "Hello."], "plot_alignment", {"text": "Hello.", "words": None, "title": None}),
     ],
 )
@@ -324,7 +314,7 @@ def test_command_draws_curves_and_words(tmp_path, ctc_checkpoint):
         (["curves", "--output", "x.png"], "trainer_state.json"),
         (["pitch", "nowhere.wav", "--output", "x.png"], "nowhere.wav"),
         (["pitch", "--theta_mode", "frame", "--output", "x.png"], "theta_mode"),
-        (["pitch", "--layer", "0", "--output", "x.png"], "--layer does not apply"),
+        (["pitch", "--strength", "0", "--output", "x.png"], "--strength does not apply"),
         (["alignment", "--text", "a " * 130, "--output", "x.png"], "at most 120 tokens"),
     ],
 )

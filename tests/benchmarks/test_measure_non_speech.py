@@ -8,11 +8,11 @@ import soundfile
 
 import non_speech
 from conftest import voice
-from echo_hf.data.non_speech import FURTHER_KINDS, TRAINING_KINDS
+from echo_hf.data.non_speech import TRAINING_KINDS
 from echo_hf.inference import load_checkpoint
-from non_speech import TAILS, format_non_speech, measure_non_speech
+from non_speech import FURTHER_KINDS, TAILS, format_non_speech, measure_non_speech
 
-KINDS = TRAINING_KINDS + FURTHER_KINDS
+KINDS = TRAINING_KINDS | FURTHER_KINDS
 
 
 def write_text(origin):

@@ -36,8 +36,8 @@ def plot_angles(model, input_features, theta_mode: str | None = None, title: str
     against F0-adapted (thin), their difference, and F0.
 
     Angles are unwound where no pair turns by more than half a circle a frame. Otherwise they are drawn modulo 2 pi,
-    with the difference in (-pi, pi]: the number of turns is not known. The difference starts at 0, since attention
-    does not depend on what is added to all angles alike.
+    with the difference in [-pi, pi), since the number of turns is not known. The difference starts at 0, since
+    attention does not depend on what is added to all angles alike.
 
     Args:
         model: an Echo model with an encoder.
@@ -136,14 +136,7 @@ def position_similarity(angles: np.ndarray) -> np.ndarray:
     return (turned @ turned.conj().T).real / turned.shape[1]
 
 
-def plot_pitch_bias(
-    model,
-    input_features,
-    strength: float | None = None,
-    layer: int | None = None,
-    head: int | None = None,
-    title: str | None = None,
-):
+def plot_pitch_bias(model, input_features, strength: float | None = None, title: str | None = None):
     """What the pitch bias adds to the score of frame i attending to frame j, both forms side by side, above F0:
     laplacian `exp(-|f_i - f_j|)` and gaussian `-s * (f_i - f_j) ** 2`, f the standardized F0 (the laplacian's by n - 1,
     as published).
@@ -151,20 +144,18 @@ def plot_pitch_bias(
     Args:
         model: an Echo model with an encoder, with any pitch bias.
         input_features (`torch.Tensor` of shape `(T, channels)` or `(1, T, channels)`): as in [`plot_angles`].
-        strength (`float`, *optional*): s of the gaussian. If not given: the one that `layer` and `head` have learned,
-            or 1 if the model has no gaussian bias. A negative one keeps frames of similar pitch apart.
-        layer, head (`int`, *optional*): whose strength, counted from 0; the strongest if neither is given.
+        strength (`float`, *optional*): s of the gaussian; the largest that a head has learned if not given, or 1 if
+            the model has no gaussian bias. A negative one keeps frames of similar pitch apart.
 
     Returns:
         `matplotlib.figure.Figure`: laplacian, gaussian, and F0 (Hz) below each; time in seconds.
 
     Raises:
-        `ValueError`: the features are not one utterance with pitch; or there is no such layer or head, or no strength
-            was learned.
+        `ValueError`: the features are not one utterance with pitch.
     """
     figure = new_figure(10, 6.6, title)
     encoder, pitch, seconds = _encode_pitch(model, input_features)
-    strength, described = _choose_strength(encoder, strength, layer, head)
+    strength, described = _choose_strength(encoder, strength)
     everywhere = torch.ones_like(pitch.f0)
     f0, f = pitch.f0[0].double().numpy(), standardize_f0(pitch.f0, everywhere)[0].double().numpy()
     gaussian = -strength * np.square(f[:, None] - f[None, :])
@@ -188,22 +179,14 @@ def plot_pitch_bias(
     return figure
 
 
-def _choose_strength(encoder, strength: float | None, layer: int | None, head: int | None) -> tuple[float, str]:
+def _choose_strength(encoder, strength: float | None) -> tuple[float, str]:
     """The strength of the gaussian, and where it comes from."""
     if strength is not None:
         return strength, f"s = {strength:.3g}, given"
     if encoder.config.pitch_bias != "gaussian":
-        if layer is not None or head is not None:
-            raise ValueError(f"The model's pitch_bias is {encoder.config.pitch_bias!r}: no layer has a strength.")
         return 1.0, "s = 1"
     learned = torch.stack([layer.self_attn.bias_strength.detach().float().cpu() for layer in encoder.layers]).numpy()
-    layers, heads = learned.shape
-    if not -layers <= (layer or 0) < layers or not -heads <= (head or 0) < heads:
-        raise ValueError(f"layer {layer}, head {head}: the encoder has {layers} layers with {heads} heads each.")
-    chosen = np.full(learned.shape, np.nan)
-    within = (slice(None) if layer is None else layer, slice(None) if head is None else head)
-    chosen[within] = np.abs(learned[within])
-    layer, head = np.unravel_index(np.nanargmax(chosen), chosen.shape)
+    layer, head = np.unravel_index(np.abs(learned).argmax(), learned.shape)
     strength = float(learned[layer, head])
     return strength, f"s = {strength:.3g}, learned by layer {layer}, head {head}"
 
@@ -313,7 +296,7 @@ def _one_utterance(model, input_features) -> torch.Tensor:
 
 
 def _encode_pitch(model, input_features):
-    """The encoder, its [`EchoPitch`] of one utterance on the CPU, and the seconds from one frame to the next."""
+    """The encoder, its [`EchoPitch`] of one utterance on the CPU, and the seconds of one of its frames."""
     encoder = find_module(model, "EchoEncoder")
     if encoder is None:
         raise ValueError(f"{type(model).__name__} is no Echo model with an encoder.")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .options import add_both, add_checkpoint, new_parser, number, whole_number
+from .options import add_both, add_checkpoint, new_parser, number
 from .output import write
 
 # Options of each kind of picture, besides input, output and title.
@@ -11,12 +11,11 @@ OPTIONS = {
     "pitch": ("checkpoint", "words"),
     "angles": ("checkpoint", "theta_mode"),
     "similarity": ("checkpoint",),
-    "bias": ("checkpoint", "strength", "layer", "head"),
+    "bias": ("checkpoint", "strength"),
     "alignment": ("checkpoint", "words", "text"),
     "curves": (),
 }
 FORMATS = (".png", ".svg", ".pdf")
-index = whole_number(0, 1000)
 
 EXAMPLES = """\
 kinds:
@@ -53,9 +52,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--words", action="store_true", help="utterance, pitch, alignment: write words at their times")
     parser.add_argument("--text", help="alignment: what was said (what the model writes)")
     add_both(parser, "theta_mode", help="angles: mean, frame or phase (the checkpoint's)")
-    parser.add_argument("--strength", type=number, help="bias: of the Gaussian (the strongest that the model learned)")
-    parser.add_argument("--layer", type=index, help="bias: layer of the encoder whose strength is taken, from 0")
-    parser.add_argument("--head", type=index, help="bias: head whose strength is taken, from 0")
+    parser.add_argument("--strength", type=number, help="bias: of the Gaussian (the largest that a head learned)")
 
 
 def run(options) -> int:
@@ -113,5 +110,5 @@ def _draw_recording(options):
     if options.kind == "similarity":
         return plotting.plot_similarity(model, features, title=title)
     if options.kind == "bias":
-        return plotting.plot_pitch_bias(model, features, options.strength, options.layer, options.head, title)
+        return plotting.plot_pitch_bias(model, features, options.strength, title)
     return plotting.plot_alignment(model, features, processor.tokenizer, options.text, words, title)

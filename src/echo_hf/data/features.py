@@ -251,15 +251,12 @@ def _compute_features(
 
 def features_fingerprint(extractor, identities: Iterable[str]) -> str:
     """
-    A name for the features of some audio: the same in every process, another whenever the features may differ.
+    A name for the features of some audio, 32 hexadecimal digits: the same in every process, another when the features
+    may differ.
 
     Args:
-        extractor ([`EchoFeatureExtractor`]): its settings and the code of its module and of F0's count, the versions of
-            the libraries beneath do not.
+        extractor ([`EchoFeatureExtractor`]): its settings and code count, versions of libraries do not.
         identities (`Iterable[str]`): one string an utterance, in order, that changes with the audio.
-
-    Returns:
-        `str`: 32 hexadecimal digits.
     """
     without_effect = ("auto_map", "processor_class", "resample", "return_attention_mask")
     settings = {key: value for key, value in extractor.to_dict().items() if key not in without_effect}

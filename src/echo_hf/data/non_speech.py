@@ -1,19 +1,17 @@
 """Synthetic audio in which nobody speaks, to train a model to write nothing there.
 
-Training takes [`TRAINING_KINDS`]. [`FURTHER_KINDS`] are for evaluation (`benchmarks/non_speech.py`) and must not be
-trained on: they show what a model does with sounds of a kind that it has not met.
+A kind of sound is a function of the number of samples, a `np.random.Generator` and the sampling rate in Hz that returns
+`(samples,)` at any level. Other kinds, for evaluation, are in `benchmarks/non_speech.py`.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import datasets
 import numpy as np
 import soundfile
 from datasets import Dataset
-
-TRAINING_KINDS = ("zeros", "white_noise", "pink_noise", "brown_noise", "hum", "music", "clicks")
-FURTHER_KINDS = ("sweep", "bursts")
 
 LOWEST_NOISE = 20.0  # Hz; colored noise is flat below, where it would be mostly a drift
 A4 = 440.0  # Hz
@@ -21,72 +19,13 @@ SCALES = ((0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10), (0, 2, 4, 7, 9))  # se
 CHORDS = ((0,), (0,), (0, 7), (0, 4, 7), (0, 3, 7), (0, 4, 7, 10))  # semitones above the root; single notes twice
 
 
-# Signals -------------------------------------------------------------------------------------------------------------
-
-
-def non_speech_signal(
-    kind: str, seconds: float, generator: np.random.Generator, level: float = -20.0, sampling_rate: int = 16000
-) -> np.ndarray:
-    """
-    Audio of a kind that is not speech.
-
-    | kind | what it is |
-    |---|---|
-    | `zeros` | digital silence; it has no level |
-    | `white_noise`, `pink_noise`, `brown_noise` | Gaussian noise whose power falls by 0, 3 and 6 dB an octave |
-    | `hum` | mains of 50 or 60 Hz with harmonics up to 1 kHz |
-    | `music` | notes and chords of a scale with rests between them, in a random timbre |
-    | `clicks` | ticks of 1 to 30 ms, at random times or at a steady beat |
-    | `sweep` | a sine that glides up and down like a siren, within 80 Hz to 7 kHz |
-    | `bursts` | bursts of colored noise of 50 to 200 ms, 2 to 6 times a second, as often as syllables |
-
-    Args:
-        kind (`str`): one of the table.
-        seconds (`float`): duration; at least one sample.
-        generator (`np.random.Generator`): draws all that is random.
-        level (`float`, defaults to -20.0):
-            Root mean square in dBFS, at most 0. A signal with peaks above 1, such as loud clicks, is made quieter.
-        sampling_rate (`int`, defaults to 16000): Hz.
-
-    Returns:
-        `np.ndarray`: float32, shape `(samples,)`, in [-1, 1].
-
-    Raises:
-        `ValueError`: the kind is not known, there is not one sample, or the level is above 0.
-
-    Example:
-
-    ```python
-    >>> import numpy as np
-    >>> from echo_hf.data.non_speech import non_speech_signal
-
-    >>> hum = non_speech_signal("hum", 2.0, np.random.default_rng(0), level=-40.0)
-    >>> hum.shape, round(float(np.sqrt(np.mean(hum**2))), 4)
-    ((32000,), 0.01)
-
-    ```
-    """
-    if kind not in _SIGNALS:
-        raise ValueError(f"{kind!r} is no kind of audio known here; choose among {', '.join(_SIGNALS)}.")
-    samples = round(seconds * sampling_rate)
-    if samples < 1:
-        raise ValueError(f"{seconds} seconds at {sampling_rate} Hz are not one sample.")
-    if not level <= 0:
-        raise ValueError(f"level must be at most 0 dBFS, got {level}.")
-    make, options = _SIGNALS[kind]
-    signal = make(samples, generator, sampling_rate, **options)
-    peak = np.abs(signal).max()
-    if peak > 0:
-        signal = signal * min(10.0 ** (level / 20.0) / np.sqrt(np.mean(signal**2)), 1.0 / peak)
-    return np.clip(signal, -1.0, 1.0).astype(np.float32)
-
-
-def _zeros(samples: int, generator: np.random.Generator, rate: int) -> np.ndarray:
+def zeros(samples: int, generator: np.random.Generator, rate: int) -> np.ndarray:
+    """Digital silence."""
     return np.zeros(samples)
 
 
-def _noise(samples: int, generator: np.random.Generator, rate: int, slope: float) -> np.ndarray:
-    """Gaussian noise whose power falls by `slope` times 3 dB an octave."""
+def noise(samples: int, generator: np.random.Generator, rate: int, slope: float) -> np.ndarray:
+    """Gaussian noise whose power falls by `slope` times 3 dB an octave: white, pink and brown are 0, 1 and 2."""
     gain = np.maximum(np.fft.rfftfreq(samples, 1.0 / rate), LOWEST_NOISE) ** (-slope / 2.0)
     return np.fft.irfft(np.fft.rfft(generator.standard_normal(samples)) * gain, samples)
 
@@ -100,14 +39,16 @@ def _harmonics(cycles: np.ndarray, amplitudes: np.ndarray, generator: np.random.
     return signal
 
 
-def _hum(samples: int, generator: np.random.Generator, rate: int) -> np.ndarray:
+def hum(samples: int, generator: np.random.Generator, rate: int) -> np.ndarray:
+    """Mains of 50 or 60 Hz with harmonics up to 1 kHz."""
     mains = generator.choice([50.0, 60.0])
     numbers = np.arange(1, int(min(1000.0, 0.45 * rate) / mains) + 1)
     amplitudes = generator.uniform(0.1, 1.0, len(numbers)) / numbers ** generator.uniform(0.3, 1.5)
     return _harmonics(np.arange(samples) * mains / rate, amplitudes, generator)
 
 
-def _music(samples: int, generator: np.random.Generator, rate: int) -> np.ndarray:
+def music(samples: int, generator: np.random.Generator, rate: int) -> np.ndarray:
+    """Notes and chords of a scale with rests between them, in a random timbre."""
     numbers = np.arange(1, 13)
     amplitudes = generator.uniform(0.0, 1.0, len(numbers)) / numbers ** generator.uniform(0.5, 3.0)
     attack, fade = generator.uniform(0.005, 0.08), generator.choice([0.15, 0.5, 5.0])  # seconds
@@ -131,7 +72,8 @@ def _music(samples: int, generator: np.random.Generator, rate: int) -> np.ndarra
     return signal
 
 
-def _clicks(samples: int, generator: np.random.Generator, rate: int) -> np.ndarray:
+def clicks(samples: int, generator: np.random.Generator, rate: int) -> np.ndarray:
+    """Ticks of 1 to 30 ms, at random times or at a steady beat."""
     interval = rate / np.exp(generator.uniform(np.log(0.8), np.log(15.0)))  # samples
     is_regular = generator.uniform() < 0.5
     fade, frequency = generator.uniform(0.001, 0.03), generator.uniform(500.0, min(6000.0, 0.45 * rate))
@@ -146,46 +88,53 @@ def _clicks(samples: int, generator: np.random.Generator, rate: int) -> np.ndarr
     return signal
 
 
-def _sweep(samples: int, generator: np.random.Generator, rate: int) -> np.ndarray:
-    low, high = np.sort(generator.uniform(np.log(80.0), np.log(min(7000.0, 0.45 * rate)), 2))
-    position = np.arange(samples) / rate / generator.uniform(0.3, 3.0) + generator.uniform()
-    height = np.abs(2.0 * (position % 1.0) - 1.0)  # a triangle wave between 0 and 1
-    return np.sin(2.0 * np.pi * np.cumsum(np.exp(low + (high - low) * height)) / rate)
-
-
-def _bursts(samples: int, generator: np.random.Generator, rate: int) -> np.ndarray:
-    noise = _noise(samples, generator, rate, slope=generator.uniform(-1.0, 1.5))
-    interval = rate / generator.uniform(2.0, 6.0)  # samples
-    envelope, position = np.zeros(samples), 0.0
-    while position < samples:
-        length = int(generator.uniform(0.05, 0.2) * rate) + 1
-        shape = np.hanning(length + 2)[1:-1] * generator.uniform(0.3, 1.0)
-        piece = envelope[int(position) :][:length]
-        np.maximum(piece, shape[: len(piece)], out=piece)
-        position += interval * generator.uniform(0.6, 1.4)
-    return envelope * noise
-
-
-_SIGNALS = {
-    "zeros": (_zeros, {}),
-    "white_noise": (_noise, {"slope": 0.0}),
-    "pink_noise": (_noise, {"slope": 1.0}),
-    "brown_noise": (_noise, {"slope": 2.0}),
-    "hum": (_hum, {}),
-    "music": (_music, {}),
-    "clicks": (_clicks, {}),
-    "sweep": (_sweep, {}),
-    "bursts": (_bursts, {}),
+TRAINING_KINDS: dict[str, Callable] = {
+    "zeros": zeros,
+    "white_noise": partial(noise, slope=0.0),
+    "pink_noise": partial(noise, slope=1.0),
+    "brown_noise": partial(noise, slope=2.0),
+    "hum": hum,
+    "music": music,
+    "clicks": clicks,
 }
 
 
-# Tables --------------------------------------------------------------------------------------------------------------
+def make_signal(
+    kind: Callable, seconds: float, generator: np.random.Generator, level: float = -20.0, sampling_rate: int = 16000
+) -> np.ndarray:
+    """
+    A signal of a kind of sound.
+
+    Args:
+        kind (`Callable`): of [`TRAINING_KINDS`], or another one.
+        seconds (`float`): duration; at least one sample.
+        generator (`np.random.Generator`): draws all that is random.
+        level (`float`, defaults to -20.0):
+            Root mean square in dBFS, at most 0. A signal with peaks above 1, such as loud clicks, is made quieter.
+        sampling_rate (`int`, defaults to 16000): Hz.
+
+    Returns:
+        `np.ndarray`: float32, shape `(samples,)`, in [-1, 1].
+
+    Raises:
+        `ValueError`: there is not one sample, or the level is above 0.
+    """
+    samples = round(seconds * sampling_rate)
+    if samples < 1:
+        raise ValueError(f"{seconds} seconds at {sampling_rate} Hz are not one sample.")
+    if not level <= 0:
+        raise ValueError(f"level must be at most 0 dBFS, got {level}.")
+    signal = kind(samples, generator, sampling_rate)
+    peak = np.abs(signal).max()
+    if peak > 0:
+        signal = signal * min(10.0 ** (level / 20.0) / np.sqrt(np.mean(signal**2)), 1.0 / peak)
+    return np.clip(signal, -1.0, 1.0).astype(np.float32)
 
 
 def non_speech_table(
     count: int,
     seed: int,
-    kinds: Sequence[str] = TRAINING_KINDS,
+    kinds: Mapping[str, Callable] = TRAINING_KINDS,
     seconds: tuple[float, float] = (0.3, 4.0),
     levels: tuple[float, float] = (-60.0, -20.0),
     sampling_rate: int = 16000,
@@ -198,7 +147,7 @@ def non_speech_table(
     Args:
         count (`int`): number of clips.
         seed (`int`): of durations, levels and signals.
-        kinds (`Sequence[str]`, defaults to [`TRAINING_KINDS`]): in turns, see [`non_speech_signal`].
+        kinds (`Mapping[str, Callable]`, defaults to [`TRAINING_KINDS`]): kinds of sound by name, taken in turns.
         seconds (`tuple[float, float]`, defaults to `(0.3, 4.0)`): shortest and longest clip; drawn evenly between.
         levels (`tuple[float, float]`, defaults to `(-60.0, -20.0)`): softest and loudest, dBFS; drawn evenly between.
         sampling_rate (`int`, defaults to 16000): Hz.
@@ -207,29 +156,29 @@ def non_speech_table(
         `datasets.Dataset`: of [`table_of_signals`]; `origin` has number, kind and level.
 
     Raises:
-        `ValueError`: `count` is below 1, or a kind, duration or level cannot be made.
+        `ValueError`: there is no clip or no kind, or a duration or level cannot be made.
 
     Example:
 
     ```python
     >>> from echo_hf.data.non_speech import non_speech_table
 
-    >>> table = non_speech_table(3, seed=0, kinds=("zeros", "hum"))
+    >>> table = non_speech_table(3, seed=0)
     >>> table.column_names, table["text"][:]
     (['audio', 'text', 'origin'], ['', '', ''])
     >>> table["origin"][1]
-    'non-speech 1 of seed 0 (hum, ... dBFS)'
+    'non-speech 1 of seed 0 (white_noise, ... dBFS)'
 
     ```
     """
     if count < 1 or not kinds:
         raise ValueError(f"A table needs a clip and a kind at least, got count={count} and kinds={tuple(kinds)}.")
-    signals, origins = [], []
+    signals, origins, names = [], [], list(kinds)
     for row in range(count):
-        generator, kind = np.random.default_rng((seed, row)), kinds[row % len(kinds)]
+        generator, name = np.random.default_rng((seed, row)), names[row % len(names)]
         duration, level = generator.uniform(*seconds), generator.uniform(*levels)
-        signals.append(non_speech_signal(kind, duration, generator, level, sampling_rate))
-        origins.append(f"non-speech {row} of seed {seed} ({kind}, {level:.0f} dBFS)")
+        signals.append(make_signal(kinds[name], duration, generator, level, sampling_rate))
+        origins.append(f"non-speech {row} of seed {seed} ({name}, {level:.0f} dBFS)")
     return table_of_signals(signals, origins, sampling_rate)
 
 
@@ -248,4 +197,4 @@ def table_of_signals(signals: list[np.ndarray], origins: list[str], sampling_rat
     return table.cast_column("audio", datasets.Audio(decode=False))
 
 
-__all__ = ["FURTHER_KINDS", "TRAINING_KINDS", "non_speech_signal", "non_speech_table", "table_of_signals"]
+__all__ = ["TRAINING_KINDS", "make_signal", "non_speech_table", "table_of_signals"]

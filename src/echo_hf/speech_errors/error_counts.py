@@ -72,16 +72,8 @@ def has_half_surrogate(text: str) -> bool:
 
 
 def check_text(text: str, name: str) -> str:
-    """
-    Returns a text that can be scored.
-
-    Args:
-        text (`str`): may be empty.
-        name (`str`): of the text in the message, such as `"references[3]"`.
-
-    Raises:
-        `ValueError`: it is no string, is longer than `MAX_CHARACTERS`, or has half of a surrogate pair.
-    """
+    """Returns a text that can be scored; raises `ValueError` for what is no string, is longer than `MAX_CHARACTERS`, or
+    has half of a surrogate pair. The message calls it `name`, such as `"references[3]"`."""
     if not isinstance(text, str):
         raise ValueError(
             f"{name} must be a string, got {str(text)[:50]!r} of type {type(text).__name__}; an empty string stands for"
@@ -139,10 +131,8 @@ def normalize_text(text: str) -> str:
 
 
 def split_toned_syllables(text: str) -> tuple[str, str]:
-    """
-    Tones and base syllables of words such as `"shang4 ren4"`: `("4 4", "shang ren")`. The tone of a word that is not
-    letters and one digit is `"-"`, its base syllable the word.
-    """
+    """Tones and base syllables of words: of `"shang4 ren4"` `("4 4", "shang ren")`. The tone of a word that is not
+    letters and one digit is `"-"`, its base syllable the word."""
     words = text.split()
     syllables = [TONED_SYLLABLE.fullmatch(word) for word in words]
     tones = [syllable[2] if syllable else NO_TONE for syllable in syllables]
@@ -152,17 +142,11 @@ def split_toned_syllables(text: str) -> tuple[str, str]:
 
 def split_tone_marks(text: str) -> tuple[str, str]:
     """
-    The tones of a text that writes them as combining accents, and the text without these accents.
+    The tones of a text that writes them as combining accents, separated by spaces, and the text in NFC without them: of
+    `"ng\u00e1 ot\u00e9"` two acute accents with a `"-"` between them, and `"nga ote"`.
 
     Every vowel has a tone, `"-"` without a mark (many languages do not mark the low tone), and so has any other letter
     with a mark, such as a syllabic nasal. Marks of quality stay: dots below or above, tilde, breve, cedilla.
-
-    Args:
-        text (`str`): composed or decomposed.
-
-    Returns:
-        `tuple[str, str]`: the tones, separated by spaces, and the text in NFC. Of `"ng\u00e1 ot\u00e9"` these are two
-        acute accents with a `"-"` between them, and `"nga ote"`.
     """
     tones, letters, has_tone = [], [], False
     for character in unicodedata.normalize("NFD", text):
