@@ -415,6 +415,7 @@ GOOD = np.zeros(1600, dtype=np.float32)
         (None, "audio must hold numbers"),
         (["no such file.wav"], r"audio\[0\]: No audio file at 'no such file.wav'"),
         ("https://example.org/voice.wav", "downloaded first"),
+        (".", "'.' is a folder"),
         ([GOOD, b"not audio"], r"audio\[1\]: Cannot read <bytes> as audio.*ffmpeg"),
         (b"", "Nothing to read"),
         (io.StringIO("text"), "binary mode"),

@@ -80,6 +80,8 @@ def open_audio(source) -> Iterator[tuple[Any, str]]:
         raise ImportError(f"Reading audio files needs soundfile ({error}): `pip install soundfile`.") from error
     if isinstance(source, (str, os.PathLike)):
         name = os.fspath(source)
+        if os.path.isdir(name):
+            raise ValueError(f"{name!r} is a folder. Give the audio files in it.")
         if not os.path.isfile(name):
             raise FileNotFoundError(f"No audio file at {name!r}. A URL has to be downloaded first.")
         if not name.isascii() and os.name == "posix":  # soundfile would encode it as UTF-8
