@@ -44,7 +44,7 @@ class EncoderForExport(nn.Module):
 
     def forward(self, input_features: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
         encoded = self.model.model.encoder(input_features, attention_mask=attention_mask)
-        start = attention_mask.new_full((len(input_features), 1), self.model.config.decoder_start_token_id)
+        start = attention_mask.new_full((input_features.shape[0], 1), self.model.config.decoder_start_token_id)
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         outputs = self.model(encoder_outputs=encoded, decoder_input_ids=start, past_key_values=cache, use_cache=True)
         token_pitch = torch.zeros_like(encoded.f0) if encoded.token_pitch is None else encoded.token_pitch

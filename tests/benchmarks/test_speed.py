@@ -100,8 +100,8 @@ def test_every_section_runs_and_writes_its_rows(tmp_path, capsys):
 
 
 def test_trackers_have_a_row_for_each_signal(monkeypatch):
-    signals = dict(list(f0_trackers.f0_test_signals(f0_trackers.HOP_LENGTH).items())[:2])
-    monkeypatch.setattr(f0_trackers, "f0_test_signals", lambda hop_length: signals)
+    signals = dict(list(f0_trackers.f0_test_signals().items())[:2])
+    monkeypatch.setattr(f0_trackers, "f0_test_signals", lambda: signals)
     rows = benchmark_trackers()
     assert {row["tracker"] for row in rows} == set(TRACKERS) and len(rows) == 2 * len(TRACKERS)
     assert all(0 <= value <= 100 for row in rows for name, value in row.items() if name.endswith("%"))
