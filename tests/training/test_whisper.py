@@ -105,7 +105,8 @@ def test_speech_longer_than_the_window_is_left_out_and_not_cut(whisper, tmp_path
     manifest.write_text("\n".join(lines))
     soundfile.write(tmp_path / "long.wav", np.zeros(40000), 16000)
     data = DataArguments(train_data=[str(manifest)], eval_data=[str(manifest)], cache_dir=str(tmp_path / "cache"))
-    summary = train(ModelArguments(whisper), data, whisper_arguments(tmp_path / "run", max_steps=1))
+    model = ModelArguments(whisper, language="en")
+    summary = train(model, data, whisper_arguments(tmp_path / "run", max_steps=1))
     assert (summary["train"]["utterances"], summary["train"]["skipped"]) == (6, 1)
     assert (summary["eval"]["utterances"], summary["eval"]["skipped"]) == (6, 1)
     command = ["evaluate", str(manifest), "--checkpoint", str(tmp_path / "run"), "--device", "cpu"]
@@ -122,6 +123,7 @@ def test_speech_longer_than_the_window_is_left_out_and_not_cut(whisper, tmp_path
         ({}, {}, {"learning_rate": 5e-4}, "Give at most 0.0001; 1e-05 is usual"),
         ({"config_overrides": "pitch_gates=true"}, {}, {}, "EchoWhisperConfig has no field 'pitch_gates'"),
         ({"language": "klingon"}, {}, {}, "klingon"),
+        ({}, {}, {}, "knows many. Give the one of the texts, e.g. --language en"),
         ({"window": 3}, {}, {}, "from 1 to 2, got 3"),
     ],
 )
@@ -201,7 +203,7 @@ def test_what_is_of_a_whisper_is_refused_without_one(option):
 
 
 def test_features_do_not_hang_on_the_processor_they_are_saved_with(whisper):
-    processor = build_model_and_processor(ModelArguments(whisper), [])[1]
+    processor = build_model_and_processor(ModelArguments(whisper, language="en"), [])[1]
     frames = WhisperFrameProcessor(processor).feature_extractor
     assert frames.feature_size == 81 and frames.mel_filters.shape[1] == 80
     assert type(processor.feature_extractor) is EchoWhisperFeatureExtractor

@@ -90,7 +90,9 @@ class ModelArguments:
     )
     language: str | None = field(
         default=None,
-        metadata={"help": "Language that a multilingual Whisper is to write, e.g. en. It detects it if not given."},
+        metadata={
+            "help": "Language of the texts, e.g. en, which a multilingual Whisper needs that has not been told one yet."
+        },
     )
     window: int | None = field(
         default=None,

@@ -60,8 +60,12 @@ def build_whisper(arguments: ModelArguments) -> tuple[EchoWhisperForConditionalG
     if arguments.f0_method is not None:
         settings = {**processor.feature_extractor.to_dict(), "f0_method": arguments.f0_method}
         processor.feature_extractor = EchoWhisperFeatureExtractor.from_dict(settings)
+    is_multilingual = getattr(model.generation_config, "is_multilingual", False)
+    if is_multilingual and arguments.language is None and processor.tokenizer.language is None:
+        # Labels would have neither language nor task, and the model would unlearn to write them.
+        raise ValueError(f"language: {name} knows many. Give the one of the texts, e.g. --language en.")
     if arguments.language is not None:
-        if not getattr(model.generation_config, "is_multilingual", False):
+        if not is_multilingual:
             raise ValueError(f"language: {name} knows no languages but its own; leave it out.")
         processor.tokenizer.set_prefix_tokens(arguments.language, task="transcribe", predict_timestamps=False)
         model.generation_config.language, model.generation_config.task = arguments.language, "transcribe"
