@@ -50,6 +50,7 @@ OTHER_EXTENSIONS = (
 )
 NAMED_AT_MOST = 5  # files in a message that reports many
 LARGEST_PIPE = 1 << 31  # bytes of a pipe, all of which are held in memory
+WHISPER_WINDOW = 30  # seconds of which the library takes every Whisper to be, when it joins times of windows
 
 
 def load_checkpoint(checkpoint: str | Path | None = None, device: str | None = None, **overrides):
@@ -432,6 +433,12 @@ def _transcribe_long(pipeline, path: Path, source: Path | bytes, options, bar) -
 def _transcribe_long_by_whisper(pipeline, path: Path, source: Path | bytes, options, bar) -> Transcript:
     """By windows that end where a segment does, which Whisper's times tell; all of the file is in memory."""
     rate, timestamps = pipeline.feature_extractor.sampling_rate, options["return_timestamps"]
+    window = pipeline.feature_extractor.chunk_length
+    if timestamps and window != WHISPER_WINDOW:
+        error = (
+            f"It is longer than this Whisper's window of {window} s, behind which its times would be wrong. Ask for no"
+        )
+        return Transcript(path, error=f"{error} timestamps, or cut the recording.")
     try:
         samples = read_short(source, rate, 0)
         audio = {"raw": samples, "sampling_rate": rate}
@@ -452,7 +459,7 @@ def _transcript(path: Path, seconds: float, result: dict[str, Any]) -> Transcrip
             for chunk in result["chunks"]
             for start, end in [chunk["timestamp"]]  # Whisper leaves an end open that it did not hear
         ]
-    return Transcript(path, result["text"], round(seconds, 3), chunks)
+    return Transcript(path, result["text"].strip(), round(seconds, 3), chunks)  # Whisper begins with a space
 
 
 __all__ = [

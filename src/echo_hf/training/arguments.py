@@ -90,9 +90,7 @@ class ModelArguments:
     )
     language: str | None = field(
         default=None,
-        metadata={
-            "help": "Language of the texts, e.g. en, which a multilingual Whisper needs that has not been told one yet."
-        },
+        metadata={"help": "Language of the texts, e.g. en. A multilingual Whisper has to be told once."},
     )
     window: int | None = field(
         default=None,
