@@ -159,8 +159,8 @@ def _build_parser():
     parser.set_defaults(**{**TRAINING_DEFAULTS, **dict.fromkeys(left_open)})
     for action in parser._actions:
         if action.dest == "learning_rate":
-            rates = f"{TRAINING_DEFAULTS['learning_rate']:g}, and {WHISPER_LEARNING_RATE:g} for a Whisper, if not given"
-            action.help = f"{action.help.rstrip('. ')}: {rates}."
+            default = TRAINING_DEFAULTS["learning_rate"]
+            action.help += f" A Whisper's is {WHISPER_LEARNING_RATE:g} if not given. (default: {default:g})"
     return parser
 
 
