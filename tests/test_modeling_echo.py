@@ -1013,7 +1013,8 @@ def test_compiled_forward_equals_eager_forward():
     with torch.no_grad():
         inputs["decoder_input_ids"] = torch.tensor([[1, 5, 6, 7]] * 3)
         expected = model(**inputs)
-        compiled = torch.compile(model, fullgraph=True)(**inputs)
+        # Scalar code: PyTorch's own vector code does not compile where ATEN_CPU_CAPABILITY is "default".
+        compiled = torch.compile(model, fullgraph=True, options={"cpp.simdlen": 1})(**inputs)
     torch.testing.assert_close(compiled.logits, expected.logits, atol=1e-4, rtol=1e-3)
 
 
