@@ -143,7 +143,7 @@ def test_train_help_shows_the_common_options_and_help_all_all(capsys, monkeypatc
         "--train_data",
         "--preset",
         "--learning_rate",
-        "0.0005, and 1e-05 for a Whisper",
+        "A Whisper's is 1e-05 if not given. (default: 0.0005)",
         "--resume",
         "tensorboard --logdir",
     ):
