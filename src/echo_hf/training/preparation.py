@@ -1,6 +1,7 @@
 """What a run does to speech before a model is trained on it: features, labels and batches, as the model takes them."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -28,7 +29,7 @@ class Speech:
     without_speech: int = 0
 
 
-class Preparation:
+class Preparation(ABC):
     """
     Prepares speech for a kind of model; [`EchoPreparation`] and [`~echo_hf.training.whisper.WhisperPreparation`].
 
@@ -54,7 +55,7 @@ class Preparation:
         }
 
     @classmethod
-    def check_arguments(
+    def check_arguments(  # noqa: B027 (a kind of model may have nothing to refuse)
         cls,
         model: ModelArguments,
         augmentation: AugmentationArguments,
@@ -63,14 +64,14 @@ class Preparation:
     ) -> None:
         """Refuses what the kind of model cannot be trained with, before anything is read."""
 
+    @abstractmethod
     def prepare(self, train_table: datasets.Dataset, eval_table: datasets.Dataset | None) -> Speech:
         """Features and labels of all utterances. Of several processes one computes them, and the others wait for its
         cache."""
-        raise NotImplementedError
 
+    @abstractmethod
     def build_collator(self):
         """What makes batches as they are evaluated."""
-        raise NotImplementedError
 
     def build_train_collator(self):
         """What makes batches to train on."""
