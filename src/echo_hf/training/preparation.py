@@ -54,8 +54,8 @@ class Preparation(ABC):
             "cache_dir": data.cache_dir,
         }
 
-    @classmethod
-    def check_arguments(  # noqa: B027 (a kind of model may have nothing to refuse)
+    @classmethod  # noqa: B027 (a kind of model may have nothing to refuse)
+    def check_arguments(
         cls,
         model: ModelArguments,
         augmentation: AugmentationArguments,
