@@ -29,9 +29,11 @@ from transformers import get_linear_schedule_with_warmup
 from echo_hf import add_pitch, load_audio
 from echo_hf.feature_extraction_echo import resample_audio
 from echo_hf.metrics import score
+from run import describe_machine
 
 RESULTS = Path(__file__).with_name("whisper_results.jsonl")
 SWITCHES = ("pitch_stem", "pitch_gate", "pitch_radius", "pitch_theta", "pitch_bias")
+SETTINGS = ("steps", "batch", "window", "learning_rate", "bf16", "limit")  # of training, beside part, arm and seed
 SAMPLING_RATE = 16000  # Hz
 
 
@@ -79,11 +81,9 @@ def read_waveform(path: Path) -> np.ndarray:
     return waveform if rate == SAMPLING_RATE else resample_audio(waveform, rate, SAMPLING_RATE)
 
 
-def extract(processor, rows: list[dict], silent: bool = False) -> torch.Tensor:
-    """Features of recordings, `(batch, 81, frames)`; with `silent`, of as much silence."""
-    waveforms = [read_waveform(row["audio"]) for row in rows]
-    if silent:
-        waveforms = [np.zeros_like(waveform) for waveform in waveforms]
+def extract(processor, rows: list[dict]) -> torch.Tensor:
+    """Features of recordings, `(batch, 81, frames)`; of as much silence where a row says so."""
+    waveforms = [read_waveform(row["audio"]) * (not row.get("silent")) for row in rows]
     return processor.feature_extractor(waveforms, sampling_rate=SAMPLING_RATE, return_tensors="pt").input_features
 
 
@@ -104,16 +104,20 @@ def draw_batches(count: int, batch: int, steps: int, seed: int):
 
 
 def train(model, processor, rows: list[dict], options, seed: int) -> dict[str, float]:
-    """Fine-tunes all weights; returns the loss over the last tenth of the steps, and the seconds of a step."""
+    """Fine-tunes all weights; returns the loss over the last tenth of the steps, and the seconds of a step. With no steps
+    the tests hear the checkpoint as it is."""
+    if options.steps == 0:
+        return {}
     torch.manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.01, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, options.steps // 10, options.steps)
     losses, seconds = [], []
     model.train()
     for step, drawn in enumerate(draw_batches(len(rows), options.batch, options.steps, seed), 1):
         started = time.perf_counter()
         batch = [rows[index] for index in drawn]
-        loss = model(extract(processor, batch), labels=make_labels(processor.tokenizer, batch)).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
+            loss = model(extract(processor, batch), labels=make_labels(processor.tokenizer, batch)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -129,10 +133,13 @@ def train(model, processor, rows: list[dict], options, seed: int) -> dict[str, f
 
 
 def recognize(model, processor, rows: list[dict], part: Part, options, control: str | None = None) -> list[str]:
-    """Texts by greedy generation. `control` is `"silence"` or `"shuffled"` (F0 of the next batch's utterances)."""
+    """Texts by greedy generation. `control` is `"silence"` or `"shuffled"` (F0 of the next batch's utterances). Silence has
+    the same features, padded to the window, for every utterance, so it is recognized once."""
+    if control == "silence":
+        return recognize(model, processor, [{**rows[0], "silent": True}], part, options) * len(rows)
     texts, batches = [], [rows[start : start + options.batch] for start in range(0, len(rows), options.batch)]
     for index, batch in enumerate(batches):
-        features = extract(processor, batch, silent=control == "silence")
+        features = extract(processor, batch)
         if control == "shuffled":
             others = batches[(index + 1) % len(batches)] if len(batches) > 1 else batch[::-1]
             f0 = extract(processor, others)[:, -1]
@@ -185,13 +192,13 @@ def run(name: str, arm: str, seed: int, options) -> dict:
             if control is None:
                 tests[corpus]["texts"] = texts
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    versions["machine"] = describe_machine()
     return {**result, "seconds": round(time.perf_counter() - started), "tests": tests, "versions": versions}
 
 
 def make_key(name: str, arm: str, seed: int, options) -> dict:
     """What a run is known by."""
-    settings = ("steps", "batch", "window", "learning_rate", "limit")
-    return {"part": name, "arm": arm, "seed": seed, **{key: getattr(options, key) for key in settings}}
+    return {"part": name, "arm": arm, "seed": seed, **{key: getattr(options, key) for key in SETTINGS}}
 
 
 def read_results(path: Path) -> list[dict]:
@@ -226,7 +233,7 @@ def report(results: list[dict]) -> str:
     """Tables of the stored rows: one a set of settings and a test, one line an arm and condition."""
     groups = defaultdict(list)
     for row in results:
-        settings = {key: row[key] for key in ("part", "steps", "batch", "window", "learning_rate", "limit")}
+        settings = {key: row[key] for key in ("part", *SETTINGS)}
         groups[json.dumps(settings)].append(row)
     lines = []
     for settings, rows in groups.items():
@@ -277,6 +284,7 @@ def parse(arguments=None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--window", type=int, help="seconds")
     parser.add_argument("--learning-rate", type=float, default=3e-5)
+    parser.add_argument("--bf16", action="store_true", help="train in mixed precision; slow on older CPUs")
     parser.add_argument("--limit", type=int, help="utterances of each test; all if not given")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
