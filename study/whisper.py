@@ -104,8 +104,8 @@ def draw_batches(count: int, batch: int, steps: int, seed: int):
 
 
 def train(model, processor, rows: list[dict], options, seed: int) -> dict[str, float]:
-    """Fine-tunes all weights; returns the loss over the last tenth of the steps, and the seconds of a step. With no steps
-    the tests hear the checkpoint as it is."""
+    """Fine-tunes all weights; returns the loss over the last tenth of the steps, and the seconds of a step. With no
+    steps the tests hear the checkpoint as it is."""
     if options.steps == 0:
         return {}
     torch.manual_seed(seed)
@@ -116,8 +116,9 @@ def train(model, processor, rows: list[dict], options, seed: int) -> dict[str, f
     for step, drawn in enumerate(draw_batches(len(rows), options.batch, options.steps, seed), 1):
         started = time.perf_counter()
         batch = [rows[index] for index in drawn]
+        features, labels = extract(processor, batch), make_labels(processor.tokenizer, batch)
         with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
-            loss = model(extract(processor, batch), labels=make_labels(processor.tokenizer, batch)).loss
+            loss = model(features, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -133,8 +134,8 @@ def train(model, processor, rows: list[dict], options, seed: int) -> dict[str, f
 
 
 def recognize(model, processor, rows: list[dict], part: Part, options, control: str | None = None) -> list[str]:
-    """Texts by greedy generation. `control` is `"silence"` or `"shuffled"` (F0 of the next batch's utterances). Silence has
-    the same features, padded to the window, for every utterance, so it is recognized once."""
+    """Texts by greedy generation. `control` is `"silence"` or `"shuffled"` (F0 of the next batch's utterances).
+    Silence has the same features, padded to the window, for every utterance, so it is recognized once."""
     if control == "silence":
         return recognize(model, processor, [{**rows[0], "silent": True}], part, options) * len(rows)
     texts, batches = [], [rows[start : start + options.batch] for start in range(0, len(rows), options.batch)]
