@@ -2,291 +2,389 @@
 
     python study/report.py
 
-Reads `results.jsonl` and `texts/` beside this file and writes `report.md` and `figures/`. Every number is recomputed.
+Reads `results.jsonl`, `texts/` and `utterances.json.gz` beside this file and writes `report.md`, `report_details.md`
+and `figures/`. Every number is recomputed.
 """
 
 import argparse
-import gzip
-import json
-import re
+import math
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
-HERE = Path(__file__).parent
-RESAMPLES = 10_000
-SEED = 0  # of the bootstrap
-PRIMARY_TEST = "mandarin_syllables_other/test/clean"
+from comparison import FORCED_CHOICE, Comparison, Results, holm, interval, own_test
+from figures import draw_conditions, draw_differences, draw_gains
 
-# Two-sided 97.5% quantiles of Student's t for 1 to 30 degrees of freedom.
-T_QUANTILES = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
-    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+HERE = Path(__file__).parent
+CHANGES = {None: "as trained", "zero": "0", "constant": "150 Hz", "shuffled": "of another utterance"}
+HEADS = 4
+ROTARY_THETA = 10000.0
+FRAME_SECONDS = 0.01  # of the features; the strides of the stem make encoder frames of them
+
+# Pairs of arms beside those with the baseline: what each adds to the other. Not corrected for their number.
+CONTRASTS = (
+    (("primary", "input"), ("primary", "voicing_flag")),
+    (("primary", "all"), ("primary", "input")),
+    (("ladder", "conditioning"), ("primary", "gate")),
+    (("ladder", "continuous_input"), ("primary", "input")),
+    (("ladder", "continuous_all"), ("primary", "all")),
+    (("primary", "input"), ("retrained", "input_shuffled")),
+    (("primary", "all"), ("retrained", "all_shuffled")),
 )
 
-# Name of a measure in the tables, and the counts of a test that it is made of: errors and what could be wrong.
-MEASURES = {
-    "tone, forced choice": "forced_both",
-    "tone, decoder alone": "forced_decoder",
-    "tone, CTC alone": "forced_ctc",
-    "words, free-running": "wer",
-    "tones, free-running": "tone_error_rate",
-    "base syllables, free-running": "base_syllable_error_rate",
-    "words without tone marks, free-running": "base_word_error_rate",
-}
-FORCED_CHOICE = "tone, forced choice"
+INTRODUCTION = """\
+# Report of the study of pitch
+
+Made by `python study/report.py` from the stored rows. [`README.md`](README.md) has the design,
+[`docs/pitch_study.md`](../docs/pitch_study.md) the verdict, [`report_details.md`](report_details.md) other measures,
+conditions, kinds of utterances, confusions, and what the mechanisms learned.
+"""
+
+DETAILS_INTRODUCTION = """\
+# Details of the study of pitch
+
+Made by `python study/report.py` from the stored rows; [`report.md`](report.md) has what decides. No interval is
+corrected for the number of comparisons.
+"""
+
+READING = """\
+Errors are in percent. Differences are in percentage points, between runs of the same seed; a negative one is fewer
+errors. `±` is the 95% interval over seeds by Student's t. "a to b" is the 95% interval of a paired bootstrap over
+seeds and utterances, and p comes from the same bootstrap. A single seed has no interval over seeds, and its bootstrap
+is over utterances alone. With few seeds the bootstrap is too narrow; read the interval over seeds then.
+"""
 
 
-def measure(counts: dict, name: str) -> float | None:
-    """A measure of a test in percent, or None where it has none. Forced choices are a list of errors and choices."""
-    value = counts.get(MEASURES[name])
-    if isinstance(value, list):
-        return 100.0 * value[0] / value[1] if value[1] else None
-    return None if value is None else 100.0 * value
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(cells) + " |" for cells in lines] + [""]
 
 
-def show(values: list[float | None]) -> str:
+def show(values: list[float], digits: int = 1) -> str:
     """Mean and 95% interval over seeds as text; empty where there is no value."""
-    known = [value for value in values if value is not None]
-    if not known:
+    if not values:
         return ""
-    mean, half = interval(known)
-    return f"{mean:.1f} ± {half:.1f}" if np.isfinite(half) else f"{mean:.1f}"
+    mean, half = interval(values)
+    return f"{mean:.{digits}f} ± {half:.{digits}f}" if np.isfinite(half) else f"{mean:.{digits}f}"
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """Mean and half the width of its 95% interval by Student's t; infinite for a single value."""
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2:
-        return float(values.mean()), float("inf")
-    quantile = T_QUANTILES[min(len(values) - 1, len(T_QUANTILES)) - 1]
-    return float(values.mean()), float(quantile * values.std(ddof=1) / np.sqrt(len(values)))
+def show_difference(comparison: Comparison) -> str:
+    mean, half = comparison.interval
+    return f"{mean:+.1f} ± {half:.1f}" if np.isfinite(half) else f"{mean:+.1f}"
 
 
-def bootstrap(differences: np.ndarray, counts: np.ndarray, seed: int = SEED) -> tuple[float, float, float]:
-    """Paired bootstrap over seeds and utterances.
-
-    Args:
-        differences: errors of an arm less those of the baseline, shape `(seeds, utterances)`.
-        counts: what could be wrong in each utterance, shape `(utterances,)`.
-
-    Returns:
-        Lower and upper end of the 95% interval of the difference in percentage points, and the two-sided p of no
-        difference, at least `1 / RESAMPLES`.
-    """
-    chance = np.random.default_rng(seed)
-    seeds, utterances = differences.shape
-    drawn = np.empty(RESAMPLES)
-    for index in range(RESAMPLES):
-        weights = np.bincount(chance.integers(utterances, size=utterances), minlength=utterances)
-        rows = chance.integers(seeds, size=seeds)
-        drawn[index] = 100.0 * (differences[rows] @ weights).mean() / max(counts @ weights, 1)
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    p = 2.0 * min((drawn <= 0).mean(), (drawn >= 0).mean())
-    return float(low), float(high), float(min(1.0, max(p, 1.0 / RESAMPLES)))
+def show_p(p: float) -> str:
+    return f"{p:.4f}" if p >= 0.0001 else "< 0.0001"
 
 
-def holm(p_values: dict[str, float]) -> dict[str, float]:
-    """P values corrected for their number (Holm, https://www.jstor.org/stable/4615733)."""
-    corrected, largest = {}, 0.0
-    for rank, name in enumerate(sorted(p_values, key=p_values.get)):
-        largest = max(largest, min(1.0, p_values[name] * (len(p_values) - rank)))
-        corrected[name] = largest
-    return corrected
+FIGURES = {
+    "differences": "Differences to the baseline, by part and arm",
+    "conditions": "Tone errors by condition",
+    "gains": "What the mechanisms learned",
+}
 
 
-class Results:
-    """The rows, by part, arm and seed, and the texts that belong to them."""
-
-    def __init__(self, path: Path):
-        self.folder = path.parent
-        self.rows = defaultdict(lambda: defaultdict(dict))
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            self.rows[row["part"]][row["arm"]][row["seed"]] = row
-
-    def texts(self, part: str, arm: str, seed: int) -> dict:
-        with gzip.open(self.folder / "texts" / f"{part}-{arm}-{seed}.json.gz", "rt", encoding="utf-8") as file:
-            return json.load(file)
-
-    def baseline(self, part: str) -> dict[int, dict]:
-        """Rows of the baseline that a part is compared with: its own, or those of the primary part."""
-        return self.rows[part].get("baseline") or self.rows["primary"]["baseline"]
-
-    def baseline_part(self, part: str) -> str:
-        return part if "baseline" in self.rows[part] else "primary"
+# What decides -------------------------------------------------------------------------------------------------------
 
 
-def own_test(row: dict, prefix: str) -> str:
-    """The name of a test as the arm was trained: with F0 changed as it was in training."""
-    names = [name for name in row["scores"] if name.startswith(prefix + "/")]
-    return names[0]
+def summarize(results: Results, part: str) -> list[str]:
+    """The main test of a part, by forced choice, or by every measure of its texts where there is no choice of tones."""
+    measures = results.measures(part, results.conditions(part)[0])
+    measures = measures[:1] if measures[0] == FORCED_CHOICE else measures
+    return [line for measure in measures for line in compare_arms(results, part, measure)]
 
 
-def forced_errors(texts: dict, test: str) -> tuple[np.ndarray, np.ndarray]:
-    """Errors by forced choice and how many choices there were, both of shape `(utterances,)`."""
-    right, chosen = texts[test]["right"], texts[test]["both"]
-    errors = [sum(a != b for a, b in zip(one, other)) for one, other in zip(right, chosen)]
-    return np.array(errors), np.array([len(one) for one in right])
+def compare_arms(results: Results, part: str, measure: str) -> list[str]:
+    """Every arm of a part beside the baseline, on the main test."""
+    condition = results.conditions(part)[0]
+    compared = results.against_baseline(part, condition, measure)
+    corrected = holm({arm: comparison.p for arm, comparison in compared.items()})
+    arms = [(part, arm) for arm in results.rows[part]]
+    if "baseline" not in results.rows[part] and results.baseline_part(part):
+        arms.insert(0, (results.baseline_part(part), "baseline"))
+    rows = []
+    for home, arm in arms:
+        runs = results.rows[home][arm]
+        parameters = next(iter(runs.values()))["parameters"]
+        row = [f"`{arm}`", str(len(runs)), f"{parameters:,}", show(results.rates(home, arm, condition, measure))]
+        comparison = compared.get(arm)
+        if comparison is not None:
+            share = "" if comparison.share is None else f"{comparison.share:+.0f}%"
+            row += [str(len(comparison.by_seed)), show_difference(comparison)]
+            row += [f"{comparison.low:+.1f} to {comparison.high:+.1f}", show_p(corrected[arm]), share]
+        rows.append(row + [""] * (9 - len(row)))
+    header = ["arm", "seeds", "parameters", "errors", "paired seeds", "difference to `baseline`", "bootstrap"]
+    heading = f"## {part}: {measure} ({condition.rpartition('/')[0]})"
+    return [heading, "", *table([*header, "p (Holm)", "share of its errors"], rows)]
 
 
-def compare(results: Results, part: str, prefix: str) -> list[str]:
-    """Table of the arms of a part on a test: every measure, and the difference from the baseline in tone errors by
-    forced choice, where there are such."""
-    baseline, arms = results.baseline(part), dict(results.rows[part])
-    if "baseline" not in arms:
-        arms = {"baseline": baseline, **arms}
-    test = {
-        arm: {seed: row["scores"][own_test(row, prefix)] for seed, row in rows.items()} for arm, rows in arms.items()
-    }
-    some = next(iter(test["baseline"].values()))
-    names = [name for name in MEASURES if measure(some, name) is not None]
-    lines = [
-        f"| arm | seeds | {' | '.join(names)} | difference in forced choice (95%, seeds) | bootstrap | p (Holm) |",
-        "|---" * (len(names) + 5) + "|",
-    ]
-    compared = {}
-    for arm, rows in arms.items():
-        seeds = sorted(set(rows) & set(baseline))
-        if arm != "baseline" and seeds and FORCED_CHOICE in names:
-            differences, counts = paired_differences(results, part, arm, seeds, prefix)
-            by_seed = [100.0 * difference.sum() / counts.sum() for difference in differences]
-            compared[arm] = (interval(by_seed), *bootstrap(differences, counts))
-    corrected = holm({arm: found[-1] for arm, found in compared.items()})
-    for arm, rows in test.items():
-        cells = [show([measure(counts, name) for counts in rows.values()]) for name in names]
-        if arm in compared:
-            (mean, half), low, high, _ = compared[arm]
-            cells.append(f"{mean:+.1f} ± {half:.1f}" if np.isfinite(half) else f"{mean:+.1f}")
-            cells += [f"{low:+.1f} to {high:+.1f}", f"{corrected[arm]:.4f}"]
-        else:
-            cells += ["", "", ""]
-        lines.append(f"| `{arm}` | {len(rows)} | {' | '.join(cells)} |")
-    return lines
+def contrast(results: Results) -> list[str]:
+    """Arms compared with other arms than the baseline, on the main test of the primary part."""
+    condition = results.conditions("primary")[0]
+    rows = []
+    for arm, other in CONTRASTS:
+        comparison = results.compare(arm, other, condition, FORCED_CHOICE)
+        if comparison is not None:
+            bounds = f"{comparison.low:+.1f} to {comparison.high:+.1f}"
+            difference = show_difference(comparison)
+            rows.append(
+                [f"`{arm[1]}`", f"`{other[1]}`", str(len(comparison.by_seed)), difference, bounds, show_p(comparison.p)]
+            )
+    if not rows:
+        return []
+    header = ["arm", "less", "paired seeds", "difference", "bootstrap", "p (not corrected)"]
+    return [f"## Arms beside each other: {FORCED_CHOICE} ({condition.rpartition('/')[0]})", "", *table(header, rows)]
 
 
-def paired_differences(
-    results: Results, part: str, arm: str, seeds: list[int], prefix: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Errors by forced choice of an arm less those of the baseline of the same seed, `(seeds, utterances)`, and how
-    many choices there were, `(utterances,)`."""
-    differences, counts = [], None
-    for seed in seeds:
-        row, other = results.rows[part][arm][seed], results.baseline(part)[seed]
-        errors, counts = forced_errors(results.texts(part, arm, seed), own_test(row, prefix))
-        before = results.texts(results.baseline_part(part), "baseline", seed)
-        differences.append(errors - forced_errors(before, own_test(other, prefix))[0])
-    return np.array(differences), counts
+# Details ------------------------------------------------------------------------------------------------------------
 
 
-def controls(results: Results, part: str) -> list[str]:
-    """Table of forced-choice tone errors under every condition and change of F0."""
-    arms = results.rows[part]
-    tests = {name for rows in arms.values() for row in rows.values() for name in row["scores"]}
-    lines = ["| test | F0 | " + " | ".join(f"`{arm}`" for arm in arms) + " |", "|---" * (len(arms) + 2) + "|"]
-    for name in sorted({test.rpartition("/")[0] for test in tests}):
-        for change in ("as trained", "zero", "constant", "shuffled"):
+def list_measures(results: Results, part: str) -> list[str]:
+    """Every measure of every test in clean audio, and the difference to the baseline with its bootstrap interval."""
+    arms = list(results.rows[part])
+    rows = []
+    for test in results.tests(part):
+        condition = f"{test}/clean"
+        for measure in results.measures(part, condition):
+            compared = results.against_baseline(part, condition, measure)
             cells = []
-            for rows in arms.values():
-                scores = []
-                for row in rows.values():
-                    own = own_test(row, name)
-                    test = own if change == "as trained" else f"{name}/{change}"
-                    if test in row["scores"] and (change == "as trained" or test != own):
-                        scores.append(measure(row["scores"][test], FORCED_CHOICE))
-                cells.append(show(scores))
-            if any(cells):
-                lines.append(f"| {name} | {change} | {' | '.join(cells)} |")
-    return lines
-
-
-def confusions(results: Results, part: str, arm: str, prefix: str) -> list[str]:
-    """Confusion matrix of tones by forced choice, in percent of each tone, over all seeds."""
-    pairs = defaultdict(int)
-    for seed, row in results.rows[part][arm].items():
-        texts = results.texts(part, arm, seed)[own_test(row, prefix)]
-        for right, chosen in zip(texts["right"], texts["both"]):
-            for pair in zip(right, chosen):
-                pairs[pair] += 1
-    tones = sorted({right for right, _ in pairs})
-    lines = [
-        f"| `{arm}`: spoken | " + " | ".join(f"heard {tone}" for tone in tones) + " |",
-        "|---" * (len(tones) + 1) + "|",
-    ]
-    for right in tones:
-        total = sum(pairs[right, chosen] for chosen in tones)
-        lines.append(
-            f"| {right} | " + " | ".join(f"{100 * pairs[right, chosen] / total:.0f}" for chosen in tones) + " |"
-        )
-    return lines
-
-
-def learned(results: Results) -> list[str]:
-    """What the mechanisms learned, mean and largest magnitude over seeds and layers."""
-    lines = ["| part | arm | parameter | values | mean | mean magnitude | largest magnitude |", "|---" * 7 + "|"]
-    for part, arms in results.rows.items():
-        for arm, rows in arms.items():
-            kinds = defaultdict(list)
-            for row in rows.values():
-                for name, values in row["learned"].items():
-                    kinds[re.sub(r".*\.layers\.\d+\.|^model\.encoder\.", "", name)] += values
-            for kind, values in sorted(kinds.items()):
-                size = np.abs(values)
-                numbers = f"{np.mean(values):.4f} | {size.mean():.4f} | {size.max():.4f}"
-                lines.append(f"| {part} | `{arm}` | `{kind}` | {len(values)} | {numbers} |")
-    return lines
-
-
-def draw(results: Results, folder: Path):
-    """One figure a part: forced-choice tone errors of every seed, arm beside arm, lines joining a seed's."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    folder.mkdir(exist_ok=True)
-    for part, arms in results.rows.items():
-        if not any(name.startswith(PRIMARY_TEST) for name in next(iter(results.baseline(part).values()))["scores"]):
-            continue
-        arms = {"baseline": results.baseline(part), **{arm: rows for arm, rows in arms.items() if arm != "baseline"}}
-        figure, axes = pyplot.subplots(figsize=(1.2 + 1.1 * len(arms), 4), layout="constrained")
-        for seed in sorted({seed for rows in arms.values() for seed in rows}):
-            heard = [(place, rows[seed]) for place, rows in enumerate(arms.values()) if seed in rows]
-            values = [measure(row["scores"][own_test(row, PRIMARY_TEST)], FORCED_CHOICE) for _, row in heard]
-            axes.plot([place for place, _ in heard], values, "o-", color="0.6", linewidth=0.7, markersize=4)
-        for place, rows in enumerate(arms.values()):
-            values = [measure(row["scores"][own_test(row, PRIMARY_TEST)], FORCED_CHOICE) for row in rows.values()]
-            mean, half = interval(values)
-            axes.errorbar(place, mean, half if np.isfinite(half) else 0, fmt="s", color="C0", capsize=5, zorder=3)
-        axes.set_xticks(range(len(arms)), list(arms), rotation=30, ha="right")
-        axes.set_ylabel("tone error by forced choice (%)")
-        axes.set_title(f"{part}: a voice never heard; gray: seeds, blue: mean and 95%")
-        figure.savefig(folder / f"{part}.png", dpi=110)
-        pyplot.close(figure)
-
-
-def write(results: Results, path: Path):
-    """Writes the report."""
-    lines = ["# Report of the study of pitch", "", "Made by `python study/report.py` from the stored rows.", ""]
-    for part, arms in results.rows.items():
-        some = next(iter(next(iter(arms.values())).values()))
-        lines += [f"## {part}", "", f"Trained on {', '.join(some['train'])}. Machines: {machines(arms)}.", ""]
-        for prefix in sorted({name.rpartition("/")[0] for name in some["scores"] if "/clean/" in name}):
-            lines += [f"### {prefix}", "", "Errors in percent, mean ± 95% over seeds.", ""]
-            lines += [*compare(results, part, prefix), ""]
-        lines += ["### Controls", "", "Tone errors by forced choice, in percent.", "", *controls(results, part), ""]
-        if any(name.startswith(PRIMARY_TEST) for name in some["scores"]):
-            lines += [f"### Confusions of tones, {PRIMARY_TEST}", ""]
             for arm in arms:
-                lines += [*confusions(results, part, arm, PRIMARY_TEST), ""]
-            lines += [f"![Tone errors of {part}](figures/{part}.png)", ""]
-    lines += ["## What the mechanisms learned", "", *learned(results), ""]
-    path.write_text("\n".join(lines), encoding="utf-8")
+                cell = show(results.rates(part, arm, condition, measure))
+                if arm in compared:
+                    comparison = compared[arm]
+                    cell += f"<br>{show_difference(comparison)} ({comparison.low:+.1f} to {comparison.high:+.1f})"
+                cells.append(cell)
+            rows.append([test, measure, *cells])
+    return table(["test", "measure", *(f"`{arm}`" for arm in arms)], rows)
 
 
-def machines(arms: dict) -> str:
-    return "; ".join(sorted({row["machine"] for rows in arms.values() for row in rows.values()}))
+def list_conditions(results: Results, part: str) -> list[str]:
+    """Tone errors by forced choice under every condition and change of F0, and the difference to the baseline where F0
+    is as trained. A change of F0 is compared with nothing: it breaks what the arm learned."""
+    arms = list(results.rows[part])
+    rows = []
+    for condition in results.conditions(part):
+        if FORCED_CHOICE not in results.measures(part, condition):
+            continue
+        compared = results.against_baseline(part, condition, FORCED_CHOICE)
+        for change, words in CHANGES.items():
+            cells = []
+            for arm in arms:
+                cell = show(results.rates(part, arm, condition, FORCED_CHOICE, change))
+                if cell and change is None and arm in compared:
+                    comparison = compared[arm]
+                    cell += f"<br>{show_difference(comparison)} ({comparison.low:+.1f} to {comparison.high:+.1f})"
+                cells.append(cell)
+            if any(cells):
+                rows.append([condition, words, *cells])
+    return table(["test", "F0", *(f"`{arm}`" for arm in arms)], rows) if rows else []
+
+
+def thirds(values: np.ndarray, tones: np.ndarray) -> np.ndarray:
+    """The third, 0 to 2, that each utterance falls into among those with the same tones, by a value of it. So tones are
+    as frequent in one third as in another."""
+    groups = np.zeros(len(values), dtype=int)
+    for tone in set(tones):
+        members = np.flatnonzero(tones == tone)
+        order = members[np.argsort(values[members], kind="stable")]
+        groups[order] = np.arange(len(order)) * 3 // len(order)
+    return groups
+
+
+def locate_errors(results: Results, part: str) -> list[str]:
+    """Tone errors of the main test by tone, by how long a syllable is voiced, and by the voiced share of the frames."""
+    condition = results.conditions(part)[0]
+    if FORCED_CHOICE not in results.measures(part, condition):
+        return []
+    arms, some = results.rows[part], results.some_row(part)
+    told = results.texts(part, some["arm"], some["seed"])[own_test(some, condition)]
+    tones = np.array(told["right"])
+    described = results.describe(condition, len(tones))
+    shares = np.array(described["voiced"])
+    seconds = shares * described["duration"] / np.maximum([len(right) for right in tones], 1)
+    groups = {f"tone {tone}": tones == tone for tone in sorted(set(tones)) if len(tone) == 1}
+    for name, values, unit in (("voiced", seconds, "s"), ("voiced share", shares, "")):
+        third = thirds(values, tones)
+        for number, word in enumerate(("least", "middle", "most")):
+            if (third == number).any():
+                mean = values[third == number].mean()
+                groups[f"{name}: {word}, {mean:.2f} {unit}".strip()] = third == number
+    rows = []
+    for name, chosen in groups.items():
+        cells = []
+        for arm, runs in arms.items():
+            tests = {seed: own_test(row, condition) for seed, row in runs.items()}
+            found = [results.errors(part, arm, seed, test, FORCED_CHOICE) for seed, test in tests.items()]
+            rates = [100.0 * wrong[chosen].sum() / asked[chosen].sum() for wrong, asked in found if asked[chosen].any()]
+            cells.append(show(rates))
+        rows.append([name, str(int(chosen.sum())), *cells])
+    return table(["utterances", "number", *(f"`{arm}`" for arm in arms)], rows)
+
+
+def confuse(results: Results, part: str) -> list[str]:
+    """Which tone was heard as which, by forced choice in the main test, in percent of each tone, over all seeds."""
+    condition = results.conditions(part)[0]
+    if FORCED_CHOICE not in results.measures(part, condition):
+        return []
+    rows, tones = [], set()
+    for arm, runs in results.rows[part].items():
+        pairs = defaultdict(int)
+        for seed, row in runs.items():
+            told = results.texts(part, arm, seed)[own_test(row, condition)]
+            for right, chosen in zip(told["right"], told["both"]):
+                for pair in zip(right, chosen):
+                    pairs[pair] += 1
+        tones |= {tone for pair in pairs for tone in pair}
+        rows.append((arm, pairs))
+    tones = sorted(tones)
+    cells = [
+        [f"`{arm}`", tone, *(f"{100 * pairs[tone, heard] / total:.0f}" for heard in tones)]
+        for arm, pairs in rows
+        for tone in tones
+        if (total := sum(pairs[tone, heard] for heard in tones))
+    ]
+    return table(["arm", "spoken", *(f"heard as {tone}" for tone in tones)], cells)
+
+
+DETAILS = (
+    ("All measures", "The second line of a cell is the difference to the baseline.", list_measures),
+    (
+        "Tones by forced choice, by condition",
+        "The second line of a cell is the difference to the baseline. F0 is changed in the tests alone.",
+        list_conditions,
+    ),
+    (
+        "Tones by forced choice, by kind of utterance",
+        "Utterances are split in thirds by how long a syllable is voiced, and by the voiced share of the frames, among"
+        " those of the same tone: each third has the same tones. The value is the mean of the third.",
+        locate_errors,
+    ),
+    ("Tones heard as other tones", "In percent of the spoken tone, by forced choice, all seeds together.", confuse),
+)
+
+
+# What the mechanisms learned ----------------------------------------------------------------------------------------
+
+
+def show_gain(values: np.ndarray, digits: int = 2) -> str:
+    """Mean over seeds with its interval, and in how many seeds the sign is that of the mean."""
+    mean = values.mean()
+    if not values.any():
+        return "0"
+    agree = int((np.sign(values) == np.sign(mean)).sum())
+    return f"{show(list(values), digits)} ({agree}/{len(values)})"
+
+
+def rotary_seconds(settings: dict) -> np.ndarray:
+    """Seconds in which each rotary pair turns once without pitch, `(pairs,)`."""
+    pairs = settings["hidden_size"] // HEADS // 2
+    omega = ROTARY_THETA ** (-np.arange(pairs) / pairs)  # rad a frame of the encoder
+    return 2 * np.pi / omega * FRAME_SECONDS * math.prod(settings["stem_strides"])
+
+
+def list_single_gains(results: Results) -> list[str]:
+    rows = []
+    for part, arms in results.rows.items():
+        for arm in arms:
+            radius, blend = results.learned(part, arm, r"rotary_emb\.gain$"), results.learned(part, arm, "blend$")
+            weights = results.learned(part, arm, r"stems\.pitch.*\.rms$")
+            gates = results.learned(part, arm, r"pitch_proj\.weight\.rms$")
+            shares = [100.0 / (1.0 + np.exp(-values[:, 0])) for values in blend.values()]
+            row = [part, f"`{arm}`", str(len(arms[arm]))]
+            row.append("".join(show_gain(values[:, 0]) for values in radius.values()))
+            row.append("".join(show(list(share)) for share in shares))
+            row.append("".join(show(list(values[:, 0]), 3) for values in weights.values()))
+            row.append(show(list(np.mean([values[:, 0] for values in gates.values()], axis=0)), 3) if gates else "")
+            rows.append(row)
+    header = ["part", "arm", "seeds", "radius gain (seeds of this sign)", "weight of the pitch stem (%)"]
+    return table([*header, "its first convolution (rms)", "gates (rms, mean of the layers)"], rows)
+
+
+def list_contour_gains(results: Results, part: str) -> list[str]:
+    """Gains of theta by rotary pair, an arm a column."""
+    found = {arm: results.learned(part, arm, r"rotary_emb\.contour_gain$") for arm in results.rows[part]}
+    found = {arm: next(iter(values.values())) for arm, values in found.items() if values}
+    if not found:
+        return []
+    seconds = rotary_seconds(results.some_row(part)["settings"])
+    rows = [
+        [str(pair + 1), f"{seconds[pair]:.2f}", *(show_gain(values[:, pair]) for values in found.values())]
+        for pair in range(len(seconds))
+    ]
+    return table(["rotary pair", "seconds a turn", *(f"`{arm}`" for arm in found)], rows)
+
+
+def list_bias_strengths(results: Results, part: str) -> list[str]:
+    """Strengths of the bias by layer and head."""
+    rows = []
+    for arm in results.rows[part]:
+        for layer, strengths in enumerate(results.learned(part, arm, "bias_strength$").values()):
+            rows.append([f"`{arm}`", str(layer + 1), *(show_gain(strength) for strength in strengths.T)])
+    return table(["arm", "layer", *(f"head {head + 1}" for head in range(HEADS))], rows) if rows else []
+
+
+def list_learned(results: Results) -> list[str]:
+    lines = [
+        "## What the mechanisms learned",
+        "",
+        "Mean over seeds; in brackets, in how many of the seeds the sign is that of the mean. All arms of a part start"
+        " from one trunk, so a layer, a head or a rotary pair is the same one in every seed. Gains and strengths start"
+        " at 0, the weight of the pitch stem at 11.9%. Whether attention follows the contour cannot be told from rows:"
+        " the models are not stored.",
+        "",
+        *list_single_gains(results),
+    ]
+    for title, make, note in (
+        (
+            "Gains of theta",
+            list_contour_gains,
+            "A positive gain turns the pair faster where pitch is high in the utterance, a negative one slower; a gain"
+            " of 1 changes the speed by 38% one standard deviation from the mean. With the bias, the last pair is not"
+            " used.",
+        ),
+        (
+            "Strengths of the bias",
+            list_bias_strengths,
+            "Positive: frames of similar pitch attend more to each other. Negative: frames of different pitch do.",
+        ),
+    ):
+        tables = {part: made for part in results.rows if (made := make(results, part))}
+        if tables:
+            lines += [f"### {title}", "", note, ""]
+        for part, made in tables.items():
+            lines += [f"`{part}`:", "", *made]
+    return lines
+
+
+def write(results: Results, folder: Path):
+    """Writes `report.md`, what decides, and `report_details.md`, all else."""
+    lines = [INTRODUCTION, READING]
+    for part in results.rows:
+        lines += summarize(results, part)
+    lines += contrast(results) if "primary" in results.rows else []
+    lines += ["## Figures", ""]
+    for name, words in FIGURES.items():
+        if (folder / "figures" / f"{name}.png").exists():
+            lines += [f"![{words}](figures/{name}.png)", ""]
+    (folder / "report.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    lines = [DETAILS_INTRODUCTION, READING]
+    for part in results.rows:
+        lines += [f"## {part}", "", describe_runs(results, part), ""]
+        for title, note, make in DETAILS:
+            made = make(results, part)
+            lines += [f"### {title}", "", note, "", *made] if made else []
+    lines += list_learned(results)
+    (folder / "report_details.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def describe_runs(results: Results, part: str) -> str:
+    arms = results.rows[part]
+    machines = sorted({row["machine"] for runs in arms.values() for row in runs.values()})
+    minutes = {arm: np.mean([row["training_seconds"] for row in runs.values()]) / 60 for arm, runs in arms.items()}
+    took = ", ".join(f"`{arm}` {value:.0f}" for arm, value in minutes.items())
+    trained = ", ".join(results.some_row(part)["train"])
+    return f"Trained on {trained}. Machines: {'; '.join(machines)}. Minutes of training: {took}."
 
 
 def main():
@@ -294,8 +392,12 @@ def main():
     parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
     arguments = parser.parse_args()
     results = Results(arguments.results)
-    draw(results, arguments.results.parent / "figures")
-    write(results, arguments.results.parent / "report.md")
+    folder = arguments.results.parent / "figures"
+    folder.mkdir(exist_ok=True)
+    draw_differences(results, folder / "differences.png")
+    draw_conditions(results, folder / "conditions.png")
+    draw_gains(results, folder / "gains.png")
+    write(results, arguments.results.parent)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from corpora import Corpora, change_f0, drop_voicing, read_manifest
 from echo_hf import EchoFeatureExtractor, EchoProcessor, EchoTokenizer
 from echo_hf.metrics import score
 from models import ARMS, Arm, Settings, build_model, learned_scalars, train
-from scoring import TONES, choose_tones, transcribe
+from scoring import ACCENTED, TONES, choose_tones, transcribe
 
 HERE = Path(__file__).parent
 
@@ -204,6 +204,7 @@ class Study:
             "learned": learned_scalars(model),
             "scores": scores,
         }
+        self.describe(part)
         folder = self.results.parent / "texts"
         folder.mkdir(exist_ok=True)
         with gzip.open(folder / f"{part.name}-{arm_name}-{seed}.json.gz", "wt", encoding="utf-8") as file:
@@ -213,6 +214,31 @@ class Study:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
         print(f"{part.name} {arm_name} {seed}: {json.dumps(scores)}", flush=True)
         return True
+
+    def describe(self, part: Part):
+        """Adds to `utterances.json.gz`, beside the results, what the report has to know of the utterances of a part's
+        tests, in the order of the stored texts: audio, text, language, duration in seconds, and the voiced share of the
+        frames in the clean audio."""
+        path = self.results.parent / "utterances.json.gz"
+        with open(self.cache / "locks" / "utterances", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            table = json.loads(gzip.decompress(path.read_bytes())) if path.exists() else {}
+            missing = [test for test in part.tests if "/".join(test) not in table]
+            for corpus, split in missing:
+                lines = (self.speech / corpus / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+                manifest = [json.loads(line) for line in lines]
+                voiced = [
+                    round(float((row["input_features"][:, -1] > 0).mean()), 2)
+                    for row in self.rows(part, ARMS["baseline"], (corpus, split, "clean"))
+                ]
+                table[f"{corpus}/{split}"] = {
+                    **{name: [row[name] for row in manifest] for name in ("audio", "text", "language", "duration")},
+                    "voiced": voiced,
+                }
+            if missing:
+                partial = path.with_suffix(".partial")
+                partial.write_bytes(gzip.compress(json.dumps(table, ensure_ascii=False).encode(), mtime=0))
+                partial.replace(path)
 
     def tests(self, part: Part, arm_name: str):
         """Names and rows of all that an arm is tested on. F0 is changed as in training, and beside it, as controls,
@@ -237,8 +263,8 @@ class Study:
         """Counts of errors, and per clip the text and the forced choices."""
         heard = transcribe(model, processor, rows)
         language = rows[0]["language"]
-        accents = {"tones": "accents"} if language == "mdw" else {}
-        counts, told = score([row["text"] for row in rows], heard, None, **accents).to_dict(), {"texts": heard}
+        tones = "accents" if language in ACCENTED else "digits"
+        counts, told = score([row["text"] for row in rows], heard, None, tones).to_dict(), {"texts": heard}
         if language not in TONES:
             return counts, told
         choices = choose_tones(model, processor, rows)

@@ -1,12 +1,15 @@
 """What a model of the study made of a set of clips: free-running texts, and a forced choice among tones."""
 
 import re
+from functools import cache
 
 import torch
 
 from echo_hf import EchoForConditionalGeneration, EchoProcessor
+from echo_hf.metrics import RATES, score
 
 TONES = {"cmn": "1234", "yue": "123456"}
+ACCENTED = ("mdw",)  # languages that write tone as accents
 SYLLABLE = re.compile(r"([^\d\s]+)(\d)")
 BATCH_SIZE = 64
 CHOICES_AT_ONCE = 32  # clips whose candidates are scored together
@@ -110,3 +113,10 @@ def score_texts(
         zero_infinity=False,
     )
     return decoder, ctc
+
+
+@cache
+def count_errors(reference: str, text: str, language: str) -> dict[str, tuple[int, int]]:
+    """Errors of one utterance's text and what could be wrong in it, by the name of the rate, such as `"wer"`."""
+    counts = score([reference], [text], None, "accents" if language in ACCENTED else "digits").to_dict()
+    return {name: (counts[rate.errors], counts[rate.total]) for name, rate in RATES.items() if rate.errors in counts}

@@ -11,11 +11,12 @@ import torch
 
 import report
 import run
+from comparison import FORCED_CHOICE, RESAMPLES, WORDS, Results, bootstrap, holm, interval, own_test
 from conftest import SAMPLING_RATE, voice
 from corpora import add_noise, change_f0, flatten
 from echo_hf.pitch_echo import estimate_f0
 from models import ARMS, Settings, build_model
-from scoring import candidates
+from scoring import candidates, count_errors
 
 TINY = Settings(
     hidden_size=16,
@@ -26,19 +27,25 @@ TINY = Settings(
     batch_size=4,
     warmup_steps=1,
 )
-CORPORA = ("mandarin_words", "mandarin_syllables", "mandarin_syllables_other")
+TONED = ("ma1", "ma4", "shu3 xue2", "ba5")
+CORPORA = {  # language and texts
+    **dict.fromkeys(("mandarin_words", "mandarin_syllables", "mandarin_syllables_other"), ("cmn", TONED)),
+    "cantonese_syllables": ("yue", ("baa1", "baa6", "si4", "jyu5")),
+    "mboshi": ("mdw", ("ng\u00e1 ot\u00e9", "wa ba", "adi", "ik\u00f3\u00f3 w\u00f3")),
+    "speechocean762": ("en", ("it was good", "call it", "bear", "we like it")),
+}
 
 
 @pytest.fixture(scope="module")
 def speech(tmp_path_factory):
-    """Three corpora of a few hums each, at other pitches, with toned texts."""
+    """Corpora of a few hums each, at other pitches."""
     folder = tmp_path_factory.mktemp("speech")
-    for corpus in CORPORA:
+    for corpus, (language, texts) in CORPORA.items():
         (folder / corpus).mkdir()
         rows = []
-        for number, text in enumerate(("ma1", "ma4", "shu3 xue2", "ba5")):
+        for number, text in enumerate(texts):
             soundfile.write(folder / corpus / f"{number}.wav", voice(0.5, 110.0 + 30.0 * number), SAMPLING_RATE)
-            rows.append({"audio": f"{number}.wav", "text": text, "language": "cmn", "duration": 0.5})
+            rows.append({"audio": f"{number}.wav", "text": text, "language": language, "duration": 0.5})
         for split in ("train", "dev", "test"):
             (folder / corpus / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -88,18 +95,78 @@ def test_what_is_done_is_skipped(results, speech, part):
 
 @pytest.mark.slow
 def test_the_report_follows_from_the_rows(results):
-    found = report.Results(results)
-    report.draw(found, results.parent / "figures")
-    report.write(found, results.parent / "report.md")
-    text = (results.parent / "report.md").read_text()
-    rates = [
-        report.measure(row["scores"]["mandarin_syllables_other/test/clean/real"], report.FORCED_CHOICE)
+    found = Results(results)
+    folder = results.parent
+    (folder / "figures").mkdir()
+    report.draw_differences(found, folder / "figures" / "differences.png")
+    report.draw_conditions(found, folder / "figures" / "conditions.png")
+    report.draw_gains(found, folder / "figures" / "gains.png")
+    report.write(found, folder)
+    text = (folder / "report.md").read_text()
+    scores = {
+        (row["arm"], row["seed"]): row["scores"]["mandarin_syllables_other/test/clean/real"]["forced_both"]
         for row in read(results)
-        if row["arm"] == "input"
+    }
+    rates = [100.0 * wrong / asked for (arm, _), (wrong, asked) in scores.items() if arm == "input"]
+    differences = [
+        100.0 * (scores["input", seed][0] - scores["baseline", seed][0]) / scores["input", seed][1] for seed in (1, 2)
     ]
-    mean, half = report.interval(rates)
-    assert f"| `input` | 2 | {mean:.1f} ± {half:.1f} |" in text
-    assert (results.parent / "figures" / "primary.png").stat().st_size > 1000
+    (mean, half), (shift, width) = interval(rates), interval(differences)
+    row = next(line for line in text.splitlines() if line.startswith("| `input` | 2 |"))
+    assert f" {mean:.1f} ± {half:.1f} | 2 | {shift:+.1f} ± {width:.1f} |" in row
+    for name in report.FIGURES:
+        assert (folder / "figures" / f"{name}.png").stat().st_size > 1000
+        assert f"figures/{name}.png" in text
+    details = (folder / "report_details.md").read_text()
+    assert "| mandarin_words/test | base syllables, free-running |" in details
+    assert "Gains of theta" in details and "Strengths of the bias" in details
+
+
+@pytest.mark.slow
+def test_utterances_are_described_once_in_the_order_of_their_texts(results, speech):
+    found = Results(results)
+    assert list(found.utterances) == ["mandarin_syllables_other/test", "mandarin_syllables/test", "mandarin_words/test"]
+    described = found.describe("mandarin_words/test/clean/real", 4)
+    assert described["text"] == list(TONED) and described["audio"] == [f"{number}.wav" for number in range(4)]
+    assert all(0.5 < share <= 1.0 for share in described["voiced"])  # hums
+    with pytest.raises(ValueError, match="describes 4 utterances of mandarin_words/test, but the runs have 5 texts"):
+        found.describe("mandarin_words/test/clean/real", 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mboshi", "cantonese", "mel_23", "minutes_15", "frames_80", "english"])
+def test_every_part_runs_and_is_reported(speech, tmp_path, name):
+    part = next(part for part in run.PARTS if part.name == name)
+    changes = {key: getattr(part.settings, key) for key in ("num_mel_bins", "stem_strides", "minutes")}
+    part = dataclasses.replace(
+        part, arms=("baseline", "all"), seeds=(1,), settings=dataclasses.replace(TINY, **changes)
+    )
+    run.Study(speech, tmp_path / "cache", tmp_path / "results.jsonl").work((part,))
+    found = Results(tmp_path / "results.jsonl")
+    report.write(found, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    measures = found.measures(name, found.conditions(name)[0])
+    assert (measures[0] == FORCED_CHOICE) == (name not in ("mboshi", "english"))
+    for measure in measures[:1] if measures[0] == FORCED_CHOICE else measures:
+        assert f"## {name}: {measure} (" in text
+    assert_counts_follow_from_texts(found, name, "all", 1)
+
+
+def assert_counts_follow_from_texts(found, part, arm, seed):
+    """The errors of the utterances add up to the counts that were stored when the model was tested."""
+    row = found.rows[part][arm][seed]
+    for condition in found.conditions(part):
+        if condition.endswith("/clean"):
+            test = own_test(row, condition)
+            stored = row["scores"][test]
+            for measure in found.measures(part, condition):
+                errors, counts = found.errors(part, arm, seed, test, measure)
+                if measure == FORCED_CHOICE:
+                    assert [errors.sum(), counts.sum()] == stored["forced_both"]
+                elif measure == WORDS:
+                    assert (errors.sum(), counts.sum()) == (stored["word_errors"], stored["reference_words"])
+                elif measure.startswith("tones, free"):
+                    assert (errors.sum(), counts.sum()) == (stored["tone_errors"], stored["reference_tones"])
 
 
 def test_all_arms_of_a_seed_start_as_its_trunk(speech, part, tmp_path):
@@ -160,11 +227,92 @@ def test_flattened_audio_has_one_pitch():
 
 
 def test_intervals_and_corrections_have_known_values():
-    mean, half = report.interval([1.0, 2.0, 3.0])
+    mean, half = interval([1.0, 2.0, 3.0])
     assert mean == 2.0 and half == pytest.approx(4.303 / np.sqrt(3.0))
-    assert report.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
     counts = np.ones(20, dtype=int)
-    low, high, p = report.bootstrap(-np.ones((3, 20)), counts)
-    assert (low, high) == (-100.0, -100.0) and p == 1.0 / report.RESAMPLES
-    low, high, p = report.bootstrap(np.tile([1.0, -1.0], (3, 10)), counts)
+    low, high, p = bootstrap(-np.ones((3, 20)), counts)
+    assert (low, high) == (-100.0, -100.0) and p == 1.0 / RESAMPLES
+    low, high, p = bootstrap(np.tile([1.0, -1.0], (3, 10)), counts)
     assert low < 0 < high and p > 0.5
+
+
+def test_bootstrap_is_as_wide_as_the_spread_of_utterances_and_of_seeds():
+    chance = np.random.default_rng(3)
+    differences = chance.integers(-1, 2, size=(1, 400))
+    low, high, _ = bootstrap(differences, np.full(400, 2))
+    assert high - low == pytest.approx(2 * 1.96 * 50.0 * differences.std() / np.sqrt(400), rel=0.05)
+    by_seed = np.array([[-2.0], [0.0], [1.0], [3.0]])  # all utterances alike, so seeds alone differ
+    low, high, p = bootstrap(np.repeat(by_seed, 50, axis=1), np.full(50, 4))
+    assert high - low == pytest.approx(2 * 1.96 * 25.0 * by_seed.std() / np.sqrt(4), rel=0.15) and p > 0.3
+
+
+def store(folder, runs, described):
+    """Writes runs, by part, arm and seed the texts, as the study stores them."""
+    (folder / "texts").mkdir()
+    rows = []
+    for (part, arm, seed), texts in runs.items():
+        test, counts = f"{part}/test/clean/real", count_errors("", "", described[f"{part}/test"]["language"][0])
+        row = {"part": part, "arm": arm, "seed": seed, "train": [part], "settings": {}, "learned": {}, "parameters": 5}
+        rows.append(row | {"machine": "none", "training_seconds": 60, "scores": {test: counts}})
+        with gzip.open(folder / "texts" / f"{part}-{arm}-{seed}.json.gz", "wt", encoding="utf-8") as file:
+            json.dump({test: {"texts": texts}}, file)
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "utterances.json.gz").write_bytes(gzip.compress(json.dumps(described).encode()))
+    return Results(folder / "results.jsonl")
+
+
+def test_arms_are_compared_in_the_seeds_that_both_have_and_with_their_own_baseline(tmp_path):
+    described = {
+        "mboshi/test": {"text": ["ng\u00e1 ot\u00e9", "wa"], "language": ["mdw"] * 2},
+        "english/test": {"text": ["it was"], "language": ["en"]},
+        "primary/test": {"text": ["ma1"], "language": ["cmn"]},
+    }
+    right, wrong = ["ng\u00e1 ot\u00e9", "wa"], ["nga ot\u00e9", "wo"]  # two words, one of them in its tone alone
+    runs = {("mboshi", "baseline", seed): wrong for seed in (1, 2)} | {("primary", "baseline", 1): ["ma1"]}
+    runs |= {("mboshi", "input", seed): texts for seed, texts in ((2, wrong), (3, right), (1, right))}
+    runs |= {("english", "input", 1): ["it is"]}
+    found = store(tmp_path, runs, described)
+    differences = {
+        measure: found.against_baseline("mboshi", "mboshi/test/clean", measure)["input"]
+        for measure in found.measures("mboshi", "mboshi/test/clean")
+    }
+    assert [found.by_seed for found in differences.values()] == [
+        pytest.approx((-200 / 3, 0.0)),  # words
+        pytest.approx((-25.0, 0.0)),  # tones of four vowels
+        pytest.approx((-100 / 3, 0.0)),  # words without tone marks
+    ]
+    assert differences[WORDS].share == -50.0
+    assert differences[WORDS].interval[0] == pytest.approx(-100 / 3)
+    # English was trained on other speech than the primary part, so its baseline is not that of the primary part.
+    assert found.baseline_part("english") is None
+    assert found.against_baseline("english", "english/test/clean", WORDS) == {}
+    report.write(found, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "| `input` | 3 | 5 | 22.2 ± 95.6 | 2 | -33.3 ± 423.5 |" in text
+    assert "| `input` | 1 | 5 | 50.0 |  |" in text.split("## english")[1]
+
+
+def test_thirds_have_the_same_tones():
+    tones = np.array(list("111111444444"))
+    values = np.array([6, 5, 4, 3, 2, 1, 60, 10, 50, 20, 40, 30])
+    groups = report.thirds(values, tones)
+    assert groups.tolist() == [2, 2, 1, 1, 0, 0, 2, 0, 2, 0, 1, 1]
+
+
+def test_stored_runs_fit_the_described_utterances():
+    """What is in the repository: texts in the order of the utterances, and counts that follow from them."""
+    path = report.HERE / "utterances.json.gz"
+    assert path.stat().st_size < 100_000
+    found = Results(report.HERE / "results.jsonl")
+    assert {"/".join(test) for part in run.PARTS for test in part.tests} == set(found.utterances)
+    for part in found.rows:
+        arm, rows = next(iter(found.rows[part].items()))
+        assert_counts_follow_from_texts(found, part, arm, next(iter(rows)))
+        for condition in found.conditions(part):
+            test = own_test(next(iter(rows.values())), condition)
+            told = found.texts(part, arm, next(iter(rows)))[test]
+            described = found.describe(test, len(told["texts"]))
+            if "right" in told:
+                asked = [candidates(*utterance) for utterance in zip(described["text"], described["language"])]
+                assert ["".join(tone for _, tone, _ in choices) for choices in asked] == told["right"]
