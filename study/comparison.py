@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from scoring import count_errors
 
 RESAMPLES = 10_000
 SEED = 0  # of the bootstrap
+ENCODER_HEADS = 4
+ROTARY_THETA = 10000.0
+FRAME_SECONDS = 0.01  # of the features; the strides of the stem make encoder frames of them
 
 # Two-sided 97.5% quantiles of Student's t for 1 to 30 degrees of freedom.
 T_QUANTILES = (
@@ -232,3 +236,16 @@ class Results:
 def own_test(row: dict, condition: str) -> str:
     """The name of a test as the arm was trained: with F0 changed as it was in training."""
     return next(name for name in row["scores"] if name.startswith(condition + "/"))
+
+
+def turn_seconds(settings: dict) -> np.ndarray:
+    """Seconds in which each rotary pair of the encoder turns once without pitch, `(pairs,)`."""
+    pairs = settings["hidden_size"] // ENCODER_HEADS // 2
+    omega = ROTARY_THETA ** (-np.arange(pairs) / pairs)  # rad a frame of the encoder
+    return 2.0 * np.pi / omega * FRAME_SECONDS * math.prod(settings["stem_strides"])
+
+
+def warped_speed(gains: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """What gains of theta, `(seeds, pairs)`, add to the speed of each pair where pitch is one standard deviation above
+    the mean of the utterance, in rad a second, from the pairs' seconds a turn, `(pairs,)`."""
+    return 0.5 * np.tanh(gains) * 2.0 * np.pi / seconds

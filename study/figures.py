@@ -2,15 +2,11 @@
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import numpy as np
-from matplotlib import pyplot
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from comparison import FORCED_CHOICE, Results, interval
+from comparison import FORCED_CHOICE, Results, interval, turn_seconds, warped_speed
 
 # Okabe and Ito's colors, which differ for all kinds of color vision (https://jfly.uni-koeln.de/color/); markers too.
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
@@ -29,7 +25,6 @@ CHANGES = {None: "as\ntrained", "zero": "0", "constant": "150 Hz", "shuffled": "
 
 def save(figure: Figure, path: Path):
     figure.savefig(path, dpi=RESOLUTION, metadata={"Software": None})
-    pyplot.close(figure)
 
 
 def half_width(values) -> float:
@@ -45,7 +40,7 @@ def style(number: int) -> dict[str, str]:
 
 def add_legend(figure: Figure, arms: dict[str, int], more=()):
     """Names of arms, by their numbers, below a figure."""
-    handles = [pyplot.Line2D([], [], linestyle="", label=arm, **style(number)) for arm, number in arms.items()]
+    handles = [Line2D([], [], linestyle="", label=arm, **style(number)) for arm, number in arms.items()]
     handles += more
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
 
@@ -62,7 +57,8 @@ def draw_differences(results: Results, path: Path):
             rows += [(f"{part}: {measure.split(',')[0]}", None), *compared.items()]
     if not rows:
         return
-    figure, axes = pyplot.subplots(figsize=(8, 1.1 + 0.25 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(8, 1.1 + 0.25 * len(rows)), layout="constrained")
+    axes = figure.subplots()
     for place, (_, comparison) in enumerate(rows):
         if comparison is None:
             continue
@@ -91,9 +87,8 @@ def draw_conditions(results: Results, path: Path, part: str = "primary"):
     known = [name for name in CONDITIONS if f"{test}/{name}" in results.conditions(part)]
     left = [(CONDITIONS[name], f"{test}/{name}", None) for name in known]
     right = [(words, f"{test}/clean", change) for change, words in CHANGES.items()]
-    figure, panels = pyplot.subplots(
-        1, 2, figsize=(11, 4.5), sharey=True, layout="constrained", width_ratios=(max(len(left), 1), len(right))
-    )
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True, width_ratios=(max(len(left), 1), len(right)))
     titles = "F0 tracked on what is heard", "clean, F0 changed in the test"
     for axes, tests, title in zip(panels, (left, right), titles):
         for number, arm in enumerate(arms):
@@ -108,7 +103,7 @@ def draw_conditions(results: Results, path: Path, part: str = "primary"):
         axes.set_xticks(range(len(tests)), [words for words, _, _ in tests], fontsize=9)
         axes.set_xlim(-0.5, len(tests) - 0.5)
         axes.set_title(title)
-    chance = pyplot.Line2D([], [], color="0.5", linestyle=":", label="chance")
+    chance = Line2D([], [], color="0.5", linestyle=":", label="chance")
     add_legend(figure, {arm: number for number, arm in enumerate(arms)}, [chance])
     panels[0].set_ylim(bottom=0.0)
     panels[0].set_ylabel(f"tone errors by forced choice (%)\n{test}")
@@ -116,8 +111,8 @@ def draw_conditions(results: Results, path: Path, part: str = "primary"):
 
 
 def draw_gains(results: Results, path: Path, parts: tuple[str, ...] = ("primary", "ladder")):
-    """Gains of theta by rotary pair, gains of the radius by arm, strengths of the bias by layer and head. Nothing is
-    drawn if no arm of the parts has any."""
+    """What the gains of theta do by rotary pair, gains of the radius by arm, strengths of the bias by layer and head.
+    Nothing is drawn if no arm of the parts has any."""
     arms = [(part, arm) for part in parts for arm in results.rows.get(part, {})]
     theta = {arm: results.learned(*arm, r"rotary_emb\.contour_gain$") for arm in arms}
     radius = {arm: results.learned(*arm, r"rotary_emb\.gain$") for arm in arms}
@@ -126,14 +121,18 @@ def draw_gains(results: Results, path: Path, parts: tuple[str, ...] = ("primary"
     if not any(kinds):
         return
     numbers = {arm: number for number, arm in enumerate(dict.fromkeys(arm for kind in kinds for arm in kind))}
-    figure, (first, second, third) = pyplot.subplots(
-        1, 3, figsize=(13, 4.3), layout="constrained", width_ratios=(4, 2, 5)
-    )
-    values = {arm: next(iter(found.values())) for arm, found in kinds[0].items()}
+    figure = Figure(figsize=(13, 4.3), layout="constrained")
+    first, second, third = figure.subplots(1, 3, width_ratios=(4, 2, 5))
+    seconds = {part: turn_seconds(results.some_row(part)["settings"]) for part, _ in arms}
+    values = {arm: warped_speed(next(iter(found.values())), seconds[arm[0]]) for arm, found in kinds[0].items()}
     draw_by_place(first, values, numbers, lines=True)
-    first.set_xticks(range(1, 1 + max((found.shape[1] for found in values.values()), default=0)))
-    first.set_xlabel("rotary pair, fast to slow")
-    first.set_title("theta: gain of the contour")
+    shown = next(iter(seconds.values()))[::2]
+    first.set_xticks(
+        range(1, 2 * len(shown), 2), [f"{second:.2f}" if second < 10.0 else f"{second:.0f}" for second in shown]
+    )
+    first.set_xlabel("seconds in which the rotary pair turns once")
+    first.set_ylabel("added speed where pitch is high (rad/s)")
+    first.set_title("theta: effect of the gains")
     for place, (arm, found) in enumerate(kinds[1].items()):
         points = next(iter(found.values()))[:, 0]
         second.plot([place + 0.2] * len(points), points, "_", color="0.4")

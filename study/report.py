@@ -7,21 +7,16 @@ and `figures/`. Every number is recomputed.
 """
 
 import argparse
-import math
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
-from comparison import FORCED_CHOICE, Comparison, Results, holm, interval, own_test
+from comparison import FORCED_CHOICE, Comparison, Results, holm, interval, own_test, turn_seconds, warped_speed
 from figures import draw_conditions, draw_differences, draw_gains
 
 HERE = Path(__file__).parent
 CHANGES = {None: "as trained", "zero": "0", "constant": "150 Hz", "shuffled": "of another utterance"}
-HEADS = 4
-ROTARY_THETA = 10000.0
-FRAME_SECONDS = 0.01  # of the features; the strides of the stem make encoder frames of them
-
 # Pairs of arms beside those with the baseline: what each adds to the other. Not corrected for their number.
 CONTRASTS = (
     (("primary", "input"), ("primary", "voicing_flag")),
@@ -276,13 +271,6 @@ def show_gain(values: np.ndarray, digits: int = 2) -> str:
     return f"{show(list(values), digits)} ({agree}/{len(values)})"
 
 
-def rotary_seconds(settings: dict) -> np.ndarray:
-    """Seconds in which each rotary pair turns once without pitch, `(pairs,)`."""
-    pairs = settings["hidden_size"] // HEADS // 2
-    omega = ROTARY_THETA ** (-np.arange(pairs) / pairs)  # rad a frame of the encoder
-    return 2 * np.pi / omega * FRAME_SECONDS * math.prod(settings["stem_strides"])
-
-
 def list_single_gains(results: Results) -> list[str]:
     rows = []
     for part, arms in results.rows.items():
@@ -302,17 +290,18 @@ def list_single_gains(results: Results) -> list[str]:
 
 
 def list_contour_gains(results: Results, part: str) -> list[str]:
-    """Gains of theta by rotary pair, an arm a column."""
-    found = {arm: results.learned(part, arm, r"rotary_emb\.contour_gain$") for arm in results.rows[part]}
-    found = {arm: next(iter(values.values())) for arm, values in found.items() if values}
-    if not found:
+    """Gains of theta by rotary pair, an arm a column, and what they come to in rad a second."""
+    seconds = turn_seconds(results.some_row(part)["settings"])
+    columns = {}
+    for arm in results.rows[part]:
+        for gains in results.learned(part, arm, r"rotary_emb\.contour_gain$").values():
+            columns[f"`{arm}`"] = [show_gain(column) for column in gains.T]
+            columns[f"`{arm}`, rad/s"] = [show(list(column), 3) for column in warped_speed(gains, seconds).T]
+    if not columns:
         return []
-    seconds = rotary_seconds(results.some_row(part)["settings"])
-    rows = [
-        [str(pair + 1), f"{seconds[pair]:.2f}", *(show_gain(values[:, pair]) for values in found.values())]
-        for pair in range(len(seconds))
-    ]
-    return table(["rotary pair", "seconds a turn", *(f"`{arm}`" for arm in found)], rows)
+    rows = [[str(pair + 1), f"{second:.2f}"] for pair, second in enumerate(seconds)]
+    cells = [row + list(more) for row, more in zip(rows, zip(*columns.values()))]
+    return table(["rotary pair", "seconds a turn", *columns], cells)
 
 
 def list_bias_strengths(results: Results, part: str) -> list[str]:
@@ -321,7 +310,7 @@ def list_bias_strengths(results: Results, part: str) -> list[str]:
     for arm in results.rows[part]:
         for layer, strengths in enumerate(results.learned(part, arm, "bias_strength$").values()):
             rows.append([f"`{arm}`", str(layer + 1), *(show_gain(strength) for strength in strengths.T)])
-    return table(["arm", "layer", *(f"head {head + 1}" for head in range(HEADS))], rows) if rows else []
+    return table(["arm", "layer", *(f"head {head + 1}" for head in range(len(rows[0]) - 2))], rows) if rows else []
 
 
 def list_learned(results: Results) -> list[str]:
@@ -339,9 +328,9 @@ def list_learned(results: Results) -> list[str]:
         (
             "Gains of theta",
             list_contour_gains,
-            "A positive gain turns the pair faster where pitch is high in the utterance, a negative one slower; a gain"
-            " of 1 changes the speed by 38% one standard deviation from the mean. With the bias, the last pair is not"
-            " used.",
+            "A positive gain turns the pair faster where pitch is above the mean of the utterance, a negative one"
+            " slower. The rad/s are what it adds to the speed one standard deviation above the mean. They tell where a"
+            " gain does something: a large gain of a slow pair does little. With the bias, the last pair is not used.",
         ),
         (
             "Strengths of the bias",
