@@ -191,11 +191,12 @@ class Results:
         return described
 
     def rates(self, part: str, arm: str, condition: str, measure: str, change: str | None = None) -> list[float]:
-        """Error rates in percent, one a seed, with F0 as trained or changed otherwise; none where it was not tested."""
+        """Error rates in percent, one a seed, with F0 as trained or changed in the test; none where it was not."""
         rates = []
         for seed, row in self.rows[part][arm].items():
-            test = own_test(row, condition) if change is None else f"{condition}/{change}"
-            if test in row["scores"]:
+            own = own_test(row, condition)
+            test = own if change is None else f"{condition}/{change}"
+            if test in row["scores"] and (change is None or test != own):
                 errors, counts = self.errors(part, arm, seed, test, measure)
                 rates.append(100.0 * errors.sum() / counts.sum())
         return rates

@@ -123,13 +123,12 @@ def draw_gains(results: Results, path: Path, parts: tuple[str, ...] = ("primary"
     numbers = {arm: number for number, arm in enumerate(dict.fromkeys(arm for kind in kinds for arm in kind))}
     figure = Figure(figsize=(13, 4.3), layout="constrained")
     first, second, third = figure.subplots(1, 3, width_ratios=(4, 2, 5))
-    seconds = {part: turn_seconds(results.some_row(part)["settings"]) for part, _ in arms}
+    seconds = {part: turn_seconds(results.some_row(part)["settings"]) for part, _ in kinds[0]}
     values = {arm: warped_speed(next(iter(found.values())), seconds[arm[0]]) for arm, found in kinds[0].items()}
     draw_by_place(first, values, numbers, lines=True)
-    shown = next(iter(seconds.values()))[::2]
-    first.set_xticks(
-        range(1, 2 * len(shown), 2), [f"{second:.2f}" if second < 10.0 else f"{second:.0f}" for second in shown]
-    )
+    for turns in list(seconds.values())[:1]:
+        shown = [f"{turn:.2f}" if turn < 10.0 else f"{turn:.0f}" for turn in turns[::2]]
+        first.set_xticks(range(1, 2 * len(shown), 2), shown)
     first.set_xlabel("seconds in which the rotary pair turns once")
     first.set_ylabel("added speed where pitch is high (rad/s)")
     first.set_title("theta: effect of the gains")

@@ -46,8 +46,9 @@ corrected for the number of comparisons.
 READING = """\
 Errors are in percent. Differences are in percentage points, between runs of the same seed; a negative one is fewer
 errors. `±` is the 95% interval over seeds by Student's t. "a to b" is the 95% interval of a paired bootstrap over
-seeds and utterances, and p comes from the same bootstrap. A single seed has no interval over seeds, and its bootstrap
-is over utterances alone. With few seeds the bootstrap is too narrow; read the interval over seeds then.
+seeds and utterances, and p comes from the same bootstrap, 0.0001 at least before it is corrected. A single seed has no
+interval over seeds, and its bootstrap is over utterances alone. With few seeds the bootstrap is too narrow; read the
+interval over seeds then.
 """
 
 
@@ -67,10 +68,6 @@ def show(values: list[float], digits: int = 1) -> str:
 def show_difference(comparison: Comparison) -> str:
     mean, half = comparison.interval
     return f"{mean:+.1f} ± {half:.1f}" if np.isfinite(half) else f"{mean:+.1f}"
-
-
-def show_p(p: float) -> str:
-    return f"{p:.4f}" if p >= 0.0001 else "< 0.0001"
 
 
 FIGURES = {
@@ -107,7 +104,7 @@ def compare_arms(results: Results, part: str, measure: str) -> list[str]:
         if comparison is not None:
             share = "" if comparison.share is None else f"{comparison.share:+.0f}%"
             row += [str(len(comparison.by_seed)), show_difference(comparison)]
-            row += [f"{comparison.low:+.1f} to {comparison.high:+.1f}", show_p(corrected[arm]), share]
+            row += [f"{comparison.low:+.1f} to {comparison.high:+.1f}", f"{corrected[arm]:.4f}", share]
         rows.append(row + [""] * (9 - len(row)))
     header = ["arm", "seeds", "parameters", "errors", "paired seeds", "difference to `baseline`", "bootstrap"]
     heading = f"## {part}: {measure} ({condition.rpartition('/')[0]})"
@@ -121,11 +118,8 @@ def contrast(results: Results) -> list[str]:
     for arm, other in CONTRASTS:
         comparison = results.compare(arm, other, condition, FORCED_CHOICE)
         if comparison is not None:
-            bounds = f"{comparison.low:+.1f} to {comparison.high:+.1f}"
-            difference = show_difference(comparison)
-            rows.append(
-                [f"`{arm[1]}`", f"`{other[1]}`", str(len(comparison.by_seed)), difference, bounds, show_p(comparison.p)]
-            )
+            row = [f"`{arm[1]}`", f"`{other[1]}`", str(len(comparison.by_seed)), show_difference(comparison)]
+            rows.append([*row, f"{comparison.low:+.1f} to {comparison.high:+.1f}", f"{comparison.p:.4f}"])
     if not rows:
         return []
     header = ["arm", "less", "paired seeds", "difference", "bootstrap", "p (not corrected)"]
@@ -291,10 +285,10 @@ def list_single_gains(results: Results) -> list[str]:
 
 def list_contour_gains(results: Results, part: str) -> list[str]:
     """Gains of theta by rotary pair, an arm a column, and what they come to in rad a second."""
-    seconds = turn_seconds(results.some_row(part)["settings"])
     columns = {}
     for arm in results.rows[part]:
         for gains in results.learned(part, arm, r"rotary_emb\.contour_gain$").values():
+            seconds = turn_seconds(results.some_row(part)["settings"])
             columns[f"`{arm}`"] = [show_gain(column) for column in gains.T]
             columns[f"`{arm}`, rad/s"] = [show(list(column), 3) for column in warped_speed(gains, seconds).T]
     if not columns:

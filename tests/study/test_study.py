@@ -284,6 +284,8 @@ def test_arms_are_compared_in_the_seeds_that_both_have_and_with_their_own_baseli
     ]
     assert differences[WORDS].share == -50.0
     assert differences[WORDS].interval[0] == pytest.approx(-100 / 3)
+    assert found.rates("mboshi", "input", "mboshi/test/clean", WORDS) == pytest.approx([0.0, 200 / 3, 0.0])
+    assert found.rates("mboshi", "input", "mboshi/test/clean", WORDS, "real") == []  # as trained, so not changed
     # English was trained on other speech than the primary part, so its baseline is not that of the primary part.
     assert found.baseline_part("english") is None
     assert found.against_baseline("english", "english/test/clean", WORDS) == {}
@@ -291,6 +293,16 @@ def test_arms_are_compared_in_the_seeds_that_both_have_and_with_their_own_baseli
     text = (tmp_path / "report.md").read_text()
     assert "| `input` | 3 | 5 | 22.2 ± 95.6 | 2 | -33.3 ± 423.5 |" in text
     assert "| `input` | 1 | 5 | 50.0 |  |" in text.split("## english")[1]
+
+
+def test_gains_are_drawn_where_one_mechanism_has_run(tmp_path):
+    described = {"primary/test": {"text": ["ma1"], "language": ["cmn"]}}
+    found = store(tmp_path, {("primary", arm, 1): ["ma1"] for arm in ("baseline", "radius")}, described)
+    report.draw_gains(found, tmp_path / "gains.png")
+    assert not (tmp_path / "gains.png").exists()
+    found.rows["primary"]["radius"][1]["learned"] = {"model.encoder.rotary_emb.gain": [0.4]}
+    report.draw_gains(found, tmp_path / "gains.png")
+    assert (tmp_path / "gains.png").stat().st_size > 1000
 
 
 def test_thirds_have_the_same_tones():
