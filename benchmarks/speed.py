@@ -3,14 +3,16 @@
 All cases of a comparison run in turns and are reported as medians and ratios, since a shared machine varies less within
 a turn than between runs. Models have random weights and write a given number of tokens. The sections:
 
-    features    F0 trackers and whole features, against the log-mel spectrogram alone
-    pitch       encoder and training step, all pitch mechanisms against none
-    generation  transcription, against Moonshine-tiny, Speech2Text-small and Whisper-tiny
-    training    a training step, against the same three
-    scaling     encoder and training step as the audio and the batch grow
+    features       F0 trackers and whole features, against the log-mel spectrogram alone
+    pitch          encoder and training step, all pitch mechanisms against none
+    transcription  from audio to tokens, against Moonshine-tiny, Speech2Text-small and Whisper-tiny; and real speech by
+                   the bundled checkpoint, with drafts of the CTC head and without
+    generation     from random features to tokens, against the same three
+    training       a training step, against the same three
+    scaling        encoder and training step as the audio and the batch grow
 
     python benchmarks/speed.py --threads 1                       # everything, on one CPU thread
-    python benchmarks/speed.py generation training --rounds 9 --output speed.json
+    python benchmarks/speed.py transcription training --threads 1 --output speed.json
     python benchmarks/speed.py generation training --device cuda --dtype bfloat16 --compile
 """
 
@@ -29,18 +31,24 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers.utils import logging
+from transformers.utils import is_speech_available, logging
 
 from echo_hf.configuration_echo import EchoConfig
-from echo_hf.feature_extraction_echo import EchoFeatureExtractor, log_mel_spectrogram
+from echo_hf.feature_extraction_echo import EchoFeatureExtractor, load_audio, log_mel_spectrogram
+from echo_hf.inference import BUNDLED_RECORDINGS, load_checkpoint
 from echo_hf.metrics import format_table
 from echo_hf.modeling_echo import DEFAULT_CTC_WEIGHT, EchoForConditionalGeneration
 from echo_hf.pitch_echo import TRACKERS, estimate_f0
 
-SECTIONS = ("features", "pitch", "generation", "training", "scaling")
+SECTIONS = ("features", "pitch", "transcription", "generation", "training", "scaling")
+COMPARED = ("transcription", "generation", "training")  # sections that have peers
+ROUNDS = {"transcription": 3, "training": 3}  # of the longest sections
+DEFAULT_ROUNDS = 5
+FASTER = ", times as fast"  # what a column's name ends in that is the fastest peer's time over Echo's
 SAMPLING_RATE = 16000  # Hz
 FRAMES_PER_SECOND = 100
 VOCAB_SIZE = 4096  # of Echo beside its peers, which have 10,000 and more
+TOKENS_PER_SECOND = 4  # of transcripts: English has 2 to 3 words a second, of 1.3 to 1.5 tokens
 
 
 def measure(cases: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:
@@ -172,9 +180,42 @@ def generation(model, inputs: dict[str, Any], num_tokens: int, ctc_weight: float
 
     def generate():
         with torch.inference_mode():
-            model.generate(**inputs, **settings)
+            return model.generate(**inputs, **settings)
 
     return generate
+
+
+def synthetic_voice(seconds: float) -> np.ndarray:
+    """20 harmonics of an F0 between 120 and 180 Hz, voiced two thirds of the time: float32 samples."""
+    times = np.arange(int(seconds * SAMPLING_RATE)) / SAMPLING_RATE
+    voiced = np.sin(2 * np.pi * 1.3 * times) > -0.5
+    phase = 2 * np.pi * np.cumsum(150 + 30 * np.sin(2 * np.pi * 0.7 * times)) / SAMPLING_RATE
+    voice = sum(np.sin(harmonic * phase) / harmonic for harmonic in range(1, 21)) * voiced
+    return (0.1 * voice).astype(np.float32)
+
+
+def peer_extractors() -> dict[str, Callable[..., Any]]:
+    """The feature extractor of each peer by its `model_type`, with the settings of the published checkpoints."""
+    return {
+        "moonshine": transformers.Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True),
+        "speech_to_text": transformers.Speech2TextFeatureExtractor(),
+        "whisper": transformers.WhisperFeatureExtractor(),
+    }
+
+
+def transcription(
+    model, extractor: Callable[..., Any], audio: list[np.ndarray], num_tokens: int, ctc_weight: float = 0.0
+) -> Callable[[], Any]:
+    """From samples to ids of so many tokens, as one call: features, encoder and [`generation`]. Ids of random weights
+    are no text; to decode them would take less than a millisecond."""
+    # Whisper's is left to pad to 30 s, which Whisper demands.
+    padding = {} if model.config.model_type == "whisper" else {"padding": True}
+
+    def transcribe():
+        inputs = extractor(audio, sampling_rate=SAMPLING_RATE, return_tensors="pt", **padding)
+        return generation(model, inputs.to(model.device, model.dtype), num_tokens, ctc_weight)().tolist()
+
+    return transcribe
 
 
 def encoding(model, inputs: dict[str, Any]) -> Callable[[], Any]:
@@ -192,11 +233,7 @@ def encoding(model, inputs: dict[str, Any]) -> Callable[[], Any]:
 
 def benchmark_features(rounds: int, device: torch.device, seconds: float = 10.0) -> list[dict[str, Any]]:
     """Milliseconds for the log-mel spectrogram, for F0 and for whole features, with each tracker, of one utterance."""
-    times = np.arange(int(seconds * SAMPLING_RATE)) / SAMPLING_RATE
-    voiced = np.sin(2 * np.pi * 1.3 * times) > -0.5
-    phase = 2 * np.pi * np.cumsum(150 + 30 * np.sin(2 * np.pi * 0.7 * times)) / SAMPLING_RATE
-    voice = sum(np.sin(harmonic * phase) / harmonic for harmonic in range(1, 21)) * voiced
-    voice = (0.1 * voice).astype(np.float32)
+    voice = synthetic_voice(seconds)
     cases: dict[str, Callable[[], Any]] = {
         "log-mel alone": lambda: log_mel_spectrogram(voice, SAMPLING_RATE, 160, 400, 80)
     }
@@ -253,6 +290,85 @@ def echo_and_peers(device: torch.device, dtype: torch.dtype, size: str, compiled
     return models
 
 
+def benchmark_transcription(
+    models: dict[str, Any],
+    rounds: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    shapes: tuple[tuple[float, int], ...] = ((2, 1), (5, 1), (10, 1), (30, 1), (5, 8), (10, 8)),
+    recordings: int = 5,
+) -> dict[str, list[dict[str, Any]]]:
+    """
+    Transcription of audio of so many seconds and batch sizes, in three tables: milliseconds of Echo and its peers; the
+    fastest peer's time as a multiple of Echo's, with the worst and the best row of each case last; and
+    [`benchmark_drafts`], in float32.
+
+    Echo decodes by the decoder alone, as the peers do, or with CTC, as `generate()` does by default; its F0 is of the
+    default tracker, or of `autocorrelation`. All write `TOKENS_PER_SECOND`. A least number of tokens excludes drafts of
+    the CTC head, so decoding with CTC takes as long here as it can.
+    """
+    extractors = peer_extractors()
+    echo_extractors = {
+        "": EchoFeatureExtractor(),
+        ", autocorrelation": EchoFeatureExtractor(f0_method="autocorrelation"),
+    }
+    times, ratios = [], []
+    for length, batch_size in shapes:
+        audio, count = [synthetic_voice(length)] * batch_size, max(1, round(TOKENS_PER_SECOND * length))
+        cases = {}
+        for name, model in models.items():
+            if model.config.model_type != "echo":
+                cases[name] = transcription(model, extractors[model.config.model_type], audio, count)
+                continue
+            for decoding, weight in (("", 0.0), (" with CTC", DEFAULT_CTC_WEIGHT)):
+                for tracker, extractor in echo_extractors.items():
+                    cases[name + decoding + tracker] = transcription(model, extractor, audio, count, weight)
+        shape = {"seconds": length, "batch": batch_size, "tokens": count}
+        row = _against_peers(shape, cases, rounds, device)
+        times.append({name: value for name, value in row.items() if not name.endswith(FASTER)})
+        ratios.append(shape | {name: row[name + FASTER] for name in cases if name + FASTER in row})
+    echo = [case for case in ratios[0] if case not in shape]
+    extremes = [
+        {"seconds": f"{name} row"} | {case: extreme(row[case] for row in ratios) for case in echo}
+        for name, extreme in (("worst", min), ("best", max))
+    ]
+    tables = {"ms": times, "fastest peer : Echo": ratios + extremes}
+    if dtype == torch.float32:  # in which alone drafts are verified
+        tables["real speech"] = benchmark_drafts(rounds, device, recordings)
+    return tables
+
+
+def benchmark_drafts(rounds: int, device: torch.device, recordings: int = 5) -> list[dict[str, Any]]:
+    """Milliseconds from audio to text of the bundled checkpoint for some of its recordings, one at a time, and for all:
+    by the decoder alone, jointly with CTC a token at a time, and jointly with drafts, as by default."""
+    model, processor = load_checkpoint(device=str(device))
+    decodings: dict[str, dict[str, Any]] = {
+        "decoder alone": {"ctc_weight": 0.0},
+        "no drafts": {"return_dict_in_generate": True},  # which excludes drafts and changes no token
+        "drafts": {},
+    }
+
+    def transcription_of(audio: np.ndarray, **settings) -> Callable[[], Any]:
+        def transcribe():
+            inputs = processor(audio, sampling_rate=SAMPLING_RATE, return_tensors="pt").to(device)
+            with torch.inference_mode():
+                output = model.generate(**inputs, **settings)
+            return processor.batch_decode(getattr(output, "sequences", output), skip_special_tokens=True)
+
+        return transcribe
+
+    rows = []
+    for path in sorted(BUNDLED_RECORDINGS.glob("*.ogg"))[:recordings]:
+        audio, _ = load_audio(path)  # 16 kHz
+        cases = {name: transcription_of(audio, **settings) for name, settings in decodings.items()}
+        times = measure(cases, rounds, device)
+        row = {"recording": path.stem, "seconds": len(audio) / SAMPLING_RATE}
+        rows.append(row | {f"{name} ms": value * 1e3 for name, value in times.items()})
+    sums = {name: sum(row[name] for row in rows) for name in rows[0] if name != "recording"}
+    rows.append({"recording": "all"} | sums)
+    return [row | {"no drafts : drafts": row["no drafts ms"] / row["drafts ms"]} for row in rows]
+
+
 def benchmark_generation(
     models: dict[str, Any],
     rounds: int,
@@ -301,8 +417,8 @@ def benchmark_training(
 def _against_peers(row: dict[str, Any], cases: dict[str, Callable], rounds: int, device: torch.device):
     times = measure(cases, rounds, device)
     fastest = min(value for name, value in times.items() if not name.startswith("Echo"))
-    row |= {f"{name} ms": value * 1e3 for name, value in times.items()}
-    return row | {f"{name}, times as fast": fastest / times[name] for name in times if name.startswith("Echo")}
+    milliseconds = {f"{name} ms": value * 1e3 for name, value in times.items()}
+    return row | milliseconds | {name + FASTER: fastest / times[name] for name in times if name.startswith("Echo")}
 
 
 def benchmark_scaling(
@@ -345,6 +461,7 @@ def benchmark_scaling(
 QUICK: dict[str, dict[str, Any]] = {  # each section at its smallest
     "features": {"seconds": 1.0},
     "pitch": {"seconds": (1,)},
+    "transcription": {"shapes": ((1, 1),), "recordings": 1},
     "generation": {"seconds": (1,), "batch_sizes": (1,), "num_tokens": (2,)},
     "training": {"seconds": 1, "batch_size": 1, "num_labels": 4},
     "scaling": {"seconds": (1, 2), "batch_sizes": (1,)},
@@ -353,7 +470,7 @@ QUICK: dict[str, dict[str, Any]] = {  # each section at its smallest
 
 def run_benchmark(
     sections: tuple[str, ...] = SECTIONS,
-    rounds: int = 5,
+    rounds: int | None = None,
     device: str = "cpu",
     dtype: str = "float32",
     size: str | None = None,
@@ -372,7 +489,7 @@ def run_benchmark(
 
     Returns:
         `dict[str, Any]`: `machine`, `settings`, `parameters` (in millions) of the models compared, and the rows of each
-        section.
+        section, or a `dict` of its tables.
 
     Raises:
         `ValueError`: a section, the device or the dtype is not known, or a section is not measured compiled.
@@ -381,6 +498,7 @@ def run_benchmark(
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # each generate() warns of the peers' configs
     size, rounds = ("2m", 1) if quick else (size, rounds)
+    turns = {section: rounds or ROUNDS.get(section, DEFAULT_ROUNDS) for section in sections}
     sizes = {section: size or ("10m" if section == "scaling" else "27m") for section in sections}
     results: dict[str, Any] = {
         "machine": {
@@ -388,18 +506,20 @@ def run_benchmark(
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            "Speech2Text's features": "torchaudio" if is_speech_available() else "numpy",
         },
-        "settings": {"rounds": rounds, "device": device, "dtype": dtype, "sizes": sizes, "compiled": compiled},
+        "settings": {"rounds": turns, "device": device, "dtype": dtype, "sizes": sizes, "compiled": compiled},
     }
     functions: dict[str, Callable[..., Any]] = {
         "features": benchmark_features,
         "pitch": benchmark_pitch,
+        "transcription": benchmark_transcription,
         "generation": benchmark_generation,
         "training": benchmark_training,
         "scaling": benchmark_scaling,
     }
     try:
-        if {"generation", "training"} & set(sections):
+        if set(COMPARED) & set(sections):
             models = echo_and_peers(where, what, size or "27m", compiled)
             results["parameters"] = {name: round(model.num_parameters() / 1e6, 1) for name, model in models.items()}
         for section in sections:
@@ -409,9 +529,9 @@ def run_benchmark(
                 settings["dtype"] = what
             if section in ("pitch", "scaling"):
                 settings["size"] = sizes[section]
-            if section in ("generation", "training"):
+            if section in COMPARED:
                 settings["models"] = models
-            results[section] = functions[section](rounds=rounds, device=where, **settings)
+            results[section] = functions[section](rounds=turns[section], device=where, **settings)
             keep(results)
     finally:
         logging.set_verbosity(verbosity)
@@ -422,8 +542,8 @@ def _check(sections: tuple[str, ...], device: str, dtype: str, compiled: bool) -
     for section in sections:
         if section not in SECTIONS:
             raise ValueError(f"Section {section!r} is not known; choose from {', '.join(SECTIONS)}.")
-    if compiled and (others := set(sections) - {"generation", "training"}):
-        raise ValueError(f"Only generation and training are measured compiled, not {', '.join(sorted(others))}.")
+    if compiled and (others := set(sections) - set(COMPARED)):
+        raise ValueError(f"Only {', '.join(COMPARED)} are measured compiled, not {', '.join(sorted(others))}.")
     named = getattr(torch, dtype, None)
     if not isinstance(named, torch.dtype) or not named.is_floating_point:
         raise ValueError(f"dtype {dtype!r} is not float32, bfloat16 or float16.")
@@ -439,12 +559,14 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line, and prints a table after each section."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help="what to measure (all)")
-    parser.add_argument("--rounds", type=int, default=5, help="times that each case is measured (5)")
+    parser.add_argument(
+        "--rounds", type=int, help="times that each case is measured (5; 3 in transcription and in training)"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (PyTorch's own choice)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (cpu)")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (float32)")
     parser.add_argument("--size", help="size of Echo (27m, which is that of the others, and 10m in scaling)")
-    parser.add_argument("--compile", action="store_true", help="compile all models, in generation and training")
+    parser.add_argument("--compile", action="store_true", help="compile all models that have peers")
     parser.add_argument("--quick", action="store_true", help="run all once at its smallest; the figures mean nothing")
     parser.add_argument("--output", type=Path, help="file for all figures, as JSON")
     options = parser.parse_args(arguments)
@@ -452,8 +574,11 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
 
     def keep(results: dict[str, Any]) -> None:
-        section = list(results)[-1]
-        print(f"\n{section}\n\n{format_table(results[section])}", flush=True)
+        section, tables = list(results.items())[-1]
+        tables = {section: tables} if isinstance(tables, list) else tables
+        for title, rows in tables.items():
+            name = section if title == section else f"{section}: {title}"
+            print(f"\n{name}\n\n{format_table(rows)}", flush=True)
         if options.output:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -470,7 +595,7 @@ def main(arguments: list[str] | None = None) -> None:
         keep=keep,
     )
     for name, value in results.items():
-        if not isinstance(value, list):
+        if name not in SECTIONS:
             print(f"{name}: {', '.join(f'{key} {item}' for key, item in value.items())}")
 
 

@@ -59,6 +59,15 @@ def test_scores_are_prefix_probabilities_summed_over_all_paths(prefix):
     assert scores[BLANK] == scores[BOS] == -torch.inf
 
 
+def test_padding_is_blank_and_the_logits_stay_as_they_are():
+    logits, mask = random_logits(rows=2), torch.tensor([[1] * FRAMES, [1, 1] + [0] * (FRAMES - 2)])
+    before = logits.clone()
+    probs = processor(logits, mask).probs
+    assert torch.equal(logits, before)
+    assert torch.allclose(probs[mask > 0], before[mask > 0].softmax(-1))
+    assert (probs[mask == 0] == torch.eye(VOCAB)[BLANK]).all()
+
+
 def test_scores_of_a_transcript_sum_up_to_its_ctc_likelihood():
     logits, text = random_logits(frames=40), [3, 3, 4, 3, 4, 4]
     joint, total = processor(logits), 0.0

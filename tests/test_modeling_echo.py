@@ -495,6 +495,16 @@ def test_every_pitch_mechanism_hears_f0(name):
     assert not torch.allclose(model(**inputs, labels=LABELS).logits, model(**other, labels=LABELS).logits, atol=1e-5)
 
 
+def test_a_token_has_the_pitch_of_the_span_before_it():
+    decoder = EchoModel(tiny_config("token_pitch")).eval().decoder
+    with torch.no_grad():
+        decoder.pitch_proj.weight.fill_(1.0)
+        token_pitch = torch.tensor([[0.1, 0.2], [0.3, 0.4]])
+        embeds = decoder._pitch_embeds(token_pitch, torch.tensor([[0, 1, 2, 3, 100]]))
+    expected = torch.tensor([[0.1, 0.1, 0.2, 0.0, 0.0], [0.3, 0.3, 0.4, 0.0, 0.0]])
+    assert torch.equal(embeds, expected[..., None].expand_as(embeds))
+
+
 @pytest.mark.parametrize("preset", ["radius", "gate", "token_pitch"])
 def test_mechanisms_start_neutral(preset):
     """A fresh model with the mechanism is the baseline with the same weights, to the bit."""

@@ -180,11 +180,12 @@ class EchoCTCPrefixLogitsProcessor(LogitsProcessor):
         self.weight = weight
         self.num_hypotheses = num_hypotheses
         # The hypotheses of an utterance share its frames.
-        logits, mask = logits[::num_hypotheses], mask[::num_hypotheses, :, None] > 0
-        probs = logits.float().softmax(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        logits, mask = logits[::num_hypotheses], mask[::num_hypotheses] > 0
+        probs = logits.float().softmax(-1).clamp_(min=torch.finfo(torch.float32).tiny)
         # Padding is blank for certain, which changes no probability.
         is_blank = torch.arange(logits.shape[-1], device=logits.device) == blank_token_id
-        self.probs = torch.where(mask, probs, is_blank.float())
+        probs[~mask] = is_blank.float()
+        self.probs = probs
         ends = eos_token_ids.tolist()
         unsaid = [token for token in (blank_token_id, bos_token_id) if token is not None and token not in ends]
         self.unsaid_token_ids = torch.tensor(unsaid, dtype=torch.long, device=logits.device)

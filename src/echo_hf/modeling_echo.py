@@ -316,7 +316,6 @@ class EchoAttention(nn.Module):
             value = self._split_heads(self.v_proj(states), self.head_dim)
 
         if cos is not None:
-            cos, sin = cos[..., : self.content_dim // 2], sin[..., : self.content_dim // 2]
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if silence is not None and not cached:
             key = self._scale_silence(key, silence)
@@ -678,7 +677,8 @@ class EchoEncoder(EchoPreTrainedModel):
         positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
         cos, sin = self.rotary_emb(positions, hidden_states.dtype, pitch.f0, pitch.normalized, pitch.mean_f0)
         standardized_f0 = position_bias = None
-        if self.config.pitch_bias == "gaussian":
+        if self.config.pitch_bias == "gaussian":  # it takes the place of the last rotary pair
+            cos, sin = cos[..., :-1], sin[..., :-1]
             standardized_f0 = standardize_f0(pitch.f0, encoder_mask)
         elif self.config.pitch_bias == "laplacian":
             position_bias = laplacian_bias(pitch.f0, encoder_mask)
@@ -778,9 +778,8 @@ class EchoDecoder(EchoPreTrainedModel):
     def _pitch_embeds(self, token_pitch: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Embedded pitch of each token, `(B, L, E)`. The token at position p was spoken in span p - 1; the begin of
         sequence repeats the first span; beyond the audio's end pitch is 0."""
-        span = (position_ids - 1).clamp(min=0).expand(token_pitch.shape[0], -1)
-        inside = span < token_pitch.shape[1]
-        pitch = token_pitch.gather(1, span.clamp(max=token_pitch.shape[1] - 1)) * inside
+        span = (position_ids - 1).clamp(0, token_pitch.shape[1]).expand(token_pitch.shape[0], -1)
+        pitch = nn.functional.pad(token_pitch, (0, 1)).gather(1, span)
         return self.pitch_proj(pitch[..., None])
 
     @merge_with_config_defaults
