@@ -9,6 +9,7 @@ import torch
 from transformers import AutoProcessor, PreTrainedConfig, Seq2SeqTrainingArguments, WhisperForConditionalGeneration
 
 from ..checkpoint import parse_overrides
+from ..conversion import add_pitch
 from ..data.features import prepare_dataset
 from ..data.whisper import WhisperDataCollator, WhisperFrameProcessor
 from ..whisper_echo import (
@@ -16,7 +17,6 @@ from ..whisper_echo import (
     EchoWhisperFeatureExtractor,
     EchoWhisperForConditionalGeneration,
     EchoWhisperProcessor,
-    add_pitch,
 )
 from .arguments import WHISPER_LEARNING_RATE, AugmentationArguments, ModelArguments, RunArguments
 from .preparation import Preparation, Speech
