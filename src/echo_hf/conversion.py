@@ -2,8 +2,14 @@
 
 import copy
 
-from transformers import AutoConfig, AutoProcessor, WhisperConfig, WhisperFeatureExtractor
-from transformers import WhisperForConditionalGeneration, WhisperProcessor
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+)
 
 from .whisper_echo import (
     FRAMES_PER_POSITION,
@@ -68,7 +74,7 @@ def add_pitch(
             raise ValueError("Give the processor that belongs to the model: add_pitch(model, processor).")
         processor = AutoProcessor.from_pretrained(model)
     extractor = processor.feature_extractor
-    _check_extractor(name, extractor, config)
+    check_extractor(name, extractor, config)
     seconds = extractor.chunk_length if window is None else window
     if isinstance(seconds, bool) or not isinstance(seconds, int) or not 1 <= seconds <= extractor.chunk_length:
         raise ValueError(
@@ -92,7 +98,8 @@ def add_pitch(
     return with_pitch.eval(), EchoWhisperProcessor(extractor, processor.tokenizer)
 
 
-def _check_extractor(name: str, extractor: WhisperFeatureExtractor, config: WhisperConfig) -> None:
+def check_extractor(name: str, extractor: WhisperFeatureExtractor, config: WhisperConfig) -> None:
+    """Raises `ValueError`, which calls the checkpoint `name`, if a feature extractor is not that of a model."""
     if not isinstance(extractor, WhisperFeatureExtractor) or extractor.feature_size != config.num_mel_bins:
         raise ValueError(
             f"{name}: the feature extractor is {type(extractor).__name__} with {extractor.feature_size} channels, and"
@@ -106,4 +113,4 @@ def _check_extractor(name: str, extractor: WhisperFeatureExtractor, config: Whis
         )
 
 
-__all__ = ["add_pitch"]
+__all__ = ["add_pitch", "check_extractor"]

@@ -22,19 +22,14 @@ from transformers import PreTrainedConfig
 from transformers.pipelines.automatic_speech_recognition import AutomaticSpeechRecognitionPipeline
 from transformers.utils import logging
 
-from .checkpoint import load_model_and_processor
+from .checkpoint import load_model_and_processor, load_whisper_and_processor
 from .configuration_echo import EchoConfig
 from .feature_extraction_echo import open_audio
 from .generation_echo import find_cut_off
 from .pipeline_echo import LONGEST_SEGMENT, EchoAutomaticSpeechRecognitionPipeline
 from .processing_echo import EchoProcessor
 from .segmentation_echo import read_blocks
-from .whisper_echo import (
-    EchoWhisperConfig,
-    EchoWhisperFeatureExtractor,
-    EchoWhisperForConditionalGeneration,
-    EchoWhisperProcessor,
-)
+from .whisper_echo import EchoWhisperConfig, EchoWhisperFeatureExtractor, EchoWhisperForConditionalGeneration
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -101,8 +96,7 @@ def load_recognizer(checkpoint: str | Path | None = None, device: str | None = N
     """
     if config_class_of(checkpoint) is EchoConfig:
         return load_checkpoint(checkpoint, device, **overrides)
-    model = EchoWhisperForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32, **overrides)
-    return place(model, EchoWhisperProcessor.from_pretrained(checkpoint), device)
+    return place(*load_whisper_and_processor(checkpoint, **overrides), device)
 
 
 def place(model, processor, device: str | None = None):
@@ -204,7 +198,7 @@ def _zeroed(features: torch.Tensor, extractor) -> torch.Tensor:
     """Features as zeroed audio has them: 0 for an Echo, and for a Whisper those of silence, which are not 0."""
     if not isinstance(extractor, EchoWhisperFeatureExtractor):
         return torch.zeros_like(features)
-    silence = extractor(np.zeros(extractor.n_samples, dtype=np.float32))
+    silence = extractor({"array": np.zeros(extractor.n_samples), "sampling_rate": extractor.sampling_rate})
     return extractor.pad(silence)["input_features"].expand_as(features)
 
 
@@ -475,9 +469,9 @@ def _transcript(path: Path, seconds: float, result: dict[str, Any]) -> Transcrip
     chunks = None
     if "chunks" in result:
         chunks = [
-            {"text": chunk["text"].strip(), "start": start, "end": seconds if end is None else end}
+            {"text": chunk["text"].strip(), "start": min(start, seconds), "end": min(end or seconds, seconds)}
             for chunk in result["chunks"]
-            for start, end in [chunk["timestamp"]]  # Whisper leaves an end open that it did not hear
+            for start, end in [chunk["timestamp"]]  # a Whisper may leave an end open, or see it in its padding
         ]
     return Transcript(path, result["text"].strip(), round(seconds, 3), chunks)  # Whisper begins with a space
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
+from transformers import LogitsProcessor
 from transformers import initialization as init
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -51,8 +52,6 @@ FRAMES_PER_POSITION = 2  # frames of features to an encoder frame
 # What LoRA has to train beside its own matrices: `LoraConfig(..., modules_to_save=PITCH_MODULES)`.
 PITCH_MODULES = ["pitch_stem", "pitch_gate", "pitch_attention"]
 
-ASR_TASK = "automatic-speech-recognition"
-
 
 @strict
 class EchoWhisperConfig(WhisperConfig):
@@ -72,16 +71,7 @@ class EchoWhisperConfig(WhisperConfig):
             Whether voiced frames of similar pitch attend more, or less, to each other. It needs a matrix of frames by
             frames for each head, and attention by `"sdpa"` or `"eager"`.
         kwargs: fields of [`WhisperConfig`].
-
-    Example:
-
-    ```python
-    >>> from echo_hf import EchoWhisperConfig
-
-    >>> EchoWhisperConfig(pitch_theta=True).num_feature_rows
-    81
-
-    ```"""
+    """
 
     model_type = "echo_whisper"
     _auto_class = "AutoConfig"
@@ -121,7 +111,8 @@ class EchoWhisperConfig(WhisperConfig):
 
     def to_dict(self) -> dict:
         pipeline = {"impl": "whisper_pipeline_echo.EchoWhisperPipeline", "pt": ["AutoModelForSpeechSeq2Seq"]}
-        return {**super().to_dict(), "custom_pipelines": {ASR_TASK: {**pipeline, "type": "multimodal"}}}
+        task = {"automatic-speech-recognition": {**pipeline, "type": "multimodal"}}
+        return {**super().to_dict(), "custom_pipelines": task}
 
 
 class EchoWhisperFeatureExtractor(WhisperFeatureExtractor):
@@ -411,6 +402,17 @@ class EchoWhisperModel(EchoWhisperPreTrainedModel, WhisperModel):
         return torch.cat((masked, f0[:, None]), dim=1)
 
 
+class EchoWhisperWindowLogitsProcessor(LogitsProcessor):
+    """Forbids times behind the end of the window, whose token is `last`. There are some if it is shorter than 30 s."""
+
+    def __init__(self, last: int):
+        self.last = last
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        behind = torch.arange(scores.shape[-1], device=scores.device) > self.last
+        return scores.masked_fill(behind, -torch.inf)
+
+
 class EchoWhisperForConditionalGeneration(EchoWhisperPreTrainedModel, WhisperForConditionalGeneration):
     r"""
     Whisper with pitch, for speech recognition. Made of a Whisper by [`add_pitch`]; used, generated with, fine-tuned and
@@ -446,14 +448,22 @@ class EchoWhisperForConditionalGeneration(EchoWhisperPreTrainedModel, WhisperFor
 
     def _set_return_timestamps(self, return_timestamps, is_shortform, generation_config):
         # Whisper's own message takes every window for 30 s.
-        given = getattr(generation_config, "return_timestamps", None) if return_timestamps is None else return_timestamps
-        if not is_shortform and given is False:
+        if return_timestamps is None:
+            return_timestamps = getattr(generation_config, "return_timestamps", None)
+        if not is_shortform and return_timestamps is False:
             raise ValueError(
                 f"input_features are longer than the {FRAMES_PER_POSITION * self.config.max_source_positions} frames of"
                 " 10 ms that this model hears at a time. Give return_timestamps=True, with which it moves its window"
                 " along them, or cut the audio."
             )
         return super()._set_return_timestamps(return_timestamps, is_shortform, generation_config)
+
+    def _retrieve_logit_processors(self, generation_config, *args, **kwargs):
+        processors = super()._retrieve_logit_processors(generation_config, *args, **kwargs)
+        if generation_config.return_timestamps:
+            last = generation_config.no_timestamps_token_id + 1 + self.config.max_source_positions
+            processors = [EchoWhisperWindowLogitsProcessor(last), *processors]
+        return processors
 
     def _prepare_decoder_input_ids_for_generation(self, batch_size, model_input_name, model_kwargs, *args, **kwargs):
         # The library begins every prompt with the start token, but those of models of type "whisper".

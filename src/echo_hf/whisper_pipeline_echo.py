@@ -30,8 +30,8 @@ class EchoWhisperPipeline(AutomaticSpeechRecognitionPipeline):
         window = self.feature_extractor.chunk_length
         if chunk_length_s is not None and chunk_length_s > window:
             raise ValueError(
-                f"chunk_length_s is {chunk_length_s:g}, and this model hears {window} s at a time. Give at most {window};"
-                " or give return_timestamps=True instead, with which the model moves its window along the audio."
+                f"chunk_length_s is {chunk_length_s:g}, and this model hears {window} s at a time. Give at most"
+                f" {window}, or return_timestamps=True instead, with which the model moves its window along the audio."
             )
         return super()._sanitize_parameters(chunk_length_s=chunk_length_s, **kwargs)
 
@@ -61,5 +61,6 @@ class EchoWhisperPipeline(AutomaticSpeechRecognitionPipeline):
         chunks = model_outputs[0].pop("chunks", None)
         result = super().postprocess(model_outputs, **kwargs)
         if chunks is not None:
-            result["chunks"] = chunks[0] if chunks and isinstance(chunks[0], list) else chunks  # not batched, or batched
+            is_one_batch = bool(chunks) and isinstance(chunks[0], list)  # of one recording
+            result["chunks"] = chunks[0] if is_one_batch else chunks
         return result
