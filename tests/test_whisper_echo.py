@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -511,7 +512,7 @@ def whisper_folder(tmp_path_factory):
 def folder(tmp_path_factory, whisper_folder):
     """The same with pitch that it has learned."""
     folder = tmp_path_factory.mktemp("pitched")
-    model, processor = add_pitch(whisper_folder, **ALL)
+    model, processor = add_pitch(Path(whisper_folder), **ALL)
     excite(model).save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)

@@ -1,7 +1,9 @@
 """Conversion of a Whisper to one with pitch, which starts as the Whisper that it was."""
 
 import copy
+from pathlib import Path
 
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoProcessor,
@@ -12,17 +14,17 @@ from transformers import (
 )
 
 from .whisper_echo import (
-    FRAMES_PER_POSITION,
     PITCH_MODULES,
     EchoWhisperConfig,
     EchoWhisperFeatureExtractor,
     EchoWhisperForConditionalGeneration,
     EchoWhisperProcessor,
 )
+from .whisper_generation_echo import FRAMES_PER_POSITION
 
 
 def add_pitch(
-    model: str | WhisperForConditionalGeneration,
+    model: str | Path | WhisperForConditionalGeneration,
     processor: WhisperProcessor | None = None,
     window: int | None = None,
     **switches: bool,
@@ -31,7 +33,7 @@ def add_pitch(
     Gives a Whisper pitch. Until it is trained, its outputs are the same.
 
     Args:
-        model (`str` or [`WhisperForConditionalGeneration`]):
+        model (`str`, `Path` or [`WhisperForConditionalGeneration`]):
             Folder of a checkpoint or its name on the Hub, or a model, which stays as it is.
         processor ([`WhisperProcessor`], *optional*): the checkpoint's if not given; needed with a model.
         window (`int`, *optional*):
@@ -57,8 +59,9 @@ def add_pitch(
     >>> processor.save_pretrained("my-model")  # doctest: +SKIP
 
     ```"""
-    name = model if isinstance(model, str) else type(model).__name__
-    config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config
+    checkpoint = None if isinstance(model, nn.Module) else str(model)
+    name = checkpoint or type(model).__name__
+    config = AutoConfig.from_pretrained(checkpoint) if checkpoint else model.config
     if config.model_type != WhisperConfig.model_type:
         has_pitch = config.model_type == EchoWhisperConfig.model_type
         raise ValueError(
@@ -70,9 +73,9 @@ def add_pitch(
     if unknown := sorted(set(switches) - set(known)):
         raise ValueError(f"There is no switch {', '.join(unknown)}; there are {', '.join(known)}.")
     if processor is None:
-        if not isinstance(model, str):
+        if checkpoint is None:
             raise ValueError("Give the processor that belongs to the model: add_pitch(model, processor).")
-        processor = AutoProcessor.from_pretrained(model)
+        processor = AutoProcessor.from_pretrained(checkpoint)
     extractor = processor.feature_extractor
     check_extractor(name, extractor, config)
     seconds = extractor.chunk_length if window is None else window
@@ -80,8 +83,8 @@ def add_pitch(
         raise ValueError(
             f"window must be a whole number of seconds from 1 to {extractor.chunk_length}, got {window!r}."
         )
-    if isinstance(model, str):
-        model = WhisperForConditionalGeneration.from_pretrained(model)
+    if checkpoint is not None:
+        model = WhisperForConditionalGeneration.from_pretrained(checkpoint)
 
     positions = seconds * extractor.sampling_rate // extractor.hop_length // FRAMES_PER_POSITION
     inherited = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}

@@ -469,9 +469,10 @@ def _transcript(path: Path, seconds: float, result: dict[str, Any]) -> Transcrip
     chunks = None
     if "chunks" in result:
         chunks = [
-            {"text": chunk["text"].strip(), "start": min(start, seconds), "end": min(end or seconds, seconds)}
+            {"text": chunk["text"].strip(), "start": min(start, seconds), "end": min(end, seconds)}
             for chunk in result["chunks"]
-            for start, end in [chunk["timestamp"]]  # a Whisper may leave an end open, or see it in its padding
+            # A Whisper may leave an end open, or put it behind the recording.
+            for start, end in [(time if time is not None else seconds for time in chunk["timestamp"])]
         ]
     return Transcript(path, result["text"].strip(), round(seconds, 3), chunks)  # Whisper begins with a space
 

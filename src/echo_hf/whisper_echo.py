@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import LogitsProcessor
 from transformers import initialization as init
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -42,12 +41,12 @@ from transformers.models.whisper.processing_whisper import WhisperProcessor
 
 from .normalization_echo import PITCH_CHANNELS, normalize_f0
 from .pitch_echo import F0_CEILING, F0_FLOOR, check_tracker, estimate_f0_batch
+from .whisper_generation_echo import FRAMES_PER_POSITION, EchoWhisperGenerationMixin
 from .whisper_pipeline_echo import EchoWhisperPipeline
 
 PITCH_SCALE = 16.0  # what is used of a pitch parameter, over what is stored
 STEM_KERNEL_SIZE = 9  # encoder frames, 180 ms: about a syllable
 F0_RANGE = (20.0, 2000.0)  # Hz; what lies beyond counts as the nearest of these, so that no F0 gives an infinite pitch
-FRAMES_PER_POSITION = 2  # frames of features to an encoder frame
 
 # What LoRA has to train beside its own matrices: `LoraConfig(..., modules_to_save=PITCH_MODULES)`.
 PITCH_MODULES = ["pitch_stem", "pitch_gate", "pitch_attention"]
@@ -402,18 +401,9 @@ class EchoWhisperModel(EchoWhisperPreTrainedModel, WhisperModel):
         return torch.cat((masked, f0[:, None]), dim=1)
 
 
-class EchoWhisperWindowLogitsProcessor(LogitsProcessor):
-    """Forbids times behind the end of the window, whose token is `last`. There are some if it is shorter than 30 s."""
-
-    def __init__(self, last: int):
-        self.last = last
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        behind = torch.arange(scores.shape[-1], device=scores.device) > self.last
-        return scores.masked_fill(behind, -torch.inf)
-
-
-class EchoWhisperForConditionalGeneration(EchoWhisperPreTrainedModel, WhisperForConditionalGeneration):
+class EchoWhisperForConditionalGeneration(
+    EchoWhisperPreTrainedModel, EchoWhisperGenerationMixin, WhisperForConditionalGeneration
+):
     r"""
     Whisper with pitch, for speech recognition. Made of a Whisper by [`add_pitch`]; used, generated with, fine-tuned and
     saved as a [`WhisperForConditionalGeneration`].
@@ -445,33 +435,6 @@ class EchoWhisperForConditionalGeneration(EchoWhisperPreTrainedModel, WhisperFor
         if input_features is not None:
             split_f0(input_features, self.config)
         return super().generate(input_features, *args, **kwargs)
-
-    def _set_return_timestamps(self, return_timestamps, is_shortform, generation_config):
-        # Whisper's own message takes every window for 30 s.
-        if return_timestamps is None:
-            return_timestamps = getattr(generation_config, "return_timestamps", None)
-        if not is_shortform and return_timestamps is False:
-            raise ValueError(
-                f"input_features are longer than the {FRAMES_PER_POSITION * self.config.max_source_positions} frames of"
-                " 10 ms that this model hears at a time. Give return_timestamps=True, with which it moves its window"
-                " along them, or cut the audio."
-            )
-        return super()._set_return_timestamps(return_timestamps, is_shortform, generation_config)
-
-    def _retrieve_logit_processors(self, generation_config, *args, **kwargs):
-        processors = super()._retrieve_logit_processors(generation_config, *args, **kwargs)
-        if generation_config.return_timestamps:
-            last = generation_config.no_timestamps_token_id + 1 + self.config.max_source_positions
-            processors = [EchoWhisperWindowLogitsProcessor(last), *processors]
-        return processors
-
-    def _prepare_decoder_input_ids_for_generation(self, batch_size, model_input_name, model_kwargs, *args, **kwargs):
-        # The library begins every prompt with the start token, but those of models of type "whisper".
-        prompt = model_kwargs.pop("decoder_input_ids", None)
-        start, model_kwargs = super()._prepare_decoder_input_ids_for_generation(
-            batch_size, model_input_name, model_kwargs, *args, **kwargs
-        )
-        return start if prompt is None else prompt, model_kwargs
 
 
 __all__ = [

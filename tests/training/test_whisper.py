@@ -55,6 +55,7 @@ def test_a_run_gives_a_whisper_pitch_and_can_be_resumed_and_trained_further(whis
     assert summary["steps"] == 2 and summary["metrics"]["reference_words"] == 6
     assert "echo_whisper" in (tmp_path / "run" / "config.json").read_text()
     card = (tmp_path / "run" / "README.md").read_text()
+    assert "read by ffmpeg" in card and "need `return_timestamps=True`" in card
     assert "It hears 1 s at a time" in card and "pitch_stem=True, pitch_radius=True, pitch_theta=True." in card
 
     trained = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "run")
