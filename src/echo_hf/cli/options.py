@@ -157,6 +157,9 @@ def generate_options(options, model) -> dict[str, Any]:
         # sequence, and a Whisper does not count its prompt.
         given["max_length"] = options.max_new_tokens + (model.config.model_type == "echo")
     others = {} if options.generate_kwargs is None else parse_object(options.generate_kwargs, "--generate_kwargs")
+    for name in others:
+        if name.startswith(("return_", "output_", "num_return_")):
+            raise ValueError(f"--generate_kwargs: {name} changes what generate() returns, which is not used. Omit it.")
     return others | {name: value for name, value in given.items() if value is not None}
 
 
