@@ -12,7 +12,10 @@ import soundfile
 
 import echo_hf
 from conftest import voice
+from echo_hf import add_pitch
+from echo_hf.training.model_card import write_model_card
 from hub_server import PICKLES, Hub, metadata_of
+from tiny_whisper import make_processor, make_whisper
 
 TOKEN, RATE = "hf_of_someone", 16000
 
@@ -342,3 +345,44 @@ def test_neither_pickles_nor_tokens_are_pushed(hub, pushed, trained):
     # What only resuming needs is pickled by PyTorch, in the folders of the checkpoints.
     pickled = {path.name for path in trained.glob("checkpoint-*/*") if path.suffix in PICKLES}
     assert pickled == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+
+
+WHISPER_STRANGER = (
+    STRANGER[: STRANGER.index("import numpy as np")]
+    + """
+import numpy as np
+from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, pipeline
+
+trust, audio = {"trust_remote_code": True}, np.load(sys.argv[1])
+recognizer = pipeline(model="someone/whisper", **trust)  # the task is in the card
+processor = AutoProcessor.from_pretrained("someone/whisper", **trust)
+inputs = processor(audio, sampling_rate=16000, return_tensors="pt")
+tokens = AutoModelForSpeechSeq2Seq.from_pretrained("someone/whisper", **trust).generate(**inputs)
+print(json.dumps([type(recognizer).__name__, recognizer(np.tile(audio, 3), return_timestamps=True), tokens.tolist()]))
+"""
+)
+
+
+@pytest.mark.slow
+def test_a_whisper_is_uploaded_by_command_and_loads_by_name(hub, tmp_path):
+    folder, home = tmp_path / "model", tmp_path / "home"
+    model, processor = add_pitch(make_whisper(), make_processor())
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    write_model_card(folder)
+    (folder / "checkpoint-3").mkdir()
+    (folder / "checkpoint-3" / "optimizer.pt").write_bytes(b"left out")
+    command = ["-m", "huggingface_hub.cli.hf", "upload", "someone/whisper", folder, ".", "--exclude", "checkpoint-*"]
+    done = run(hub, home, *command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    np.save(tmp_path / "audio.npy", voice(0.9))
+    soundfile.write(tmp_path / "long.wav", voice(2.5), RATE)
+    done = run(hub, home, "-c", WHISPER_STRANGER, tmp_path / "audio.npy", package=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    name, result, tokens = json.loads(done.stdout.splitlines()[-1])
+    inputs = processor(voice(0.9), sampling_rate=RATE, return_tensors="pt")
+    assert tokens == model.generate(**inputs).tolist()
+    assert name == "EchoWhisperPipeline" and 1 < result["chunks"][-1]["timestamp"][1] <= 3
+    options = ["--checkpoint", "someone/whisper", "--device", "cpu", "--format", "srt"]
+    done = run(hub, home, "-m", "echo_hf.cli", "transcribe", tmp_path / "long.wav", *options)
+    assert done.returncode == 0 and " --> " in done.stdout, done.stderr[-3000:]

@@ -13,7 +13,7 @@ PACKAGE = SOURCE / "echo_hf"
 # From the bottom up. A module imports from its own layer and from those below it.
 LAYERS = (
     ("registration", "*_echo"),
-    ("checkpoint", "metrics", "speech_errors"),
+    ("checkpoint", "conversion", "metrics", "speech_errors"),
     ("data", "inference", "export", "subtitles"),
     ("analysis",),
     ("training", "demo"),

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
     WhisperTokenizer,
@@ -510,7 +512,7 @@ def whisper_folder(tmp_path_factory):
 def folder(tmp_path_factory, whisper_folder):
     """The same with pitch that it has learned."""
     folder = tmp_path_factory.mktemp("pitched")
-    model, processor = add_pitch(whisper_folder, **ALL)
+    model, processor = add_pitch(Path(whisper_folder), **ALL)
     excite(model).save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)
@@ -562,7 +564,7 @@ PIPELINE_OPTIONS = {
     "segments": (0.8, {"return_timestamps": True}),
     "words": (0.8, {"return_timestamps": "word"}),
     "language": (0.8, {"return_language": True, "return_timestamps": True}),
-    "long": (2.5, {"return_timestamps": True}),
+    "long": (2.5, {"return_timestamps": "word"}),
     "chunked": (2.5, {"chunk_length_s": 1, "stride_length_s": 0.2, "batch_size": 2}),
 }
 
@@ -578,6 +580,56 @@ def test_the_pipeline_gives_what_it_gives_for_whisper(whisper_folder, tmp_path, 
         results.append(recognize(voice(seconds), generate_kwargs={"num_beams": 1}, **options))
     assert results[0] == results[1]
     assert results[0]["text"]
+
+
+def make_pipeline(model, processor, **options):
+    parts = {"tokenizer": processor.tokenizer, "feature_extractor": processor.feature_extractor, "device": "cpu"}
+    return pipeline("automatic-speech-recognition", model, **{**parts, **options})
+
+
+@pytest.mark.parametrize("seconds", [[2.5], [2.5, 2.5]])
+def test_times_are_right_behind_a_window_of_any_length(seconds):
+    model, processor = add_pitch(make_whisper(), make_processor(), **ALL)
+    audio = [voice(duration, f0=150.0 + 50 * number) for number, duration in enumerate(seconds)]
+    options = {"return_timestamps": True, "batch_size": len(audio), "return_language": True}
+    results = make_pipeline(model, processor)(audio, generate_kwargs={"num_beams": 1}, **options)
+    for result in results:
+        times = [time for chunk in result["chunks"] for time in chunk["timestamp"]]
+        assert times == sorted(times) and 2.0 < times[-1] <= 3.0 and len(times) > 4  # windows of 1 s
+        assert "".join(chunk["text"] for chunk in result["chunks"]) == result["text"]
+        assert {chunk["language"] for chunk in result["chunks"]} <= {"english", "chinese"}
+
+
+def test_the_pipeline_of_a_window_of_30_s_gives_what_it_gives_for_whisper():
+    stock, theirs = make_whisper(max_source_positions=1500), make_processor(chunk_length=30)
+    model, ours = add_pitch(stock, theirs)
+    options = {"return_timestamps": True, "generate_kwargs": {"num_beams": 1, "max_new_tokens": 4}}
+    expected, actual = (make_pipeline(*each)(voice(31.0), **options) for each in ((stock, theirs), (model, ours)))
+    assert expected == actual and expected["chunks"]
+
+
+def test_no_time_is_behind_the_window():
+    stock = make_whisper(max_source_positions=100, vocab_size=317 + 50)  # with times of up to 2 s
+    model = add_pitch(stock, make_processor(chunk_length=2), window=1)[0]
+    features = make_features(make_f0(batch=8))
+    times = [
+        each.generate(rows, return_timestamps=True, max_new_tokens=12) - 266
+        for each, rows in ((stock, torch.nn.functional.pad(features[:, :80], (0, FRAMES))), (model, features))
+    ]
+    assert times[0].max() > 50 and 0 < times[1].max() <= 50
+
+
+def test_what_the_pipeline_cannot_do_is_refused():
+    model, processor = add_pitch(make_whisper(), make_processor())
+    with pytest.raises(ValueError, match="hears 1 s at a time. Give at most 1, or return_timestamps=True"):
+        make_pipeline(model, processor)(voice(2.5), chunk_length_s=30)
+    with pytest.raises(ValueError, match="longer than the 100 frames.*return_timestamps=True"):
+        make_pipeline(model, processor)(voice(2.5))
+    for other in (Wav2Vec2FeatureExtractor(), EchoWhisperFeatureExtractor(chunk_length=2)):
+        with pytest.raises(ValueError, match=r"model's 100 frames. Give AutoProcessor.from_pretrained\(checkpoint\)"):
+            make_pipeline(model, processor, feature_extractor=other)
+    with pytest.raises(ValueError, match=r"81, frames\).*AutoProcessor.from_pretrained"):
+        make_pipeline(model, processor, feature_extractor=make_processor().feature_extractor)(voice(0.5))
 
 
 STRANGER = """
@@ -687,8 +739,9 @@ def test_the_command(whisper_folder, tmp_path, capfd):
 def test_features_with_other_rows_are_refused(rows):
     model = pitched(make_whisper())
     for call in (model, model.model, model.model.encoder, model.generate):
-        with pytest.raises(ValueError, match=r"81, frames\).*AutoProcessor.from_pretrained"):
-            call(torch.zeros(1, rows, FRAMES))
+        for shape in ((1, rows, FRAMES), (rows, FRAMES), (1, FRAMES, 81)):
+            with pytest.raises(ValueError, match=r"81, frames\).*AutoProcessor.from_pretrained"):
+                call(torch.zeros(shape))
 
 
 def test_what_is_no_whisper_is_refused(tmp_path, folder):

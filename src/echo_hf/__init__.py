@@ -13,6 +13,7 @@ from .registration import register
 if TYPE_CHECKING:
     from .configuration_echo import FEATURE_GROUPS as FEATURE_GROUPS
     from .configuration_echo import EchoConfig as EchoConfig
+    from .conversion import add_pitch as add_pitch
     from .feature_extraction_echo import EchoFeatureExtractor as EchoFeatureExtractor
     from .feature_extraction_echo import load_audio as load_audio
     from .modeling_echo import EchoForConditionalGeneration as EchoForConditionalGeneration
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from .whisper_echo import EchoWhisperForConditionalGeneration as EchoWhisperForConditionalGeneration
     from .whisper_echo import EchoWhisperModel as EchoWhisperModel
     from .whisper_echo import EchoWhisperProcessor as EchoWhisperProcessor
-    from .whisper_echo import add_pitch as add_pitch
 
 __version__ = "0.1.0"
 
@@ -51,7 +51,7 @@ _MODULES = {
     "EchoWhisperForConditionalGeneration": "whisper_echo",
     "EchoWhisperModel": "whisper_echo",
     "EchoWhisperProcessor": "whisper_echo",
-    "add_pitch": "whisper_echo",
+    "add_pitch": "conversion",
 }
 
 __all__ = [*_MODULES, "__version__"]

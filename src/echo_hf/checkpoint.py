@@ -18,8 +18,15 @@ from safetensors import safe_open
 from transformers.utils import cached_file, has_file, logging
 
 from .configuration_echo import REMOVED_FIELDS, EchoConfig
+from .conversion import check_extractor
 from .modeling_echo import EchoForConditionalGeneration, EchoForCTC
 from .processing_echo import EchoProcessor
+from .whisper_echo import (
+    EchoWhisperConfig,
+    EchoWhisperFeatureExtractor,
+    EchoWhisperForConditionalGeneration,
+    EchoWhisperProcessor,
+)
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -72,17 +79,48 @@ def load_model_and_processor(checkpoint: str | Path, model_class=None, **overrid
         config = _load_config(checkpoint, paths[CONFIG], contents[CONFIG], overrides)
         for path in _find_weights(checkpoint):
             check_safetensors(path)
-    processor_file = paths[PROCESSOR] or paths[PREPROCESSOR]
-    for name, path in ((PROCESSOR, processor_file), (TOKENIZER, paths[TOKENIZER])):
-        if path is None:
-            raise CheckpointError(f"{checkpoint} has no {name}: copy it {SAVE_PROCESSOR}")
+    processor_file = _find_processor(checkpoint)
     what = f"{processor_file} and {TOKENIZER} are not those of the model in {CONFIG}"
     with _explained(what, f"Copy both {SAVE_PROCESSOR}"):
         processor = EchoProcessor.from_pretrained(checkpoint)
         check_fit(processor, config)
     if GENERATION_CONFIG in contents:
         _check_token_ids(paths[GENERATION_CONFIG], contents[GENERATION_CONFIG], config.vocab_size)
-    return _load_model(checkpoint, config, model_class, overrides), processor
+    saved_class = EchoForCTC if (config.architectures or [""])[0] == "EchoForCTC" else EchoForConditionalGeneration
+    model = _load_model(checkpoint, config, model_class or saved_class, overrides, may_lack=model_class is not None)
+    return model, processor
+
+
+def load_whisper_and_processor(checkpoint: str | Path, may_lack: bool = False, **overrides):
+    """
+    The same of a Whisper with pitch.
+
+    Args:
+        checkpoint (`str` or `Path`): folder, or name on the Hub.
+        may_lack (`bool`, defaults to `False`): whether a mechanism can be switched on, whose weights start at 0.
+        overrides: fields of the config to change.
+
+    Returns:
+        [`EchoWhisperForConditionalGeneration`], in float32 and on the CPU, and [`EchoWhisperProcessor`].
+
+    Raises:
+        `CheckpointError`, a `ValueError`: as [`load_model_and_processor`].
+    """
+    with _explained(f"No checkpoint could be loaded from {checkpoint}"):
+        config = EchoWhisperConfig.from_pretrained(checkpoint, **overrides)
+        for path in _find_weights(checkpoint):
+            check_safetensors(path)
+    _find_processor(checkpoint)
+    with _explained(f"No processor could be loaded from {checkpoint}", f"Copy it {SAVE_PROCESSOR}"):
+        processor = EchoWhisperProcessor.from_pretrained(checkpoint)
+    extractor = processor.feature_extractor
+    if not isinstance(extractor, EchoWhisperFeatureExtractor):
+        raise CheckpointError(
+            f"{checkpoint}: the feature extractor is {type(extractor).__name__}, which tracks no F0. Copy {PROCESSOR}"
+            f" {SAVE_PROCESSOR}"
+        )
+    check_extractor(checkpoint, extractor, config)
+    return _load_model(checkpoint, config, EchoWhisperForConditionalGeneration, overrides, may_lack), processor
 
 
 def check_fit(processor: EchoProcessor, config: EchoConfig) -> None:
@@ -190,6 +228,15 @@ def _find(checkpoint: str | Path, name: str) -> str | None:
     return cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False)
 
 
+def _find_processor(checkpoint: str | Path) -> str:
+    """The file with the feature extractor; raises `ValueError` if it is missing, or the tokenizer's."""
+    path = _find(checkpoint, PROCESSOR) or _find(checkpoint, PREPROCESSOR)
+    for name, found in ((PROCESSOR, path), (TOKENIZER, _find(checkpoint, TOKENIZER))):
+        if found is None:
+            raise CheckpointError(f"{checkpoint} has no {name}: copy it {SAVE_PROCESSOR}")
+    return path
+
+
 def _find_weights(checkpoint: str | Path) -> list[str]:
     single, index = _find(checkpoint, WEIGHTS), _find(checkpoint, WEIGHTS_INDEX)
     if single is not None:
@@ -214,8 +261,9 @@ def _find_weights(checkpoint: str | Path) -> list[str]:
 
 def _load_config(checkpoint: str | Path, path: str, saved: dict[str, Any], overrides: dict[str, Any]) -> EchoConfig:
     if saved.get("model_type") != EchoConfig.model_type:
+        remedy = " Give it pitch first: echo-hf add-pitch." if saved.get("model_type") == "whisper" else ""
         raise CheckpointError(
-            f"{path} is of a model of type {saved.get('model_type')!r}, not {EchoConfig.model_type!r}."
+            f"{path} is of a model of type {saved.get('model_type')!r}, not {EchoConfig.model_type!r}.{remedy}"
         )
     default = EchoConfig()
     known = {*default.to_dict(), *LIBRARY_FIELDS, *REMOVED_FIELDS}
@@ -244,10 +292,9 @@ def _check_token_ids(path: str, saved: dict[str, Any], vocab_size: int) -> None:
                 )
 
 
-def _load_model(checkpoint: str | Path, config: EchoConfig, model_class, overrides: dict[str, Any]):
-    saved_class = EchoForCTC if (config.architectures or [""])[0] == "EchoForCTC" else EchoForConditionalGeneration
+def _load_model(checkpoint: str | Path, config, model_class, overrides: dict[str, Any], may_lack: bool):
     with _unreported(), _explained(f"The model of {checkpoint} ({CONFIG} and its weights) cannot be loaded"):
-        model, report = (model_class or saved_class).from_pretrained(
+        model, report = model_class.from_pretrained(
             checkpoint, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
     mismatched, missing, unexpected = (
@@ -259,7 +306,7 @@ def _load_model(checkpoint: str | Path, config: EchoConfig, model_class, overrid
         fault = (
             f"{name} is {tuple(in_file)} in the file and {tuple(in_config)} by the config ({len(mismatched)} in all)"
         )
-    elif missing and model_class is None:
+    elif missing and not may_lack:
         fault = f"The weights lack {missing[0]} and {len(missing) - 1} others that it asks for"
     elif unexpected and not overrides:
         fault = f"The weights have {unexpected[0]} and {len(unexpected) - 1} others that it does not ask for"
@@ -297,6 +344,7 @@ __all__ = [
     "check_fit",
     "check_safetensors",
     "load_model_and_processor",
+    "load_whisper_and_processor",
     "parse_object",
     "parse_overrides",
     "read_json",

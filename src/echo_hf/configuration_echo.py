@@ -513,7 +513,7 @@ class EchoConfig(PreTrainedConfig):
             folder.mkdir(parents=True, exist_ok=True)
             if here.resolve() != folder.resolve():
                 for path in here.glob("*_echo.py"):
-                    if path.name != "whisper_echo.py":  # another model, which Echo does not need
+                    if not path.name.startswith("whisper"):  # another model, which Echo does not need
                         shutil.copyfile(path, folder / path.name)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 

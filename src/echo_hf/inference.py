@@ -1,7 +1,8 @@
 """Inference with a checkpoint: on prepared utterances, or on audio files of any length.
 
-Prepared utterances have two controls: `"zeroed"` replaces every feature, F0 too, by 0, and `"shuffled"` gives every
-utterance the features of another one. A model that uses the audio has high error rates with both.
+Prepared utterances have two controls: `"zeroed"` replaces every feature, F0 too, by 0 (for a Whisper, by that of
+silence), and `"shuffled"` gives every utterance the features of another one. A model that uses the audio has high error
+rates with both.
 
 Transcribing files needs the base install alone, without `datasets`.
 """
@@ -21,14 +22,14 @@ from transformers import PreTrainedConfig
 from transformers.pipelines.automatic_speech_recognition import AutomaticSpeechRecognitionPipeline
 from transformers.utils import logging
 
-from .checkpoint import load_model_and_processor
+from .checkpoint import load_model_and_processor, load_whisper_and_processor
 from .configuration_echo import EchoConfig
 from .feature_extraction_echo import open_audio
 from .generation_echo import find_cut_off
 from .pipeline_echo import LONGEST_SEGMENT, EchoAutomaticSpeechRecognitionPipeline
 from .processing_echo import EchoProcessor
 from .segmentation_echo import read_blocks
-from .whisper_echo import EchoWhisperConfig, EchoWhisperForConditionalGeneration, EchoWhisperProcessor
+from .whisper_echo import EchoWhisperConfig, EchoWhisperFeatureExtractor, EchoWhisperForConditionalGeneration
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -50,7 +51,8 @@ OTHER_EXTENSIONS = (
 )
 NAMED_AT_MOST = 5  # files in a message that reports many
 LARGEST_PIPE = 1 << 31  # bytes of a pipe, all of which are held in memory
-WHISPER_WINDOW = 30  # seconds of which the library takes every Whisper to be, when it joins times of windows
+LENGTHS = ("max_new_tokens", "max_length")  # settings of generate(), of which the first counts
+WHISPER_PROMPT = 4  # tokens: start, language, task, no timestamps
 
 
 def load_checkpoint(checkpoint: str | Path | None = None, device: str | None = None, **overrides):
@@ -94,8 +96,7 @@ def load_recognizer(checkpoint: str | Path | None = None, device: str | None = N
     """
     if config_class_of(checkpoint) is EchoConfig:
         return load_checkpoint(checkpoint, device, **overrides)
-    model = EchoWhisperForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32, **overrides)
-    return place(model, EchoWhisperProcessor.from_pretrained(checkpoint), device)
+    return place(*load_whisper_and_processor(checkpoint, **overrides), device)
 
 
 def place(model, processor, device: str | None = None):
@@ -169,17 +170,36 @@ def recognize(
             {"input_features": rows}, padding=True, return_attention_mask=True, return_tensors="pt"
         )
         if control == "zeroed":
-            batch["input_features"] = torch.zeros_like(batch["input_features"])
+            batch["input_features"] = _zeroed(batch["input_features"], processor.feature_extractor)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         if model.can_generate():
             ids = model.generate(**batch, **generate_kwargs)
-            num_cut_off += int(find_cut_off(ids, model.generation_config).sum())
+            if isinstance(model, EchoWhisperForConditionalGeneration):
+                num_cut_off += _count_cut_off(ids, model, generate_kwargs)
+            else:
+                num_cut_off += int(find_cut_off(ids, model.generation_config).sum())
             batch_texts = processor.batch_decode(ids, skip_special_tokens=True)
         else:
             batch_texts = _best_paths(model, processor, batch)
         for position, text in zip(batch_positions, batch_texts):
             texts[position] = text
     return texts, num_cut_off
+
+
+def _count_cut_off(ids: torch.Tensor, model, given: dict[str, Any]) -> int:
+    """How many texts of a Whisper are as long as they may be; `generate` returns neither its prompt nor the end."""
+    limits = [*(given.get(name) for name in LENGTHS), *(getattr(model.generation_config, name) for name in LENGTHS)]
+    longest = next((limit for limit in limits if limit is not None), model.config.max_target_positions)
+    longest = min(longest, model.config.max_target_positions - WHISPER_PROMPT)
+    return int(((ids != model.generation_config.pad_token_id).sum(-1) >= longest).sum())
+
+
+def _zeroed(features: torch.Tensor, extractor) -> torch.Tensor:
+    """Features as zeroed audio has them: 0 for an Echo, and for a Whisper those of silence, which are not 0."""
+    if not isinstance(extractor, EchoWhisperFeatureExtractor):
+        return torch.zeros_like(features)
+    silence = extractor({"array": np.zeros(extractor.n_samples), "sampling_rate": extractor.sampling_rate})
+    return extractor.pad(silence)["input_features"].expand_as(features)
 
 
 def _best_paths(model, processor: EchoProcessor, batch: dict[str, torch.Tensor]) -> list[str]:
@@ -433,12 +453,6 @@ def _transcribe_long(pipeline, path: Path, source: Path | bytes, options, bar) -
 def _transcribe_long_by_whisper(pipeline, path: Path, source: Path | bytes, options, bar) -> Transcript:
     """By windows that end where a segment does, which Whisper's times tell; all of the file is in memory."""
     rate, timestamps = pipeline.feature_extractor.sampling_rate, options["return_timestamps"]
-    window = pipeline.feature_extractor.chunk_length
-    if timestamps and window != WHISPER_WINDOW:
-        error = (
-            f"It is longer than this Whisper's window of {window} s, behind which its times would be wrong. Ask for no"
-        )
-        return Transcript(path, error=f"{error} timestamps, or cut the recording.")
     try:
         samples = read_short(source, rate, 0)
         audio = {"raw": samples, "sampling_rate": rate}
@@ -455,9 +469,10 @@ def _transcript(path: Path, seconds: float, result: dict[str, Any]) -> Transcrip
     chunks = None
     if "chunks" in result:
         chunks = [
-            {"text": chunk["text"].strip(), "start": start, "end": seconds if end is None else end}
+            {"text": chunk["text"].strip(), "start": min(start, seconds), "end": min(end, seconds)}
             for chunk in result["chunks"]
-            for start, end in [chunk["timestamp"]]  # Whisper leaves an end open that it did not hear
+            # A Whisper may leave an end open, or put it behind the recording.
+            for start, end in [(time if time is not None else seconds for time in chunk["timestamp"])]
         ]
     return Transcript(path, result["text"].strip(), round(seconds, 3), chunks)  # Whisper begins with a space
 

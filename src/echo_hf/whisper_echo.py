@@ -19,13 +19,10 @@ Dimensions: B batch, T frames of features (10 ms), S encoder frames (20 ms), H h
 of channels, E hidden size, F hidden units of the feed-forward.
 """
 
-import copy
-
 import numpy as np
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import AutoConfig, AutoProcessor
 from transformers import initialization as init
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -41,20 +38,18 @@ from transformers.models.whisper.modeling_whisper import (
     eager_attention_forward,
 )
 from transformers.models.whisper.processing_whisper import WhisperProcessor
-from transformers.pipelines.automatic_speech_recognition import AutomaticSpeechRecognitionPipeline
 
 from .normalization_echo import PITCH_CHANNELS, normalize_f0
 from .pitch_echo import F0_CEILING, F0_FLOOR, check_tracker, estimate_f0_batch
+from .whisper_generation_echo import FRAMES_PER_POSITION, EchoWhisperGenerationMixin
+from .whisper_pipeline_echo import EchoWhisperPipeline
 
 PITCH_SCALE = 16.0  # what is used of a pitch parameter, over what is stored
 STEM_KERNEL_SIZE = 9  # encoder frames, 180 ms: about a syllable
 F0_RANGE = (20.0, 2000.0)  # Hz; what lies beyond counts as the nearest of these, so that no F0 gives an infinite pitch
-FRAMES_PER_POSITION = 2  # frames of features to an encoder frame
 
 # What LoRA has to train beside its own matrices: `LoraConfig(..., modules_to_save=PITCH_MODULES)`.
 PITCH_MODULES = ["pitch_stem", "pitch_gate", "pitch_attention"]
-
-ASR_TASK = "automatic-speech-recognition"
 
 
 @strict
@@ -75,16 +70,7 @@ class EchoWhisperConfig(WhisperConfig):
             Whether voiced frames of similar pitch attend more, or less, to each other. It needs a matrix of frames by
             frames for each head, and attention by `"sdpa"` or `"eager"`.
         kwargs: fields of [`WhisperConfig`].
-
-    Example:
-
-    ```python
-    >>> from echo_hf import EchoWhisperConfig
-
-    >>> EchoWhisperConfig(pitch_theta=True).num_feature_rows
-    81
-
-    ```"""
+    """
 
     model_type = "echo_whisper"
     _auto_class = "AutoConfig"
@@ -123,8 +109,9 @@ class EchoWhisperConfig(WhisperConfig):
         return [name for name in EchoWhisperConfig.__annotations__ if getattr(self, name)]
 
     def to_dict(self) -> dict:
-        pipeline = {"impl": "whisper_echo.EchoWhisperPipeline", "pt": ["AutoModelForSpeechSeq2Seq"]}
-        return {**super().to_dict(), "custom_pipelines": {ASR_TASK: {**pipeline, "type": "multimodal"}}}
+        pipeline = {"impl": "whisper_pipeline_echo.EchoWhisperPipeline", "pt": ["AutoModelForSpeechSeq2Seq"]}
+        task = {"automatic-speech-recognition": {**pipeline, "type": "multimodal"}}
+        return {**super().to_dict(), "custom_pipelines": task}
 
 
 class EchoWhisperFeatureExtractor(WhisperFeatureExtractor):
@@ -143,19 +130,7 @@ class EchoWhisperFeatureExtractor(WhisperFeatureExtractor):
 
     Raises:
         `ValueError`: a setting of the tracker cannot work.
-
-    Example:
-
-    ```python
-    >>> import numpy as np
-    >>> from echo_hf import EchoWhisperFeatureExtractor
-
-    >>> feature_extractor = EchoWhisperFeatureExtractor()
-    >>> features = feature_extractor(np.zeros(16000, dtype=np.float32), sampling_rate=16000, return_tensors="pt")
-    >>> features.input_features.shape
-    torch.Size([1, 81, 3000])
-
-    ```"""
+    """
 
     _auto_class = "AutoFeatureExtractor"
 
@@ -182,26 +157,20 @@ class EchoWhisperFeatureExtractor(WhisperFeatureExtractor):
             `ValueError`: a recording is not 1-D or not finite, or of another sampling rate.
         """
         features = super().__call__(raw_speech, *args, **kwargs)
-        is_one = len(raw_speech) == 0 or np.ndim(raw_speech[0]) == 0
-        waveforms = [np.asarray(one, dtype=np.float32) for one in ([raw_speech] if is_one else raw_speech)]
         log_mel = features["input_features"]
-        f0 = self._track(waveforms, log_mel.shape[-1], kwargs.get("device") or "cpu")[:, None]
+        longest = log_mel.shape[-1] * self.hop_length  # samples: what the spectrogram holds
+        is_one = len(raw_speech) == 0 or np.ndim(raw_speech[0]) == 0
+        waveforms = [np.asarray(one, dtype=np.float32)[:longest] for one in ([raw_speech] if is_one else raw_speech)]
+        waveforms = [one if one.size else np.zeros(self.hop_length, dtype=np.float32) for one in waveforms]
+        settings = (self.sampling_rate, self.hop_length, self.f0_method, self.f0_min, self.f0_max)
+        f0 = np.zeros((len(waveforms), 1, log_mel.shape[-1]), dtype=np.float32)
+        for row, track in zip(f0, estimate_f0_batch(waveforms, *settings, device=kwargs.get("device") or "cpu")):
+            row[0, : len(track)] = track[: row.shape[-1]]
         if isinstance(log_mel, torch.Tensor):
             features["input_features"] = torch.cat((log_mel, torch.from_numpy(f0).to(log_mel)), dim=1)
         else:
             features["input_features"] = np.concatenate((log_mel, f0), axis=1)
         return features
-
-    def _track(self, waveforms: list[np.ndarray], num_frames: int, device: str) -> np.ndarray:
-        """F0 in Hz of each recording on the frames of the spectrogram, float32 `(batch, num_frames)`."""
-        f0 = np.zeros((len(waveforms), num_frames), dtype=np.float32)
-        rows = [row for row, waveform in enumerate(waveforms) if waveform.size > 0]
-        heard = [waveforms[row][: num_frames * self.hop_length] for row in rows]
-        settings = (self.sampling_rate, self.hop_length, self.f0_method, self.f0_min, self.f0_max)
-        for row, track in zip(rows, estimate_f0_batch(heard, *settings, device=device)):
-            track = track[:num_frames]
-            f0[row, : len(track)] = track
-        return f0
 
 
 class EchoWhisperProcessor(WhisperProcessor):
@@ -217,11 +186,10 @@ def split_f0(input_features: torch.Tensor, config: EchoWhisperConfig) -> tuple[t
         `ValueError`: there are more or fewer rows.
     """
     if input_features.ndim != 3 or input_features.shape[1] != config.num_feature_rows:
-        hint = "F0, the last row, is missing" if input_features.shape[1:2] == (config.num_mel_bins,) else "others"
         raise ValueError(
             f"input_features have shape {tuple(input_features.shape)}, and this model takes (batch,"
-            f" {config.num_feature_rows}, frames): {config.num_mel_bins} mel bins and F0 in Hz; found {hint}. Make them"
-            " with the processor of this checkpoint: AutoProcessor.from_pretrained(checkpoint)."
+            f" {config.num_feature_rows}, frames): {config.num_mel_bins} mel bins, and F0 in Hz as the last row. Make"
+            " them with the processor of this checkpoint: AutoProcessor.from_pretrained(checkpoint)."
         )
     return input_features[:, :-1], input_features[:, -1]
 
@@ -433,15 +401,9 @@ class EchoWhisperModel(EchoWhisperPreTrainedModel, WhisperModel):
         return torch.cat((masked, f0[:, None]), dim=1)
 
 
-class EchoWhisperPipeline(AutomaticSpeechRecognitionPipeline):
-    """The stock pipeline, which tells Whisper by its model type, and here is told."""
-
-    def _sanitize_parameters(self, **kwargs):
-        self.type = "seq2seq_whisper"  # the first that the library calls once it has set `type`
-        return super()._sanitize_parameters(**kwargs)
-
-
-class EchoWhisperForConditionalGeneration(EchoWhisperPreTrainedModel, WhisperForConditionalGeneration):
+class EchoWhisperForConditionalGeneration(
+    EchoWhisperPreTrainedModel, EchoWhisperGenerationMixin, WhisperForConditionalGeneration
+):
     r"""
     Whisper with pitch, for speech recognition. Made of a Whisper by [`add_pitch`]; used, generated with, fine-tuned and
     saved as a [`WhisperForConditionalGeneration`].
@@ -467,104 +429,12 @@ class EchoWhisperForConditionalGeneration(EchoWhisperPreTrainedModel, WhisperFor
         self.model = EchoWhisperModel(config)
         self.post_init()
 
-    def _prepare_decoder_input_ids_for_generation(self, batch_size, model_input_name, model_kwargs, *args, **kwargs):
-        # The library begins every prompt with the start token, but those of models of type "whisper".
-        prompt = model_kwargs.pop("decoder_input_ids", None)
-        start, model_kwargs = super()._prepare_decoder_input_ids_for_generation(
-            batch_size, model_input_name, model_kwargs, *args, **kwargs
-        )
-        return start if prompt is None else prompt, model_kwargs
-
-
-def add_pitch(
-    model: str | WhisperForConditionalGeneration,
-    processor: WhisperProcessor | None = None,
-    window: int | None = None,
-    **switches: bool,
-) -> tuple[EchoWhisperForConditionalGeneration, EchoWhisperProcessor]:
-    """
-    Gives a Whisper pitch. Until it is trained, its outputs are the same.
-
-    Args:
-        model (`str` or [`WhisperForConditionalGeneration`]):
-            Folder of a checkpoint or its name on the Hub, or a model, which stays as it is.
-        processor ([`WhisperProcessor`], *optional*): the checkpoint's if not given; needed with a model.
-        window (`int`, *optional*):
-            Seconds of audio that the encoder hears at a time, up to Whisper's 30; all of it if not given. A shorter
-            window keeps the first positions: short utterances cost less, and outputs change.
-        switches (`bool`): `pitch_stem`, `pitch_gate`, `pitch_radius`, `pitch_theta`, `pitch_bias`; the defaults of
-            [`EchoWhisperConfig`] where not given.
-
-    Returns:
-        [`EchoWhisperForConditionalGeneration`] and [`EchoWhisperProcessor`]; save both in one folder.
-
-    Raises:
-        `ValueError`: the checkpoint is no Whisper, its feature extractor does not fit the model, the window is not
-            possible, or a switch is not known.
-
-    Example:
-
-    ```python
-    >>> from echo_hf import add_pitch
-
-    >>> model, processor = add_pitch("openai/whisper-small")  # doctest: +SKIP
-    >>> model.save_pretrained("my-model")  # doctest: +SKIP
-    >>> processor.save_pretrained("my-model")  # doctest: +SKIP
-
-    ```"""
-    name = model if isinstance(model, str) else type(model).__name__
-    config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config
-    if config.model_type != WhisperConfig.model_type:
-        has_pitch = config.model_type == EchoWhisperConfig.model_type
-        raise ValueError(
-            f"{name} is a model of type {config.model_type!r}"
-            + (", which has pitch already: load it as it is." if has_pitch else ", and pitch can be added to Whisper")
-            + ("" if has_pitch else " alone. Give a Whisper checkpoint, such as openai/whisper-small.")
-        )
-    known = list(EchoWhisperConfig.__annotations__)
-    if unknown := sorted(set(switches) - set(known)):
-        raise ValueError(f"There is no switch {', '.join(unknown)}; there are {', '.join(known)}.")
-    if processor is None:
-        if not isinstance(model, str):
-            raise ValueError("Give the processor that belongs to the model: add_pitch(model, processor).")
-        processor = AutoProcessor.from_pretrained(model)
-    extractor = processor.feature_extractor
-    _check_extractor(name, extractor, config)
-    seconds = extractor.chunk_length if window is None else window
-    if isinstance(seconds, bool) or not isinstance(seconds, int) or not 1 <= seconds <= extractor.chunk_length:
-        raise ValueError(
-            f"window must be a whole number of seconds from 1 to {extractor.chunk_length}, got {window!r}."
-        )
-    if isinstance(model, str):
-        model = WhisperForConditionalGeneration.from_pretrained(model)
-
-    positions = seconds * extractor.sampling_rate // extractor.hop_length // FRAMES_PER_POSITION
-    inherited = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
-    config = EchoWhisperConfig(**{**inherited, "max_source_positions": positions, **switches})
-    weights = {key: value.clone() for key, value in model.state_dict().items()}
-    weights["model.encoder.embed_positions.weight"] = weights["model.encoder.embed_positions.weight"][:positions]
-    with_pitch = EchoWhisperForConditionalGeneration._from_config(config, dtype=model.dtype)
-    missing, unexpected = with_pitch.load_state_dict(weights, strict=False)
-    if unexpected or any(not any(part in key for part in PITCH_MODULES) for key in missing):
-        raise ValueError(f"{name} does not hold the weights of a Whisper: {(unexpected or missing)[0]}.")
-    with_pitch.generation_config = copy.deepcopy(model.generation_config)
-    settings = {key: value for key, value in extractor.to_dict().items() if not key.endswith("_type")}
-    extractor = EchoWhisperFeatureExtractor(**{**settings, "chunk_length": seconds})
-    return with_pitch.eval(), EchoWhisperProcessor(extractor, processor.tokenizer)
-
-
-def _check_extractor(name: str, extractor: WhisperFeatureExtractor, config: WhisperConfig) -> None:
-    if not isinstance(extractor, WhisperFeatureExtractor) or extractor.feature_size != config.num_mel_bins:
-        raise ValueError(
-            f"{name}: the feature extractor is {type(extractor).__name__} with {extractor.feature_size} channels, and"
-            f" the model takes {config.num_mel_bins} mel bins. Take the processor of the same checkpoint."
-        )
-    seconds = config.max_source_positions * FRAMES_PER_POSITION * extractor.hop_length / extractor.sampling_rate
-    if seconds != extractor.chunk_length:
-        raise ValueError(
-            f"{name}: the feature extractor hears {extractor.chunk_length} s at a time, and the model {seconds:g} s."
-            " Take the processor of the same checkpoint."
-        )
+    def generate(self, input_features: torch.Tensor | None = None, *args, **kwargs):
+        """As [`WhisperForConditionalGeneration`], of features `(B, num_mel_bins + 1, T)` of any length; raises
+        `ValueError` for features with other rows."""
+        if input_features is not None:
+            split_f0(input_features, self.config)
+        return super().generate(input_features, *args, **kwargs)
 
 
 __all__ = [
@@ -574,5 +444,4 @@ __all__ = [
     "EchoWhisperModel",
     "EchoWhisperPreTrainedModel",
     "EchoWhisperProcessor",
-    "add_pitch",
 ]

@@ -1,6 +1,9 @@
 """A run starts from a Whisper, gives it pitch on the way, and leaves a complete checkpoint that can be trained on."""
 
 import json
+import shutil
+from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,10 +11,12 @@ import soundfile
 import torch
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, WhisperForConditionalGeneration, pipeline
 
-from echo_hf import EchoWhisperFeatureExtractor, EchoWhisperForConditionalGeneration, load_audio
+from echo_hf import EchoWhisperFeatureExtractor, EchoWhisperForConditionalGeneration, EchoWhisperProcessor, load_audio
 from echo_hf.cli import main
+from echo_hf.cli.options import generate_options
 from echo_hf.data import load_sources, prepare_dataset
 from echo_hf.data.whisper import WhisperDataCollator, WhisperFrameProcessor
+from echo_hf.inference import _count_cut_off, load_recognizer, recognize
 from echo_hf.training import (
     AugmentationArguments,
     DataArguments,
@@ -50,6 +55,7 @@ def test_a_run_gives_a_whisper_pitch_and_can_be_resumed_and_trained_further(whis
     assert summary["steps"] == 2 and summary["metrics"]["reference_words"] == 6
     assert "echo_whisper" in (tmp_path / "run" / "config.json").read_text()
     card = (tmp_path / "run" / "README.md").read_text()
+    assert "read by ffmpeg" in card and "need `return_timestamps=True`" in card
     assert "It hears 1 s at a time" in card and "pitch_stem=True, pitch_radius=True, pitch_theta=True." in card
 
     trained = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "run")
@@ -175,14 +181,12 @@ def test_transcribe_takes_a_whisper_and_recordings_longer_than_its_window(pitche
         long = {"return_timestamps": True} if len(audio) > 16000 else {}
         assert result["text"] == recognize(audio, generate_kwargs={"num_beams": 1}, **long)["text"].strip()
         assert result["seconds"] == len(audio) / 16000 and "chunks" not in result
-    assert main([*command, "--timestamps", "segment", "--skip_broken"]) == 0
-    out, err = capsys.readouterr()
-    assert f"skipped {files[1]}: It is longer than this Whisper's window of 1 s" in err
-    for line, path in zip(out.splitlines(), (files[0], files[2]), strict=True):
+    assert main([*command, "--timestamps", "segment"]) == 0
+    for line, path in zip(capsys.readouterr().out.splitlines(), files, strict=True):
         result = json.loads(line)
         assert result["path"] == path
-        ends = [chunk["end"] for chunk in result["chunks"]]
-        assert ends and all(isinstance(end, float) for end in ends)  # those that Whisper leaves open, too
+        times = [chunk[name] for chunk in result["chunks"] for name in ("start", "end")]
+        assert times == sorted(times) and 0 < times[-1] <= result["seconds"]  # behind the first window, too
     for option in (["--chunk_length_s", "5"], ["--ctc_weight", "0.5"]):
         assert main([*command, *option]) == 1
         assert "does not apply to EchoWhisperForConditionalGeneration" in capsys.readouterr().err
@@ -211,3 +215,73 @@ def test_features_do_not_hang_on_the_processor_they_are_saved_with(whisper):
     assert frames.feature_size == 81 and frames.mel_filters.shape[1] == 80
     assert type(processor.feature_extractor) is EchoWhisperFeatureExtractor
     assert processor.feature_extractor.nb_max_frames == 2 * FRAMES
+
+
+def test_zeroed_audio_is_silence(pitched, manifest, tmp_path):
+    model, processor = load_recognizer(pitched, "cpu")
+    preparation = WhisperFrameProcessor(processor)
+    prepared = prepare_dataset(load_sources(manifest), preparation, cache_dir=tmp_path / "cache").dataset
+    texts, _ = recognize(model, preparation, prepared, control="zeroed", max_length=6)
+    silence = processor.feature_extractor(np.zeros(16000), sampling_rate=16000, return_tensors="pt").input_features
+    assert texts == processor.batch_decode(model.generate(silence, max_length=6), skip_special_tokens=True) * 6
+    assert (silence[0, :80] == -1.5).all() and not silence[0, 80].any()  # (log10(1e-10) + 4) / 4
+
+
+def test_what_is_cut_off_is_counted_and_as_long_as_asked(pitched):
+    model = load_recognizer(pitched, "cpu")[0]
+    end = model.generation_config.pad_token_id
+    ids = torch.tensor([[5, 6, 7, end], [5, 6, 7, 8]])  # `generate` drops the end; the longest text is not padded
+    assert [_count_cut_off(ids, model, {"max_length": length}) for length in (3, 4, 5)] == [2, 1, 0]
+    assert _count_cut_off(ids, model, {}) == 0
+    given = {"num_beams": 1, "ctc_weight": None, "max_new_tokens": 4, "generate_kwargs": '{"repetition_penalty": 2}'}
+    settings = generate_options(Namespace(**given), model)
+    assert settings == {"num_beams": 1, "max_length": 4, "repetition_penalty": 2}
+    ids = model.generate(torch.randn(2, 81, FRAMES), **settings | {"repetition_penalty": 2.0, "suppress_tokens": [end]})
+    assert ids.shape == (2, 4) and _count_cut_off(ids, model, settings) == 2
+
+
+def test_settings_of_generate_are_passed_on(pitched, manifest, capsys):
+    command = ["transcribe", str(manifest.parent / "0.wav"), "--checkpoint", pitched, "--device", "cpu"]
+    fallback = {"temperature": [0.0, 0.5], "logprob_threshold": -0.1, "compression_ratio_threshold": 1.1}
+    assert main([*command, "--generate_kwargs", json.dumps({"no_speech_threshold": 0.6, **fallback})]) == 0
+    assert main([*command, "--generate_kwargs", '{"max_length": 3, "suppress_tokens": null}']) == 0
+    assert main([*command, "--generate_kwargs", '{"temprature": 0.5}']) == 1
+    assert "not used by the model: ['temprature']" in capsys.readouterr().err
+    assert main([*command, "--generate_kwargs", '{"num_return_sequences": 2}']) == 1
+    assert "num_return_sequences changes what generate() returns" in capsys.readouterr().err
+    assert main([*command, "--generate_kwargs", "temperature=0.5"]) == 1
+    assert "--generate_kwargs: 'temperature=0.5' is not JSON" in capsys.readouterr().err
+
+
+def cut_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+DAMAGES = {
+    "cut off or damaged": cut_weights,
+    "has no tokenizer.json": lambda folder: (folder / "tokenizer.json").unlink(),
+    "has no processor_config.json": lambda folder: (folder / "processor_config.json").unlink(),
+    "is WhisperFeatureExtractor, which tracks no F0": lambda folder: make_processor().save_pretrained(folder),
+    "hears 2 s at a time, and the model 1 s": lambda folder: EchoWhisperProcessor(
+        EchoWhisperFeatureExtractor(chunk_length=2), make_processor().tokenizer
+    ).save_pretrained(folder),
+    "with 128 channels, and the model takes 80 mel bins": lambda folder: EchoWhisperProcessor(
+        EchoWhisperFeatureExtractor(chunk_length=1, feature_size=128), make_processor().tokenizer
+    ).save_pretrained(folder),
+}
+
+
+@pytest.mark.parametrize(("message", "damage"), DAMAGES.items(), ids=DAMAGES)
+def test_a_checkpoint_that_is_not_complete_or_does_not_fit_is_an_error_everywhere(pitched, tmp_path, message, damage):
+    damage(Path(shutil.copytree(pitched, tmp_path / "damaged")))
+    for load in (load_recognizer, lambda name: build_model_and_processor(ModelArguments(name, language="en"), [])):
+        with pytest.raises(ValueError, match=message):
+            load(str(tmp_path / "damaged"))
+
+
+def test_mechanisms_without_weights_and_whispers_without_pitch_are_refused(pitched, whisper):
+    with pytest.raises(ValueError, match=r"weights lack .*pitch.*leave pitch_gate as it was saved"):
+        load_recognizer(pitched, pitch_gate=True)
+    with pytest.raises(ValueError, match="of type 'whisper'.*Give it pitch first: echo-hf add-pitch"):
+        load_recognizer(whisper)

@@ -45,7 +45,7 @@ def add_parser(commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Makes the checkpoint, and returns the exit code."""
-    from ..whisper_echo import add_pitch
+    from ..conversion import add_pitch
 
     folder = Path(options.folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

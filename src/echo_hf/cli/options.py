@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from .output import tell
 
@@ -135,13 +136,16 @@ def add_decoding(parser, batch_size: int) -> None:
         help="weight of the CTC head's scores beside the decoder's, from 0 to 1 (the checkpoint's; 0 decodes without)",
     )
     add_both(parser, "max_new_tokens", type=count, help="longest transcript in tokens (the checkpoint's)")
+    add_both(parser, "generate_kwargs", help="other settings of generate() as a JSON object")
     add_device(parser)
 
 
-def generate_options(options, model) -> dict[str, int | float]:
+def generate_options(options, model) -> dict[str, Any]:
     """Arguments of `generate()` by the options of [`add_decoding`]."""
+    from ..checkpoint import parse_object
+
     if not model.can_generate():
-        for name in ("num_beams", "ctc_weight", "max_new_tokens"):
+        for name in ("num_beams", "ctc_weight", "max_new_tokens", "generate_kwargs"):
             if getattr(options, name) is not None:
                 raise ValueError(f"--{name} does not apply to {type(model).__name__}, which has no decoder. Omit it.")
         return {}
@@ -149,9 +153,14 @@ def generate_options(options, model) -> dict[str, int | float]:
         raise ValueError(f"--ctc_weight does not apply to {type(model).__name__}, which has no CTC head. Omit it.")
     given = {name: getattr(options, name) for name in ("num_beams", "ctc_weight")}
     if options.max_new_tokens is not None:
-        # With the begin of sequence. Beside the checkpoint's max_length, max_new_tokens itself would cause a warning.
-        given["max_length"] = options.max_new_tokens + 1
-    return {name: value for name, value in given.items() if value is not None}
+        # Beside the checkpoint's max_length, max_new_tokens itself would cause a warning. An Echo counts the begin of
+        # sequence, and a Whisper does not count its prompt.
+        given["max_length"] = options.max_new_tokens + (model.config.model_type == "echo")
+    others = {} if options.generate_kwargs is None else parse_object(options.generate_kwargs, "--generate_kwargs")
+    for name in others:
+        if name.startswith(("return_", "output_", "num_return_")):
+            raise ValueError(f"--generate_kwargs: {name} changes what generate() returns, which is not used. Omit it.")
+    return others | {name: value for name, value in given.items() if value is not None}
 
 
 # Checks --------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,8 @@ class WhisperFrames(EchoWhisperFeatureExtractor):
         if not isinstance(rows, dict):
             return super().pad(rows, *args, **kwargs)
         stacked = torch.as_tensor(np.stack([np.asarray(row, dtype=np.float32) for row in rows["input_features"]]))
-        return {"input_features": stacked.transpose(1, 2).contiguous()}
+        mask = torch.ones(stacked.shape[:2], dtype=torch.long)  # which `generate` asks for, and Whisper does not use
+        return {"input_features": stacked.transpose(1, 2).contiguous(), "attention_mask": mask}
 
 
 class WhisperFrameProcessor:

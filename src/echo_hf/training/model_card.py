@@ -154,7 +154,7 @@ def build_model_card(
         f"# {name}",
         _describe_model(config, summary),
         "## Use",
-        _describe_use(repo_id or name),
+        _describe_use(repo_id or name, config),
         "## Training data",
         _describe_data(train),
         "## Training",
@@ -269,10 +269,15 @@ def _describe_whisper(config: EchoWhisperConfig) -> str:
     )
 
 
-def _describe_use(name: str) -> str:
+def _describe_use(name: str, config: EchoConfig | EchoWhisperConfig) -> str:
     where = "" if "/" in name else f"`{name}` is this folder, or `owner/name` on the Hub. "
+    is_whisper = isinstance(config, EchoWhisperConfig)
+    packages = "" if is_whisper else " pyworld-prebuilt soundfile soxr"
+    if is_whisper:  # whose pipeline is the library's
+        where += "Files are read by ffmpeg, which has to be installed. Recordings longer than the window need"
+        where += " `return_timestamps=True`. "
     return (
-        "```bash\npip install torch transformers pyworld-prebuilt soundfile soxr\n```\n\n"
+        f"```bash\npip install torch transformers{packages}\n```\n\n"
         "```python\n"
         "from transformers import pipeline\n\n"
         f'transcribe = pipeline("{TASK}", model="{name}", trust_remote_code=True)\n'

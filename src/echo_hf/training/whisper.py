@@ -8,7 +8,8 @@ import datasets
 import torch
 from transformers import AutoProcessor, PreTrainedConfig, Seq2SeqTrainingArguments, WhisperForConditionalGeneration
 
-from ..checkpoint import parse_overrides
+from ..checkpoint import load_whisper_and_processor, parse_overrides
+from ..conversion import add_pitch
 from ..data.features import prepare_dataset
 from ..data.whisper import WhisperDataCollator, WhisperFrameProcessor
 from ..whisper_echo import (
@@ -16,7 +17,6 @@ from ..whisper_echo import (
     EchoWhisperFeatureExtractor,
     EchoWhisperForConditionalGeneration,
     EchoWhisperProcessor,
-    add_pitch,
 )
 from .arguments import WHISPER_LEARNING_RATE, AugmentationArguments, ModelArguments, RunArguments
 from .preparation import Preparation, Speech
@@ -51,8 +51,7 @@ def build_whisper(arguments: ModelArguments) -> tuple[EchoWhisperForConditionalG
     if PreTrainedConfig.get_config_dict(name)[0]["model_type"] == EchoWhisperConfig.model_type:
         if arguments.window is not None:
             raise ValueError(f"window: {name} has pitch and a window already; leave it out.")
-        model = EchoWhisperForConditionalGeneration.from_pretrained(name, dtype=torch.float32, **overrides)
-        processor = AutoProcessor.from_pretrained(name)
+        model, processor = load_whisper_and_processor(name, may_lack=True, **overrides)
     else:
         switches = {key: overrides.pop(key) for key in EchoWhisperConfig.__annotations__ if key in overrides}
         whisper = WhisperForConditionalGeneration.from_pretrained(name, dtype=torch.float32, **overrides)
