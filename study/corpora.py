@@ -17,6 +17,7 @@ import soxr
 from echo_hf import EchoFeatureExtractor
 
 SAMPLING_RATE = 16000  # Hz
+F0_METHOD = "dio"
 FRAME_PERIOD = 5.0  # ms, of WORLD's analysis where a voice is flattened
 BABBLE_VOICES = 6
 NOISES = ("white", "babble")
@@ -102,7 +103,8 @@ class Corpora:
 
     def __init__(self, speech: Path, cache: Path, num_mel_bins: int = 80):
         self.speech, self.cache = speech, cache
-        self.extractor = EchoFeatureExtractor(feature_groups={"spectrogram": num_mel_bins, "voicing": 1, "pitch": 1})
+        groups = {"spectrogram": num_mel_bins, "voicing": 1, "pitch": 1}
+        self.extractor = EchoFeatureExtractor(feature_groups=groups, f0_method=F0_METHOD)
         self.babble = None
 
     def load(self, corpus: str, split: str, condition: str = "clean") -> list[dict]:

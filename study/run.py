@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from corpora import Corpora, change_f0, drop_voicing, read_manifest
+from corpora import F0_METHOD, Corpora, change_f0, drop_voicing, read_manifest
 from echo_hf import EchoFeatureExtractor, EchoProcessor, EchoTokenizer
 from echo_hf.metrics import score
 from models import ARMS, Arm, Settings, build_model, learned_scalars, train
@@ -117,7 +117,8 @@ class Study:
         voicing = {"voicing": 1} if arm.continuous else {}
         groups = {"spectrogram": part.settings.num_mel_bins, **voicing, "pitch": 1}
         texts = [row["text"] for corpus in part.train for row in read_manifest(self.speech, corpus, "train")]
-        return EchoProcessor(EchoFeatureExtractor(feature_groups=groups), EchoTokenizer.from_characters(texts))
+        extractor = EchoFeatureExtractor(feature_groups=groups, f0_method=F0_METHOD)
+        return EchoProcessor(extractor, EchoTokenizer.from_characters(texts))
 
     def rows(self, part: Part, arm: Arm, test: tuple[str, ...], change: str = "real") -> list[dict]:
         """Rows of a corpus, split and condition with features as the arm takes them."""

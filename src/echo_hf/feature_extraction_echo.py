@@ -268,8 +268,8 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
         sampling_rate (`int`, defaults to 16000): Sampling rate of the features' audio in Hz.
         hop_length (`int`, defaults to 160): Samples from one frame to the next.
         n_fft (`int`, defaults to 400): Samples under the window of the spectrogram.
-        f0_method (`str`, defaults to `"dio"`):
-            Tracker of F0: `"dio"` (WORLD's DIO and StoneMask), `"dio_fast"` (DIO on fewer samples, not refined) or
+        f0_method (`str`, defaults to `"dio_fast"`):
+            Tracker of F0: `"dio"` (WORLD's DIO and StoneMask), `"dio_fast"` (the same, DIO on every fourth sample) or
             `"autocorrelation"` (torch, a whole batch at once, on any device; finds voices whose fundamental is missing
             or in noise, which DIO does not).
         f0_min (`float`, defaults to 71.0): Lowest F0 in Hz.
@@ -304,7 +304,7 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
         sampling_rate: int = 16000,
         hop_length: int = 160,
         n_fft: int = 400,
-        f0_method: str = "dio",
+        f0_method: str = "dio_fast",
         f0_min: float = 71.0,
         f0_max: float = 500.0,
         padding_value: float = 0.0,

@@ -73,7 +73,9 @@ class ModelArguments:
         default=None,
         metadata={"help": 'Channels of the features, from scratch, as JSON, e.g. \'{"spectrogram": 80, "pitch": 1}\'.'},
     )
-    f0_method: str | None = field(default=None, metadata={"help": "Tracker of F0, from scratch: dio if not given."})
+    f0_method: str | None = field(
+        default=None, metadata={"help": "Tracker of F0, from scratch: dio_fast if not given."}
+    )
     attn_implementation: str | None = field(
         default=None,
         metadata={
