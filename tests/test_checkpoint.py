@@ -186,9 +186,9 @@ def test_what_is_whole_loads_as_it_was_saved(checkpoint, ctc_checkpoint):
     assert type(model) is EchoForConditionalGeneration and model.config.dropout == 0.2
 
 
-# The radius is left out, as it does nothing before it is trained, and so is the bias, whose projections are narrower.
+# Theta and radius are left out, as they do nothing before they are trained, and so is the bias, whose projections are
+# narrower.
 OFF = {
-    "theta_mode": "none",
     "silence_scaling": False,
     "pitch_gate": False,
     "pitch_stem": False,

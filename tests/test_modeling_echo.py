@@ -103,7 +103,7 @@ LABELS = torch.tensor([[5, 6, 7, 8, 2], [9, 10, 2, -100, -100], [11, 12, 12, 2, 
 # Formulas
 
 
-def reference_angles(mode, kind, f0, length, head_dim, theta, corner, top):
+def reference_angles(mode, kind, f0, length, head_dim, theta, corner, top, contour=None, gains=None):
     """Section by section from the formulas, float64, frame by frame."""
     pairs = head_dim // 2
 
@@ -121,6 +121,9 @@ def reference_angles(mode, kind, f0, length, head_dim, theta, corner, top):
             angles[t] = t * omega(theta + f0[:length].mean())
         elif mode == "frame":
             angles[t] = t * omega(theta + f0[t])
+        elif mode == "contour":
+            total = total + omega(theta) * 0.5 * np.tanh(gains * contour[t])
+            angles[t] = t * omega(theta) + total
         else:
             total = total + omega(theta + f0[t])
             angles[t] = total
@@ -349,6 +352,10 @@ def reference_attention(attention, hidden_states, mask, f0, mean_f0, silence, ki
 
     query, key = split("q_proj", width), split("k_proj", width)
     value = split("v_proj", attention.head_dim).repeat_interleave(groups, 0)
+    voiced = f0 > 0
+    logs = f0.clamp(min=1e-9).log()
+    contour = torch.zeros_like(f0)
+    contour[voiced] = (logs[voiced] - logs[voiced].mean()) / logs[voiced].std(correction=0).clamp(min=0.1)
     angles = torch.from_numpy(
         reference_angles(
             config.theta_mode,
@@ -359,12 +366,10 @@ def reference_attention(attention, hidden_states, mask, f0, mean_f0, silence, ki
             config.rotary_theta * math.exp(rotary.log_theta.item() if config.learn_theta else 0.0),
             config.mel_corner_frequency,
             config.mel_max_frequency,
+            contour.numpy(),
+            rotary.contour_gain.double().detach().numpy() if config.theta_mode == "contour" else None,
         )
     )[:, : width // 2]
-    voiced = f0 > 0
-    logs = f0.clamp(min=1e-9).log()
-    contour = torch.zeros_like(f0)
-    contour[voiced] = (logs[voiced] - logs[voiced].mean()) / logs[voiced].std(correction=0).clamp(min=0.1)
     radius = {
         "unit": torch.ones_like(f0),
         "sigmoid": f0.sigmoid(),

@@ -168,7 +168,7 @@ class EchoConfig(PreTrainedConfig):
         mel_corner_frequency (`float`, defaults to 80.0): K of the mel scale (Hz): linear below, logarithmic above.
         mel_max_frequency (`float`, defaults to 2000.0):
             M, the top of the mel scale (Hz). The largest step is `theta / 220 * M / 1000` rad a frame.
-        theta_mode (`str`, defaults to `"phase"`):
+        theta_mode (`str`, defaults to `"contour"`):
             How F0 moves theta in the encoder: `"none"`; `"mean"`, by the utterance's mean F0; `"frame"`, by each
             frame's F0 (published; not relative); `"phase"`, by each frame's F0 with the angle summed up (relative);
             `"contour"`, by the normalized log-F0 and a learned gain for each channel pair, summed up (relative).
@@ -184,8 +184,8 @@ class EchoConfig(PreTrainedConfig):
             A frame is silent when none of its log-mel channels is above this, in units of the extractor: 0 is its
             floor, 80 dB under the peak; 0.05 is 2 dB.
         silence_scale_range (`list[float]`, defaults to `[0.001, 0.1]`): Bounds of the learned factor of silent keys.
-        pitch_gate (`bool`, defaults to `False`): Whether the gates of the encoder's feed-forward see the pitch.
-        pitch_stem (`bool`, defaults to `False`): Whether pitch has a stem of its own, like other channel groups.
+        pitch_gate (`bool`, defaults to `True`): Whether the gates of the encoder's feed-forward see the pitch.
+        pitch_stem (`bool`, defaults to `True`): Whether pitch has a stem of its own, like other channel groups.
         token_pitch (`str`, defaults to `"none"`):
             Pitch given to the decoder with each token: `"none"`, or the `"mean"`, `"median"` or `"last"` F0 of the
             token's span of time.
@@ -267,14 +267,14 @@ class EchoConfig(PreTrainedConfig):
     learn_theta: bool = False
     mel_corner_frequency: float | int = 80.0
     mel_max_frequency: float | int = 2000.0
-    theta_mode: Literal["none", "mean", "frame", "phase", "contour"] = "phase"
+    theta_mode: Literal["none", "mean", "frame", "phase", "contour"] = "contour"
     radius_mode: Literal["unit", "sigmoid", "raw", "bounded"] = "bounded"
     pitch_bias: Literal["none", "gaussian", "laplacian"] = "gaussian"
     silence_scaling: bool = True
     silence_threshold: float | int = 0.5
     silence_scale_range: list[float] | tuple[float, ...] = (0.001, 0.1)
-    pitch_gate: bool = False
-    pitch_stem: bool = False
+    pitch_gate: bool = True
+    pitch_stem: bool = True
     token_pitch: Literal["none", "mean", "median", "last"] = "none"
     tokens_per_second: float | int = 10.0
     ctc_loss_weight: float | int = 0.3

@@ -74,7 +74,7 @@ def track_dio(
 def track_dio_fast(
     waveform: np.ndarray, sampling_rate: int, frame_period: float, f0_min: float, f0_max: float
 ) -> np.ndarray:
-    """F0 by DIO at a fourth of the sampling rate and StoneMask at all of it. Arguments and result: see [`track_dio`]."""
+    """F0 by DIO at a fourth of the sampling rate and StoneMask at all of it; otherwise as [`track_dio`]."""
     pyworld = _import_pyworld()
     # Under 4 kHz DIO loses the harmonics that it compares.
     speed = int(min(4, max(1, sampling_rate // 4000)))

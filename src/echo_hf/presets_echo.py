@@ -13,7 +13,7 @@ BASELINE = {
 }
 
 MECHANISMS = {
-    "theta": {"theta_mode": "phase"},
+    "theta": {"theta_mode": "contour"},
     "radius": {"radius_mode": "bounded"},
     "bias": {"pitch_bias": "gaussian"},
     "silence": {"silence_scaling": True},
