@@ -572,19 +572,6 @@ def test_values_in_padding_are_never_read():
         )
 
 
-@pytest.mark.parametrize("groups", [{"waveform": 20}, {"phase": 1, "envelope": 6, "aperiodicity": 1}])
-def test_further_channel_groups_are_heard_and_do_not_break_padding(groups):
-    widths = {"spectrogram": 16, **groups, "pitch": 1}
-    model = tiny_model("all", feature_groups=widths)
-    inputs = make_inputs(bins=sum(widths.values()) - 1)
-    with torch.no_grad():
-        batched = model(**inputs, labels=LABELS).logits
-        single = model(**alone(inputs, 1), labels=LABELS[1:2]).logits
-        torch.testing.assert_close(batched[1:2], single, atol=2e-5, rtol=1e-3)
-        inputs["input_features"][..., 16:-1] += 1.0
-        assert not torch.allclose(model(**inputs, labels=LABELS).logits, batched, atol=1e-5)
-
-
 @pytest.mark.parametrize("strides", [[2, 2], [1], [2, 2, 2], [3, 2], [1, 1]])
 def test_any_strides_give_the_length_they_promise(strides):
     model = tiny_model("all", stem_strides=strides, cls=EchoModel)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .tokenization_echo import EchoTokenizer  # noqa: F401
 
 # Channel groups of `input_features`, in the order in which they lie.
-FEATURE_GROUPS = ("spectrogram", "waveform", "phase", "envelope", "aperiodicity", "voicing", "pitch")
+FEATURE_GROUPS = ("spectrogram", "voicing", "pitch")
 
 AUTO_MAP = {
     "AutoConfig": "configuration_echo.EchoConfig",
@@ -101,13 +101,16 @@ def validate_feature_groups(feature_groups: dict[str, int]) -> dict[str, int]:
     """
     for name, width in feature_groups.items():
         if name not in FEATURE_GROUPS:
-            raise ValueError(f"feature_groups: unknown group {name!r}; known are {', '.join(FEATURE_GROUPS)}.")
+            raise ValueError(
+                f"feature_groups: Echo has the groups {', '.join(FEATURE_GROUPS)}, and no {name!r}. Leave it out; a"
+                " checkpoint that was trained with it needs the version of echo_hf that trained it."
+            )
         if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= MAX_GROUP_WIDTH:
             raise ValueError(
                 f"feature_groups: the width of {name!r} must be at most {MAX_GROUP_WIDTH} and a whole number above 0,"
                 f" got {width!r}."
             )
-        if name in ("phase", "voicing", "pitch") and width != 1:
+        if name != "spectrogram" and width != 1:
             raise ValueError(f"feature_groups: {name!r} is a single channel, got a width of {width}.")
     if "voicing" in feature_groups and "pitch" not in feature_groups:
         raise ValueError("feature_groups: 'voicing' goes with 'pitch'; add 'pitch': 1, or leave it out.")

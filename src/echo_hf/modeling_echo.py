@@ -565,11 +565,9 @@ class EchoEncoder(EchoPreTrainedModel):
     def __init__(self, config: EchoConfig):
         super().__init__(config)
         self.group_widths = list(config.feature_groups.values())
-        stem_channels = {
-            name: {"pitch": PITCH_CHANNELS, "phase": 2}.get(name, width)
-            for name, width in config.feature_groups.items()
-            if name != "voicing" and (name != "pitch" or config.pitch_stem)  # voicing is a part of pitch
-        }
+        stem_channels = {"spectrogram": config.feature_groups["spectrogram"]}
+        if config.pitch_stem:
+            stem_channels["pitch"] = PITCH_CHANNELS
         self.stems = nn.ModuleDict({name: EchoStem(config, channels) for name, channels in stem_channels.items()})
         if len(self.stems) > 1:
             self.blend = nn.Parameter(torch.zeros(len(self.stems) - 1))
@@ -660,8 +658,6 @@ class EchoEncoder(EchoPreTrainedModel):
         inputs = dict(groups)
         if self.training and self.config.apply_spec_augment:
             inputs["spectrogram"] = self._spec_augment(groups["spectrogram"], attention_mask)
-        if "phase" in groups:
-            inputs["phase"] = torch.cat((groups["phase"].cos(), groups["phase"].sin()), dim=-1)
         if self.config.pitch_stem:
             inputs["pitch"] = normalize_f0(pitch.frame_f0, attention_mask, pitch.frame_voicing)
         hidden_states = None

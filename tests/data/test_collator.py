@@ -132,9 +132,6 @@ def test_what_cannot_be_joined_is_refused(processor):
         incomplete = [*rows, {**rows[0], name: None}]
         with pytest.raises(ValueError, match=r"a row has no `text` or no `labels`.*remove_unused_columns"):
             EchoDataCollator(processor, join=0.01)(incomplete)
-    extractor = EchoFeatureExtractor(feature_groups={"spectrogram": 8, "phase": 1, "pitch": 1})
-    with pytest.raises(ValueError, match="'phase' cannot be joined"):
-        EchoDataCollator(EchoProcessor(extractor, EchoTokenizer()), join=0.1)
 
 
 def test_collator_without_labels_and_with_a_fixed_multiple(processor):

@@ -65,8 +65,6 @@ class VoicePerturbation:
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {value}.")
         groups = feature_extractor.feature_groups
-        if "phase" in groups and any(strengths[name] for name in strengths if name != "channel"):
-            raise ValueError("The feature group 'phase' follows no perturbation but channel; leave one of them out.")
         if "pitch" not in groups and f0_drop:
             raise ValueError("f0_drop needs the feature group 'pitch'; leave it out, or add 'pitch': 1.")
         self.tempo, self.voice, self.channel, self.f0_drop, self.pause = strengths.values()

@@ -41,8 +41,7 @@ class EchoDataCollator:
         if the rows have them, `labels` `(batch, tokens)`.
 
     Raises:
-        `ValueError`: utterances are to be joined, and rows have no `text` or `labels`, or have the accumulated phase,
-            which would begin anew within a row.
+        `ValueError`: utterances are to be joined, and rows have no `text` or `labels`.
     """
 
     processor: Any
@@ -53,10 +52,6 @@ class EchoDataCollator:
     max_label_length: int | None = None
     seed: int = 0
     epoch: int | None = 0
-
-    def __post_init__(self):
-        if self.join and "phase" in self.processor.feature_extractor.feature_groups:
-            raise ValueError("The feature group 'phase' cannot be joined; leave it or `join` out.")
 
     @property
     def draws(self) -> bool:
