@@ -55,7 +55,7 @@ def standardize_f0(f0: torch.Tensor, mask: torch.Tensor, correction: int = 0) ->
     included; float32, 0 in padding. `correction` is subtracted from the number of frames in the variance: 0, or 1 as
     published.
 
-    The floor replaces the published `std + 1e-8`: ONNX optimizers drop an epsilon that small."""
+    The floor replaces the published `std + 1e-8`: optimizers of exported graphs drop an epsilon that small."""
     mask = mask.float()
     deviation = (f0.float() - masked_mean(f0.float(), mask)) * mask
     variance = deviation.square().sum(-1, keepdim=True) / (mask.sum(-1, keepdim=True) - correction).clamp(min=1)
