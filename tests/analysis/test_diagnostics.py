@@ -3,7 +3,6 @@
 import json
 import math
 
-import datasets
 import numpy as np
 import pytest
 import soundfile
@@ -12,10 +11,8 @@ from torch import nn
 
 from conftest import voice
 from echo_hf import EchoConfig, EchoFeatureExtractor, EchoForConditionalGeneration, EchoForCTC
-from echo_hf.analysis import attention, diagnostics, figures
+from echo_hf.analysis import diagnostics
 from echo_hf.analysis.diagnostics import KINDS, EchoDiagnostics, RunningStatistics
-from echo_hf.analysis.tensorboard import DiagnosticsCallback
-from echo_hf.checkpoint import load_model_and_processor
 from echo_hf.cli import main
 from echo_hf.modeling_echo import EchoEncoder
 
@@ -293,62 +290,3 @@ def test_command_cuts_long_recordings_and_names_broken_ones(ctc_checkpoint, tmp_
     assert main(["diagnose", str(tmp_path), *options, "--skip_broken"]) == 0
     assert "broken.wav" in capsys.readouterr().err
     assert len(lengths) >= 1 and max(lengths) <= 2000  # of 3000 frames
-
-
-@pytest.mark.slow
-def test_what_is_too_long_for_a_picture_is_not_drawn(checkpoint, monkeypatch):
-    _, processor = load_model_and_processor(checkpoint)
-    rows = [
-        {"input_features": np.ones((frames, 81), np.float32), "text": "oh", "labels": [1, 5, 2]} for frames in (60, 40)
-    ]
-    dataset = datasets.Dataset.from_list(rows).with_format("numpy", ["input_features"], output_all_columns=True)
-    for seconds, expected in ((1, 60), (0.5, 40), (0.1, None)):
-        monkeypatch.setattr(figures, "LONGEST_PICTURE", seconds)
-        drawn = DiagnosticsCallback(dataset, processor).drawn
-        assert (drawn and len(drawn["input_features"])) == expected
-    monkeypatch.setattr(figures, "LONGEST_PICTURE", 1)
-    monkeypatch.setattr(attention, "MOST_TOKENS", 2)
-    assert DiagnosticsCallback(dataset, processor).drawn is None
-
-
-def test_training_writes_scalars_and_pictures_for_tensorboard(tmp_path, capsys):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for number in range(2):
-        soundfile.write(tmp_path / f"{number}.wav", voice(0.5, f0=150.0 + 50 * number), 16000)
-    manifest = tmp_path / "voices.jsonl"
-    manifest.write_text("".join(json.dumps({"audio": f"{number}.wav", "text": "oh"}) + "\n" for number in range(2)))
-    overrides = "encoder_num_hidden_layers=1,decoder_num_hidden_layers=1,max_target_positions=8"
-    arguments = [
-        "train",
-        "--train_data",
-        str(manifest),
-        "--eval_data",
-        str(manifest),
-        "--size",
-        "2m",
-        "--preset",
-        "all",
-    ]
-    arguments += [
-        "--preset",
-        "all",
-        "--config_overrides",
-        overrides,
-        "--max_steps",
-        "2",
-        "--eval_steps",
-        "1",
-        "--disable_tqdm",
-        "True",
-    ]
-    arguments += ["--output_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "cache"), "--use_cpu"]
-    assert main([*arguments, "--diagnostics", "--report_to", "none", "--save_strategy", "no"]) == 0
-    events = EventAccumulator(str(tmp_path / "run" / "runs" / "diagnostics"), size_guidance={"images": 0})
-    events.Reload()
-    scalars = events.Tags()["scalars"]
-    assert {"components/gate/mean", "blocks/encoder.0/gate_to_mlp", "theta/mean", "silent_share"} <= set(scalars)
-    assert [event.step for event in events.Scalars("components/gate/mean")] == [0, 1, 2]
-    assert set(events.Tags()["images"]) == {"alignment", "angles", "similarity", "bias"}
-    assert [event.step for event in events.Images("angles")] == [0, 1, 2]
-    assert all(event.width > 400 for event in events.Images("angles"))

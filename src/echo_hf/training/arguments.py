@@ -194,10 +194,6 @@ class RunArguments:
             "help": "The last so many saved checkpoints are averaged at the end, weight by weight; 0 keeps the last."
         },
     )
-    diagnostics: bool = field(
-        default=False,
-        metadata={"help": "Write statistics of activations and pitch, and pictures, into TensorBoard when evaluating."},
-    )
 
 
 __all__ = [

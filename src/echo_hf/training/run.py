@@ -20,7 +20,6 @@ from transformers import PreTrainedConfig, Seq2SeqTrainingArguments, TrainerCall
 from transformers.utils import logging
 
 from .. import __version__
-from ..analysis.tensorboard import DiagnosticsCallback, require_tensorboard
 from ..data.features import PreparedData
 from ..data.sources import load_sources
 from ..metrics import make_compute_metrics, normalize_text
@@ -87,6 +86,7 @@ def train(
     preparation = kind(model, processor, data_arguments, augmentation, training_arguments.seed)
     train_collator = preparation.build_train_collator()  # whose settings are checked before features are computed
     speech = preparation.prepare(train_table, eval_table)
+    averaging = [CheckpointAveraging(run.average_checkpoints)] if run.average_checkpoints else []
     trainer = EchoTrainer(
         model=model,
         args=training_arguments,
@@ -96,7 +96,7 @@ def train(
         eval_dataset=speech.eval.dataset if speech.eval else None,
         processing_class=processor,
         compute_metrics=make_compute_metrics(processor.tokenizer) if training_arguments.predict_with_generate else None,
-        callbacks=[*(callbacks or []), *build_callbacks(run, speech, processor)],
+        callbacks=[*(callbacks or []), *averaging],
         card_arguments=card_arguments,
     )
     with explained_write_errors(output_dir):
@@ -133,8 +133,6 @@ def check_settings(training: Seq2SeqTrainingArguments, augmentation: Augmentatio
         `ValueError`, `ImportError`: settings do not fit each other, or need a package that is not installed.
     """
     check_hub_strategy(training)
-    if run.diagnostics:
-        require_tensorboard()
     for name in ("non_speech_share", "join"):
         if not 0 <= getattr(augmentation, name) <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {getattr(augmentation, name)}.")
@@ -204,16 +202,6 @@ def build_start(
         label_smoothing = PreTrainedConfig.get_config_dict(checkpoint)[0].get("label_smoothing", 0.0)
     texts = [text or "" for text in table["text"]]
     return *build_model_and_processor(arguments, texts, label_smoothing), training
-
-
-def build_callbacks(run: RunArguments, speech: Speech, processor) -> list[TrainerCallback]:
-    """What the run does beside training."""
-    callbacks: list[TrainerCallback] = []
-    if run.average_checkpoints:
-        callbacks.append(CheckpointAveraging(run.average_checkpoints))
-    if run.diagnostics:
-        callbacks.append(DiagnosticsCallback((speech.eval or speech.train).dataset, processor))
-    return callbacks
 
 
 def load_table(arguments: DataArguments, sources: list[str], split: str) -> datasets.Dataset:

@@ -102,7 +102,6 @@ class WhisperPreparation(Preparation):
         """
         given = [name for name in FROM_SCRATCH if getattr(model, name) is not None]
         given += [field.name for field in fields(augmentation) if getattr(augmentation, field.name)]
-        given += ["diagnostics"] if run.diagnostics else []
         given += ["label_smoothing_factor"] if training.label_smoothing_factor else []
         if given:
             raise ValueError(
