@@ -134,11 +134,10 @@ def _build_parser():
         CardArguments,
         DataArguments,
         ModelArguments,
-        RunArguments,
     )
 
     parser = HfArgumentParser(
-        [DataArguments, ModelArguments, AugmentationArguments, RunArguments, CardArguments, Seq2SeqTrainingArguments],
+        [DataArguments, ModelArguments, AugmentationArguments, CardArguments, Seq2SeqTrainingArguments],
         prog="echo-hf train",
         usage="echo-hf train --train_data DATA [DATA ...] --output_dir FOLDER [--eval_data DATA [DATA ...]] [options]",
         description="Train a speech recognizer, from scratch or from a checkpoint.",
@@ -201,7 +200,7 @@ def _train(parsed: tuple, resume: bool, output_dir: Path, command_file: Path, co
                 unfinished.write_text(json.dumps(command) + "\n", encoding="utf-8")
                 unfinished.replace(command_file)
 
-    data, model, augmentation, run_arguments, card, training = parsed
+    data, model, augmentation, card, training = parsed
     try:
         summary = train(
             model,
@@ -211,7 +210,6 @@ def _train(parsed: tuple, resume: bool, output_dir: Path, command_file: Path, co
             callbacks=[RememberCommand()],
             card_arguments=card,
             augmentation_arguments=augmentation,
-            run_arguments=run_arguments,
         )
     except KeyboardInterrupt:
         saved = find_last_checkpoint(output_dir) is not None

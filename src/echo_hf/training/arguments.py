@@ -182,25 +182,10 @@ class AugmentationArguments:
     )
 
 
-@dataclass
-class RunArguments:
-    """What a run does beside what the Trainer does."""
-
-    _argument_group_name = "run"
-
-    average_checkpoints: int = field(
-        default=0,
-        metadata={
-            "help": "The last so many saved checkpoints are averaged at the end, weight by weight; 0 keeps the last."
-        },
-    )
-
-
 __all__ = [
     "TRAINING_DEFAULTS",
     "WHISPER_LEARNING_RATE",
     "AugmentationArguments",
     "DataArguments",
     "ModelArguments",
-    "RunArguments",
 ]

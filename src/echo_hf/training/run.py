@@ -23,9 +23,8 @@ from .. import __version__
 from ..data.features import PreparedData
 from ..data.sources import load_sources
 from ..metrics import make_compute_metrics, normalize_text
-from .arguments import AugmentationArguments, DataArguments, ModelArguments, RunArguments
+from .arguments import AugmentationArguments, DataArguments, ModelArguments
 from .checkpoints import (
-    CheckpointAveraging,
     check_checkpoint,
     explained_write_errors,
     find_last_checkpoint,
@@ -47,7 +46,6 @@ def train(
     callbacks: list[TrainerCallback] | None = None,
     card_arguments: CardArguments | None = None,
     augmentation_arguments: AugmentationArguments | None = None,
-    run_arguments: RunArguments | None = None,
 ) -> dict[str, Any]:
     """
     Trains a model and leaves a complete checkpoint in `output_dir`: weights, config, generation config, processor and
@@ -62,7 +60,6 @@ def train(
         callbacks (`list[TrainerCallback]`, *optional*): more callbacks for the Trainer.
         card_arguments ([`CardArguments`], *optional*): what the model card says beside what was measured.
         augmentation_arguments ([`AugmentationArguments`], *optional*): how training speech is changed, if it is.
-        run_arguments ([`RunArguments`], *optional*): what is done beside training; nothing if not given.
 
     Returns:
         `dict[str, Any]`: the summary that `run_summary.json` holds.
@@ -73,20 +70,19 @@ def train(
         `OSError`: the disk is full, or what was trained could not be pushed; it is saved then.
     """
     started = time.monotonic()
-    augmentation, run = augmentation_arguments or AugmentationArguments(), run_arguments or RunArguments()
+    augmentation = augmentation_arguments or AugmentationArguments()
     output_dir = Path(training_arguments.output_dir)
 
-    check_settings(training_arguments, augmentation, run)
+    check_settings(training_arguments, augmentation)
     checkpoint = find_start(output_dir, resume)
     kind = choose_preparation(checkpoint or model_arguments.model_name_or_path)
-    kind.check_arguments(model_arguments, augmentation, run, training_arguments)
+    kind.check_arguments(model_arguments, augmentation, training_arguments)
     set_seed(training_arguments.seed)  # before the model is made, so that its weights follow from the seed
     train_table, eval_table = load_tables(data_arguments)
     model, processor, training_arguments = build_start(model_arguments, training_arguments, train_table, checkpoint)
     preparation = kind(model, processor, data_arguments, augmentation, training_arguments.seed)
     train_collator = preparation.build_train_collator()  # whose settings are checked before features are computed
     speech = preparation.prepare(train_table, eval_table)
-    averaging = [CheckpointAveraging(run.average_checkpoints)] if run.average_checkpoints else []
     trainer = EchoTrainer(
         model=model,
         args=training_arguments,
@@ -96,7 +92,7 @@ def train(
         eval_dataset=speech.eval.dataset if speech.eval else None,
         processing_class=processor,
         compute_metrics=make_compute_metrics(processor.tokenizer) if training_arguments.predict_with_generate else None,
-        callbacks=[*(callbacks or []), *averaging],
+        callbacks=callbacks,
         card_arguments=card_arguments,
     )
     with explained_write_errors(output_dir):
@@ -125,19 +121,17 @@ def train(
 # Before training -----------------------------------------------------------------------------------------------------
 
 
-def check_settings(training: Seq2SeqTrainingArguments, augmentation: AugmentationArguments, run: RunArguments) -> None:
+def check_settings(training: Seq2SeqTrainingArguments, augmentation: AugmentationArguments) -> None:
     """
     Refuses what cannot be before anything is read, and warns of what is slow.
 
     Raises:
-        `ValueError`, `ImportError`: settings do not fit each other, or need a package that is not installed.
+        `ValueError`: settings do not fit each other.
     """
     check_hub_strategy(training)
     for name in ("non_speech_share", "join"):
         if not 0 <= getattr(augmentation, name) <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {getattr(augmentation, name)}.")
-    if run.average_checkpoints:
-        CheckpointAveraging(run.average_checkpoints).check(training)
     if training.bf16 and training.device.type == "cpu" and not has_bfloat16():
         logger.warning(
             "bf16: this processor has no instructions for bfloat16 (avx512_bf16, amx_bf16), and a step may take four"

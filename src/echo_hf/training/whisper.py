@@ -18,7 +18,7 @@ from ..whisper_echo import (
     EchoWhisperProcessor,
     add_pitch,
 )
-from .arguments import WHISPER_LEARNING_RATE, AugmentationArguments, ModelArguments, RunArguments
+from .arguments import WHISPER_LEARNING_RATE, AugmentationArguments, ModelArguments
 from .preparation import Preparation, Speech
 
 MODEL_TYPES = ("whisper", EchoWhisperConfig.model_type)
@@ -91,7 +91,6 @@ class WhisperPreparation(Preparation):
         cls,
         model: ModelArguments,
         augmentation: AugmentationArguments,
-        run: RunArguments,
         training: Seq2SeqTrainingArguments,
     ) -> None:
         """
