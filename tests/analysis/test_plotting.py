@@ -2,7 +2,6 @@
 
 import inspect
 import io
-import json
 
 import numpy as np
 import pytest
@@ -11,15 +10,13 @@ import torch
 
 from conftest import voice
 from echo_hf import EchoConfig, EchoFeatureExtractor, EchoForConditionalGeneration, EchoForCTC, EchoModel, EchoTokenizer
-from echo_hf.analysis import attention, plotting
+from echo_hf.analysis import plotting
 from echo_hf.analysis.plotting import (
     plot_alignment,
     plot_angles,
-    plot_learning_curves,
     plot_pitch,
     plot_pitch_bias,
     plot_similarity,
-    plot_utterance,
     position_similarity,
 )
 from echo_hf.cli import main
@@ -40,63 +37,43 @@ def features():
     return EchoFeatureExtractor()(waveform, sampling_rate=16000, return_tensors="pt")["input_features"]
 
 
-def test_utterance_shows_waveform_spectrogram_and_f0(tmp_path):
-    time = np.arange(16000) / 16000
-    tone = sum(np.sin(2 * np.pi * 220 * k * time) / k for k in range(1, 6)) * 0.1
-    tone[:4800] = 0.0
-    figure = plot_utterance(tone, title="a tone")
-    waveform, spectrogram, pitch = figure.axes[:3]
-    assert waveform.get_ylabel() and spectrogram.get_ylabel() and "Hz" in pitch.get_ylabel()
-    assert "s" in pitch.get_xlabel()
-    drawn = pitch.lines[0].get_ydata()
-    assert np.nanmedian(drawn) == pytest.approx(220, rel=0.01)
-    assert np.isnan(drawn[:25]).all()
-    assert spectrogram.images[0].get_array().shape == (80, 100)
-    assert len(waveform.patches) == 1  # one voiced stretch
-    for kind in ("png", "svg", "pdf"):
-        figure.savefig(tmp_path / f"tone.{kind}")
-        assert (tmp_path / f"tone.{kind}").stat().st_size > 1000
-
-
-def test_words_stand_at_their_times_and_apart():
-    crowded = [{"text": "exceedingly", "timestamp": (0.02 * i, 0.02 * i + 0.02)} for i in range(3)]
-    axis = plot_utterance(voice(1.0), words=[*crowded, {"text": " late ", "timestamp": (0.7, 0.9)}]).axes[0]
-    texts = {text.get_text(): text.get_position() for text in axis.texts}
-    assert texts["late"][0] == pytest.approx(0.8)
-    assert len({text.get_position()[1] for text in axis.texts[:3]}) == 3  # one row each
+def test_words_stand_at_their_times():
+    axis = plot_pitch(voice(1.0), words=[*WORDS, {"text": " late ", "timestamp": (0.9, 1.2)}]).axes[0]
+    top = axis.child_axes[0]
+    assert [label.get_text() for label in top.get_xticklabels()] == ["so", "long", "late"]
+    assert top.get_xticks() == pytest.approx([0.25, 0.65, 1.0])  # no further than the audio
     with pytest.raises(ValueError, match="timestamp"):
-        plot_utterance(voice(1.0), words=[{"text": "when", "timestamp": (0.1, None)}])
+        plot_pitch(voice(1.0), words=[{"text": "when", "timestamp": (0.1, None)}])
 
 
 def test_audio_too_long_for_a_picture_is_refused_before_anything_is_computed(monkeypatch):
     monkeypatch.setattr(EchoFeatureExtractor, "__call__", lambda *_, **__: pytest.fail("features were computed"))
-    for draw in (plot_utterance, plot_pitch):
-        with pytest.raises(ValueError, match="at most 120 s, and the audio lasts 3600 s"):
-            draw(np.zeros(3600 * 16000, np.float32))
+    with pytest.raises(ValueError, match="at most 120 s, and the audio lasts 3600 s"):
+        plot_pitch(np.zeros(3600 * 16000, np.float32))
     with pytest.raises(ValueError, match="at most 120 s"):
         plot_similarity(EchoModel(EchoConfig.from_preset("all", size="2m")), torch.zeros(1, 12100, 81))
 
 
 def test_silence_says_so():
-    pitch = plot_utterance(np.zeros(8000)).axes[2]
-    assert pitch.texts[0].get_text() == "no voiced frame"
+    assert plot_pitch(np.zeros(8000)).axes[0].texts[0].get_text() == "no voiced frame"
 
 
 def test_an_extractor_without_pitch_is_refused():
-    for plot in (plot_utterance, plot_pitch):
-        with pytest.raises(ValueError, match="pitch"):
-            plot(np.zeros(8000), EchoFeatureExtractor(feature_groups={"spectrogram": 80}))
+    with pytest.raises(ValueError, match="pitch"):
+        plot_pitch(np.zeros(8000), EchoFeatureExtractor(feature_groups={"spectrogram": 80}))
 
 
 def test_f0_lies_on_the_ridges_of_the_spectrogram():
-    axis = plot_pitch(voice(1.0, f0=200.0), harmonics=3).axes[0]
+    axis = plot_pitch(voice(1.0, f0=200.0)).axes[0]
     image = axis.images[0]
-    second, third, first = (line.get_ydata() for line in axis.lines)
-    assert np.allclose(second, 2 * first, equal_nan=True) and np.allclose(third, 3 * first, equal_nan=True)
+    *harmonics, first = (line.get_ydata() for line in axis.lines)
+    assert len(harmonics) == 4 and np.nanmedian(first) == pytest.approx(200, rel=0.01)
+    for number, harmonic in enumerate(harmonics, 2):
+        assert np.allclose(harmonic, number * first, equal_nan=True)
     left, right, bottom, top = image.get_extent()
     decibels = np.asarray(image.get_array())
     frequencies = np.linspace(bottom, top, len(decibels))
-    times = axis.lines[2].get_xdata()
+    times = axis.lines[-1].get_xdata()
     columns = np.linspace(left, right, decibels.shape[1], endpoint=False) + (right - left) / decibels.shape[1] / 2
     for t in (30, 50, 70):
         assert columns[t] == pytest.approx(times[t], abs=1e-6)
@@ -223,7 +200,7 @@ def test_alignment_without_a_text_shows_what_the_model_writes(features, monkeypa
     model, tokenizer = tiny_model(), EchoTokenizer()
     ids = model.generate(features)[0, 1:].tolist()
     axis = plot_alignment(model, features, tokenizer).axes[0]
-    expected = [attention._show_token(tokenizer, token) for token in ids]
+    expected = [plotting._show_token(tokenizer, token) for token in ids]
     assert [label.get_text() for label in axis.get_yticklabels()] == expected and len(ids) > 2
     monkeypatch.setattr(model, "generate", lambda **_: torch.tensor([[1, 2]]))
     with pytest.raises(ValueError, match="wrote nothing for this utterance; give a text"):
@@ -237,36 +214,10 @@ def test_alignment_needs_a_decoder_and_one_utterance(features):
         plot_alignment(tiny_model(), features.repeat(2, 1, 1), EchoTokenizer(), text="a")
 
 
-LOG = [
-    {"step": 10, "loss": 3.0, "learning_rate": 0.1},
-    {"step": 20, "loss": 2.0},
-    {"step": 20, "eval_loss": 2.5, "eval_wer": 0.8},
-    {"step": 20, "train_runtime": 1.0, "train_loss": 2.5},
-]
-
-
-def test_learning_curves_have_the_word_error_rate_on_an_axis_of_its_own(tmp_path):
-    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": LOG}))
-    figure = plot_learning_curves(tmp_path)
-    losses, rates = figure.axes
-    assert {line.get_label(): line.get_xydata().tolist() for line in losses.lines} == {
-        "training loss": [[10, 3.0], [20, 2.0]],
-        "evaluation loss": [[20, 2.5]],
-    }
-    assert rates.lines[0].get_xydata().tolist() == [[20, 80.0]] and "%" in rates.get_ylabel()
-    close = plot_learning_curves([{"step": step, "eval_wer": rate} for step, rate in ((10, 1.08), (20, 1.09))]).axes[1]
-    assert close.get_ylim()[0] == 0 and close.get_ylim()[1] > 112  # markers at 109% are not cut
-    assert len(plot_learning_curves(LOG[:2]).axes) == 1
-    with pytest.raises(ValueError, match="neither"):
-        plot_learning_curves([])
-    with pytest.raises(ValueError, match="trainer_state.json"):
-        plot_learning_curves(tmp_path / "nowhere")
-
-
 # The command line
 
 
-@pytest.mark.parametrize("kind", ["utterance", "pitch", "angles", "similarity", "bias", "alignment"])
+@pytest.mark.parametrize("kind", ["pitch", "angles", "similarity", "bias", "alignment"])
 def test_command_draws_the_bundled_recording(kind, tmp_path, capsys):
     options = ["--text", "Hello."] if kind == "alignment" else []
     output = tmp_path / "deep" / f"{kind}.svg"
@@ -278,8 +229,7 @@ def test_command_draws_the_bundled_recording(kind, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("kind", "options", "function", "expected"),
     [
-        ("utterance", ["--title", "So"], "plot_utterance", {"title": "So", "words": None}),
-        ("pitch", [], "plot_pitch", {"title": None, "words": None}),
+        ("pitch", ["--title", "So"], "plot_pitch", {"title": "So", "words": None}),
         ("angles", ["--theta_mode", "mean"], "plot_angles", {"theta_mode": "mean", "title": None}),
         ("similarity", ["--title", "So"], "plot_similarity", {"title": "So"}),
         ("bias", ["--strength", "0.5"], "plot_pitch_bias", {"strength": 0.5, "title": None}),
@@ -291,18 +241,15 @@ def test_command_gives_its_options_to_what_draws(kind, options, function, expect
 
     def drawn(*args, **kwargs):
         given.update(inspect.signature(draw).bind(*args, **kwargs).arguments)
-        return plotting.plot_learning_curves(LOG)
+        return plotting.new_figure(1, 1)
 
     monkeypatch.setattr(plotting, function, drawn)
     assert main(["plot", kind, "--output", str(tmp_path / "picture.png"), *options]) == 0
     assert {name: given.get(name) for name in expected} == expected
 
 
-def test_command_draws_curves_and_words(tmp_path, ctc_checkpoint):
-    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": LOG}))
-    assert main(["plot", "curves", str(tmp_path), "--output", str(tmp_path / "curves.png")]) == 0
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    arguments = ["plot", "utterance", "--words", "--checkpoint", str(ctc_checkpoint), "--title", "So long"]
+def test_command_draws_words(tmp_path, ctc_checkpoint):
+    arguments = ["plot", "pitch", "--words", "--checkpoint", str(ctc_checkpoint), "--title", "So long"]
     assert main([*arguments, "--output", str(tmp_path / "words.svg")]) == 0
     assert "<svg" in (tmp_path / "words.svg").read_text(encoding="utf-8")
 
@@ -310,8 +257,7 @@ def test_command_draws_curves_and_words(tmp_path, ctc_checkpoint):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["utterance", "--output", "x.doc"], ".png, .svg, .pdf"),
-        (["curves", "--output", "x.png"], "trainer_state.json"),
+        (["pitch", "--output", "x.doc"], ".png, .svg, .pdf"),
         (["pitch", "nowhere.wav", "--output", "x.png"], "nowhere.wav"),
         (["pitch", "--theta_mode", "frame", "--output", "x.png"], "theta_mode"),
         (["pitch", "--strength", "0", "--output", "x.png"], "--strength does not apply"),
