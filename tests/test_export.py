@@ -61,7 +61,6 @@ def make_inputs(model, batch, frames):
             "all",
             {
                 "pitch_bias": "laplacian",
-                "token_pitch": "median",
                 "decoder_num_key_value_heads": 2,
                 "encoder_num_hidden_layers": 2,
                 "encoder_kernel_size": 3,

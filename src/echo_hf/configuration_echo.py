@@ -190,8 +190,7 @@ class EchoConfig(PreTrainedConfig):
         pitch_gate (`bool`, defaults to `False`): Whether the gates of the encoder's feed-forward see the pitch.
         pitch_stem (`bool`, defaults to `False`): Whether pitch has a stem of its own, like other channel groups.
         token_pitch (`str`, defaults to `"none"`):
-            Pitch given to the decoder with each token: `"none"`, or the `"mean"`, `"median"` or `"last"` F0 of the
-            token's span of time.
+            Pitch given to the decoder with each token: `"none"`, or the `"mean"` F0 of the token's span of time.
         tokens_per_second (`float`, defaults to 10.0): Fixed token rate that says which span belongs to a token.
         ctc_loss_weight (`float`, defaults to 0.3):
             Weight of the CTC loss in the hybrid loss, in [0, 1]; cross-entropy has the rest. 0: no CTC head. (Watanabe
@@ -278,7 +277,7 @@ class EchoConfig(PreTrainedConfig):
     silence_scale_range: list[float] | tuple[float, ...] = (0.001, 0.1)
     pitch_gate: bool = False
     pitch_stem: bool = False
-    token_pitch: Literal["none", "mean", "median", "last"] = "none"
+    token_pitch: Literal["none", "mean"] = "none"
     tokens_per_second: float | int = 10.0
     ctc_loss_weight: float | int = 0.3
     label_smoothing: float | int = 0.0

@@ -734,7 +734,7 @@ class EchoEncoder(EchoPreTrainedModel):
         if self.config.token_pitch != "none":
             frames_per_token = 1.0 / (self.config.tokens_per_second * self.config.frame_seconds)
             lengths = attention_mask.sum(-1)
-            token_pitch = pitch_per_token(pitch.frame_f0, lengths, frames_per_token, self.config.token_pitch)
+            token_pitch = pitch_per_token(pitch.frame_f0, lengths, frames_per_token)
 
         hidden_states = self._embed(groups, pitch, attention_mask, encoder_mask)
         shared = self._prepare_layers(hidden_states, pitch, silence, encoder_mask)

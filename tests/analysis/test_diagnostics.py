@@ -57,6 +57,9 @@ def assert_alike(one: dict, low: dict, high: dict, two: dict):
     for key, value in one.items():
         if isinstance(value, dict):
             assert_alike(value, low[key], high[key], two[key])
+        elif isinstance(value, list):
+            for parts in zip(value, low[key], high[key], two[key], strict=True):
+                assert_alike(*parts)
         elif key.endswith("sparsity"):
             assert low[key] <= two[key] <= high[key] and high[key] - low[key] < 5e-3
         elif key == "min":

@@ -140,18 +140,16 @@ def test_position_similarity_of_known_angles():
 
 
 def test_similarities_of_each_mode_stand_beside_the_standard(features):
-    figure = plot_similarity(tiny_model(rotary_theta=100.0), features, ("none", "frame", "phase"))
-    none, frame, phase, *below = (np.asarray(axis.images[0].get_array()) for axis in figure.axes[:6])
-    for matrix in (none, frame, phase):
+    figure = plot_similarity(tiny_model(rotary_theta=100.0), features)
+    none, mean, frame, phase, *below = (np.asarray(axis.images[0].get_array()) for axis in figure.axes[:8])
+    for matrix in (none, mean, frame, phase):
         assert matrix.shape == (30, 30) and np.allclose(np.diag(matrix), 1) and np.allclose(matrix, matrix.T)
     # Standard and phase are relative where F0 is level: in the silence at the end it is. Frame mode is not.
     assert np.allclose(none[1:, 1:], none[:-1, :-1])
     assert np.allclose(phase[26:, 26:], none[26:, 26:])
     assert not np.allclose(frame[1:24, 1:24], frame[:23, :23], atol=1e-3)
-    for difference, matrix in zip(below, (none, frame, phase)):
+    for difference, matrix in zip(below, (none, mean, frame, phase), strict=True):
         assert np.allclose(difference, matrix - none)
-    with pytest.raises(ValueError, match="sideways"):
-        plot_similarity(tiny_model(), features, ["sideways"])
 
 
 @pytest.mark.parametrize("form", ["gaussian", "laplacian"])

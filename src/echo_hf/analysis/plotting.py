@@ -162,33 +162,31 @@ def plot_angles(model, input_features, theta_mode: str | None = None, title: str
     return figure
 
 
-def plot_similarity(model, input_features, theta_modes: Sequence[str] = THETA_MODES, title: str | None = None):
+def plot_similarity(model, input_features, title: str | None = None):
     """How alike the rotary embedding makes two positions: the mean over channel pairs of `cos(angle_i - angle_j)`,
-    standard and F0-adapted, and below it what F0 changes. A narrow bright band is local attention.
+    standard and F0-adapted (by its mean, by frame, by phase; a column each), and below it what F0 changes. A narrow
+    bright band is local attention.
 
     Args:
         model: an Echo model with an encoder; its own `theta_mode` does not matter.
         input_features (`torch.Tensor` of shape `(T, channels)` or `(1, T, channels)`): as in [`plot_angles`].
-        theta_modes (`Sequence[str]`): of `"none"` (standard), `"mean"`, `"frame"` and `"phase"`: one column each.
 
     Returns:
         `matplotlib.figure.Figure`: similarities in the upper row, at most 1, and in the lower row those less the
         standard ones; time in seconds both ways.
 
     Raises:
-        `ValueError`: the features are not one utterance with pitch, or a mode is not known.
+        `ValueError`: the features are not one utterance with pitch.
     """
-    if not theta_modes:
-        raise ValueError(f"theta_modes: name at least one of {', '.join(THETA_MODES)}.")
-    figure = new_figure(3.0 * len(theta_modes) + 1.2, 6.4, title)
+    figure = new_figure(13.2, 6.4, title)
     encoder, pitch, seconds = _encode_pitch(model, input_features)
-    similarities = [position_similarity(_angles(encoder, pitch, _check_mode(encoder, mode))) for mode in theta_modes]
-    standard = position_similarity(_angles(encoder, pitch, "none"))
+    similarities = [position_similarity(_angles(encoder, pitch, mode)) for mode in THETA_MODES]
+    standard = similarities[THETA_MODES.index("none")]
     differences = [similarity - standard for similarity in similarities]
     largest = max(max(np.abs(difference).max() for difference in differences), 1e-3)
     lowest = min(similarity.min() for similarity in similarities)
-    axes = figure.subplots(2, len(theta_modes), sharex=True, sharey=True, squeeze=False)
-    for column, mode in enumerate(theta_modes):
+    axes = figure.subplots(2, len(THETA_MODES), sharex=True, sharey=True)
+    for column, mode in enumerate(THETA_MODES):
         upper = draw_matrix(axes[0, column], similarities[column], len(standard) * seconds, (lowest, 1))
         lower = draw_matrix(axes[1, column], differences[column], len(standard) * seconds, (-largest, largest), "PuOr")
         axes[0, column].set_title("standard (none)" if mode == "none" else mode)

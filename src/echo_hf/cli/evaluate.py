@@ -295,7 +295,7 @@ def to_json(report: Report, about: dict[str, Any]) -> str:
 
 def to_markdown(report: Report) -> str:
     """A Markdown table of sources and their figures, by control."""
-    from ..metrics import RATES
+    from ..metrics import RATES, format_table
 
     table = []
     for source, figures in report.rows():
@@ -316,9 +316,7 @@ def to_markdown(report: Report) -> str:
             else:
                 cells[title] = value
         table.append(cells)
-    columns = list(dict.fromkeys(column for cells in table for column in cells))
-    lines = [columns, ["---"] * len(columns)] + [[cells.get(column, "") for column in columns] for cells in table]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return format_table(table)
 
 
 def write_predictions(report: Report, path: Path) -> None:

@@ -56,7 +56,8 @@ def run(options) -> int:
     if output.suffix.lower() not in FORMATS:
         raise ValueError(f"--output {options.output}: name a file that ends in {', '.join(FORMATS)}.")
     for name in ("words", "theta_mode", "strength", "text"):
-        if name not in OPTIONS[options.kind] and getattr(options, name) not in (None, False):
+        value = getattr(options, name)
+        if name not in OPTIONS[options.kind] and value is not None and value is not False:
             raise ValueError(f"--{name} does not apply to pictures of the kind {options.kind}. Omit it.")
     figure = _draw(options)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,6 @@ class EchoDataCollator:
 
     Args:
         processor ([`EchoProcessor`]): its feature extractor pads, its tokenizer has the begin of sequence.
-        pad_to_multiple_of (`int`, *optional*): frames are padded up to a multiple of this, for fixed shapes.
         perturb (`Callable`, *optional*):
             Changes the features of a batch, such as [`VoicePerturbation.batch`]: takes a list of `(frames, channels)`
             and a `random.Random`, and returns as many of `(other frames, channels)`. For training only.
@@ -45,7 +44,6 @@ class EchoDataCollator:
     """
 
     processor: Any
-    pad_to_multiple_of: int | None = None
     perturb: Callable[[list[np.ndarray], random.Random | None], list[np.ndarray]] | None = None
     join: float = 0.0
     max_joined_seconds: float = MAX_JOINED_SECONDS
@@ -79,7 +77,6 @@ class EchoDataCollator:
             self.processor.feature_extractor.pad(
                 {"input_features": features},
                 padding=True,
-                pad_to_multiple_of=self.pad_to_multiple_of,
                 return_attention_mask=True,
                 return_tensors="pt",
             )
