@@ -102,6 +102,11 @@ def test_angles_are_the_models_own(features):
     assert np.abs(differences.lines[2].get_ydata()).max() > 0.1
 
 
+def test_an_unknown_mode_is_refused(features):
+    with pytest.raises(ValueError, match="theta_mode must be one of none, mean, .*'sideways'"):
+        plot_angles(tiny_model(), features, "sideways")
+
+
 def test_mean_angles_are_by_the_mean_of_the_input_frames(features):
     model = tiny_model(theta_mode="mean", rotary_theta=100.0)
     angles = plot_angles(model, features).axes[0]
