@@ -255,9 +255,8 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
         hop_length (`int`, defaults to 160): Samples from one frame to the next.
         n_fft (`int`, defaults to 400): Samples under the window of the spectrogram.
         f0_method (`str`, defaults to `"dio"`):
-            Tracker of F0: `"dio"` (WORLD's DIO and StoneMask), `"dio_fast"` (DIO on fewer samples, not refined) or
-            `"autocorrelation"` (torch, a whole batch at once, on any device; finds voices whose fundamental is missing
-            or in noise, which DIO does not).
+            Tracker of F0: `"dio"` (WORLD's DIO and StoneMask) or `"autocorrelation"` (torch, a whole batch at once, on
+            any device; finds voices whose fundamental is missing or in noise, which DIO does not).
         f0_min (`float`, defaults to 71.0): Lowest F0 in Hz.
         f0_max (`float`, defaults to 500.0): Highest F0 in Hz.
         padding_value (`float`, defaults to 0.0): Value of padding frames, in all channels.

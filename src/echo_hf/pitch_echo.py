@@ -68,17 +68,6 @@ def track_dio(
     return pyworld.stonemask(waveform, f0, times, sampling_rate)
 
 
-def track_dio_fast(
-    waveform: np.ndarray, sampling_rate: int, frame_period: float, f0_min: float, f0_max: float
-) -> np.ndarray:
-    """F0 by DIO at a fourth of the sampling rate, not refined; arguments and result as of [`track_dio`]."""
-    # Under 4 kHz DIO loses the harmonics that it compares.
-    speed = int(min(4, max(1, sampling_rate // 4000)))
-    return _import_pyworld().dio(
-        waveform, sampling_rate, f0_floor=f0_min, f0_ceil=f0_max, frame_period=frame_period, speed=speed
-    )[0]
-
-
 def track_autocorrelation_batch(
     waveforms: Sequence[np.ndarray],
     sampling_rate: int,
@@ -104,7 +93,7 @@ def track_autocorrelation_batch(
 # Trackers that take several utterances at once, and a device.
 BATCH_TRACKERS = {"autocorrelation": track_autocorrelation_batch}
 # Another tracker is a function with the arguments of `track_dio`, entered here by name.
-TRACKERS = {"dio": track_dio, "dio_fast": track_dio_fast, **BATCH_TRACKERS}
+TRACKERS = {"dio": track_dio, **BATCH_TRACKERS}
 
 
 def check_sampling_rate(sampling_rate, name: str = "sampling_rate") -> int:
@@ -169,7 +158,7 @@ def estimate_f0(
         waveform: shape `(samples,)`, any scale.
         sampling_rate: Hz.
         hop_length: samples from one frame to the next; frame t lies at `t * hop_length / sampling_rate` seconds.
-        method: a name in `TRACKERS`: `"dio"`, `"dio_fast"` or `"autocorrelation"`.
+        method: a name in `TRACKERS`: `"dio"` or `"autocorrelation"`.
         f0_min, f0_max: range of F0 in Hz.
 
     Returns:

@@ -238,19 +238,12 @@ def _refuse_other_models(before: dict[str, Any], settings: dict[str, Any]) -> No
     resumed."""
     from ..training import ModelArguments
 
-    def changed(names: Iterable[str]) -> str:
-        return ", ".join(name for name in names if settings[name] != before[name])
-
     names = [field.name for field in fields(ModelArguments) if field.name != "attn_implementation"]
-    if others := changed((*names, "label_smoothing_factor")):
+    names += ["label_smoothing_factor", *OPTIMIZER_OPTIONS]
+    if changed := ", ".join(name for name in names if settings[name] != before[name]):
         raise ValueError(
-            f"--resume goes on with the model of the checkpoint, which {others} would change. Omit that, or start a new"
-            " run from the weights (--model_name_or_path)."
-        )
-    if others := changed(OPTIMIZER_OPTIONS):
-        raise ValueError(
-            f"--resume goes on with the optimizer of the checkpoint, and {others} would not reach it. Omit that, or"
-            " start a new run from the weights (--model_name_or_path)."
+            f"--resume goes on with the model and the optimizer of the checkpoint, and {changed} would not reach them."
+            " Omit that, or start a new run from the weights (--model_name_or_path)."
         )
 
 

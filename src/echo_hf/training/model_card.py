@@ -200,23 +200,13 @@ def _describe_metadata(
     return data
 
 
-def write_model_card(
-    folder: str | Path,
-    arguments: CardArguments | None = None,
-    model_name: str | None = None,
-    base_model: str | None = None,
-    repo_id: str | None = None,
-) -> bool:
-    """
-    Writes [`build_model_card`]'s card to `README.md` in the folder, unless there is one that was written by hand.
-
-    Returns:
-        `bool`: whether it was written.
-    """
+def write_model_card(folder: str | Path, *args, **kwargs) -> bool:
+    """Writes the card of [`build_model_card`], whose arguments it takes, to `README.md` in the folder, unless there is
+    one that was written by hand; returns whether it was written."""
     path = Path(folder) / CARD_FILE
     if path.is_file() and MARK.encode() not in path.read_bytes():
         return False
-    build_model_card(folder, arguments, model_name, base_model, repo_id).save(path)
+    build_model_card(folder, *args, **kwargs).save(path)
     return True
 
 
