@@ -222,7 +222,7 @@ def evaluate(
         processor ([`EchoProcessor`]): the model's.
         names (`Sequence[str]`): what the sources are called.
         prepared (`Sequence[PreparedData]`): the sources, as [`~echo_hf.data.prepare_dataset`] makes them.
-        controls (`Sequence[str]`, *optional*): of [`~echo_hf.transcription.recognize`].
+        controls (`Sequence[str]`, *optional*): of [`~echo_hf.inference.recognize`].
         batch_size (`int`, defaults to 16): utterances at a time.
         seed (`int`, defaults to 0): which other utterance each gets when shuffled.
         generate_kwargs: passed on to `generate()`.

@@ -31,7 +31,7 @@ from .checkpoints import (
 )
 from .model import build_model_and_processor
 from .model_card import SUMMARY_FILE, CardArguments
-from .preparation import EchoPreparation, Preparation, Speech
+from .preparation import EchoPreparation, Speech
 from .trainer import EchoTrainer, check_hub_strategy
 from .whisper import WhisperPreparation, is_whisper
 
@@ -75,7 +75,8 @@ def train(
 
     check_settings(training_arguments, augmentation)
     checkpoint = find_start(output_dir, resume)
-    kind = choose_preparation(checkpoint or model_arguments.model_name_or_path)
+    base = model_arguments.model_name_or_path
+    kind = WhisperPreparation if is_whisper(checkpoint or base) else EchoPreparation
     kind.check_arguments(model_arguments, augmentation, training_arguments)
     set_seed(training_arguments.seed)  # before the model is made, so that its weights follow from the seed
     train_table, eval_table = load_tables(data_arguments)
@@ -107,7 +108,7 @@ def train(
     summary = summarize(trainer, speech, data_arguments, result.metrics["train_loss"], metrics)
     summary |= {
         "resumed_from": checkpoint.name if resume else None,
-        "base_model": name_on_hub(model_arguments.model_name_or_path),
+        "base_model": None if base is None or Path(base).exists() else base,  # a name on the Hub
         "seconds": round(time.monotonic() - started, 1),
     }
     if trainer.is_world_process_zero():
@@ -166,16 +167,20 @@ def find_start(output_dir: Path, resume: bool) -> Path | None:
     return checkpoint
 
 
-def choose_preparation(start: str | Path | None) -> type[Preparation]:
-    """How speech is prepared for the model that a run starts with: of a checkpoint, or new."""
-    return WhisperPreparation if is_whisper(start) else EchoPreparation
-
-
 def load_tables(arguments: DataArguments) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """The utterances to train on and to evaluate on, with their texts as they are trained."""
-    train_table, eval_table = load_table(arguments, arguments.train_data, arguments.train_split), None
+    """The utterances to train on and to evaluate on, as [`load_sources`] reads them, with texts normalized if
+    `arguments` say so."""
+
+    def load(sources: list[str], split: str) -> datasets.Dataset:
+        table = load_sources(sources, split, arguments.dataset_config, arguments.audio_column, arguments.text_column)
+        if arguments.normalize_text:
+            texts = [text if text is None else normalize_text(text) for text in table["text"]]
+            table = table.remove_columns("text").add_column("text", texts)
+        return table
+
+    train_table, eval_table = load(arguments.train_data, arguments.train_split), None
     if arguments.eval_data:
-        eval_table = load_table(arguments, arguments.eval_data, arguments.eval_split)
+        eval_table = load(arguments.eval_data, arguments.eval_split)
         _warn_of_overlap(train_table, eval_table)
     return train_table, eval_table
 
@@ -196,15 +201,6 @@ def build_start(
         label_smoothing = PreTrainedConfig.get_config_dict(checkpoint)[0].get("label_smoothing", 0.0)
     texts = [text or "" for text in table["text"]]
     return *build_model_and_processor(arguments, texts, label_smoothing), training
-
-
-def load_table(arguments: DataArguments, sources: list[str], split: str) -> datasets.Dataset:
-    """The utterances of `sources` as [`load_sources`] reads them, with texts normalised if `arguments` say so."""
-    table = load_sources(sources, split, arguments.dataset_config, arguments.audio_column, arguments.text_column)
-    if arguments.normalize_text:
-        texts = [text if text is None else normalize_text(text) for text in table["text"]]
-        table = table.remove_columns("text").add_column("text", texts)
-    return table
 
 
 def _warn_of_overlap(train_table, eval_table) -> None:
@@ -246,11 +242,6 @@ def summarize(
             "python": platform.python_version(),
         },
     }
-
-
-def name_on_hub(checkpoint: str | None) -> str | None:
-    """The name of a checkpoint that is not a path on this machine."""
-    return checkpoint if checkpoint and not Path(checkpoint).exists() else None
 
 
 def push(trainer: EchoTrainer, summary: dict[str, Any]) -> None:
