@@ -499,7 +499,7 @@ class EchoPreTrainedModel(PreTrainedModel):
         EchoRotaryEmbedding   log_theta 0 (theta as configured), gain 0 (radius 1), contour_gain 0 (theta constant)
         EchoAttention         bias_strength 0 (no bias), silence_logit in the middle of its range
         EchoPitchProjection   0, like EchoZeroLinear
-        EchoEncoder           blend -2: a further channel group starts with a weight of an eighth"""
+        EchoEncoder           blend -2: the stem of pitch starts with a weight of an eighth"""
         super()._init_weights(module)
         if isinstance(module, EchoPitchProjection | EchoZeroLinear):
             init.zeros_(module.weight)

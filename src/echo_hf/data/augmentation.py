@@ -28,15 +28,14 @@ class VoicePerturbation:
       the lowest (units of the extractor: 0.25 is 10 dB), and everything under a floor drawn from `[0, 1.5 * channel]`
       is raised to it, as by noise.
 
-    Groups of channels other than spectrogram and pitch follow in time only.
+    Voicing follows in time only.
 
     Args:
         feature_extractor ([`EchoFeatureExtractor`]): defines the channels.
         tempo, voice, channel, f0_drop, pause (`float`, defaults to 0.0): strengths, or probabilities; 0 is off.
 
     Raises:
-        `ValueError`: a strength is negative or above 1; the features hold the accumulated phase, which would no longer
-            belong to its F0; or they hold no F0 to drop.
+        `ValueError`: a strength is negative or above 1, or the features hold no F0 to drop.
 
     Example:
 
