@@ -1,7 +1,6 @@
 """Pictures: what is drawn is what was heard, and what the model itself computes."""
 
 import inspect
-import io
 
 import numpy as np
 import pytest
@@ -9,10 +8,9 @@ import soundfile
 import torch
 
 from conftest import voice
-from echo_hf import EchoConfig, EchoFeatureExtractor, EchoForConditionalGeneration, EchoForCTC, EchoModel, EchoTokenizer
+from echo_hf import EchoConfig, EchoFeatureExtractor, EchoForConditionalGeneration, EchoModel
 from echo_hf.analysis import plotting
 from echo_hf.analysis.plotting import (
-    plot_alignment,
     plot_angles,
     plot_pitch,
     plot_pitch_bias,
@@ -185,46 +183,19 @@ def test_pitch_bias_of_a_strength(features):
     assert np.allclose(two, 2 * one) and one.max() <= 0
 
 
-def test_alignment_shows_cross_attention_by_token(features):
-    model = tiny_model()
-    before = model.config._attn_implementation
-    figure = plot_alignment(model, features, EchoTokenizer(), text="a né$", words=WORDS)
-    axis = figure.axes[0]
-    labels = [label.get_text() for label in axis.get_yticklabels()]
-    assert labels[:3] == ["a", "␣", "n"] and labels[3].startswith("<") and labels[-2:] == [r"\$", "</s>"]
-    assert axis.images[0].get_array().shape == (len(labels), 30)
-    assert np.allclose(np.asarray(axis.images[0].get_array()).max(axis=1), 1)
-    assert model.config._attn_implementation == before
-    assert axis.get_xlim() == (0.0, pytest.approx(1.2))
-    figure.savefig(io.BytesIO(), format="png")  # a label that cannot be set fails here
-
-
-def test_alignment_without_a_text_shows_what_the_model_writes(features, monkeypatch):
-    model, tokenizer = tiny_model(), EchoTokenizer()
-    ids = model.generate(features)[0, 1:].tolist()
-    axis = plot_alignment(model, features, tokenizer).axes[0]
-    expected = [plotting._show_token(tokenizer, token) for token in ids]
-    assert [label.get_text() for label in axis.get_yticklabels()] == expected and len(ids) > 2
-    monkeypatch.setattr(model, "generate", lambda **_: torch.tensor([[1, 2]]))
-    with pytest.raises(ValueError, match="wrote nothing for this utterance; give a text"):
-        plot_alignment(model, features, tokenizer)
-
-
-def test_alignment_needs_a_decoder_and_one_utterance(features):
-    with pytest.raises(ValueError, match="no decoder"):
-        plot_alignment(tiny_model(EchoForCTC), features, EchoTokenizer())
+def test_a_picture_is_of_one_utterance(features):
     with pytest.raises(ValueError, match="one utterance"):
-        plot_alignment(tiny_model(), features.repeat(2, 1, 1), EchoTokenizer(), text="a")
+        plot_angles(tiny_model(), features.repeat(2, 1, 1))
+    assert len(plot_angles(tiny_model(), features[0]).axes) == 3
 
 
 # The command line
 
 
-@pytest.mark.parametrize("kind", ["pitch", "angles", "similarity", "bias", "alignment"])
+@pytest.mark.parametrize("kind", ["pitch", "angles", "similarity", "bias"])
 def test_command_draws_the_bundled_recording(kind, tmp_path, capsys):
-    options = ["--text", "Hello."] if kind == "alignment" else []
     output = tmp_path / "deep" / f"{kind}.svg"
-    assert main(["plot", kind, "--output", str(output), *options]) == 0
+    assert main(["plot", kind, "--output", str(output)]) == 0
     assert "<svg" in output.read_text(encoding="utf-8")
     assert capsys.readouterr().out == f"{output}\n"
 
@@ -236,7 +207,6 @@ def test_command_draws_the_bundled_recording(kind, tmp_path, capsys):
         ("angles", ["--theta_mode", "mean"], "plot_angles", {"theta_mode": "mean", "title": None}),
         ("similarity", ["--title", "So"], "plot_similarity", {"title": "So"}),
         ("bias", ["--strength", "0.5"], "plot_pitch_bias", {"strength": 0.5, "title": None}),
-        ("alignment", ["--text", "Hello."], "plot_alignment", {"text": "Hello.", "words": None, "title": None}),
     ],
 )
 def test_command_gives_its_options_to_what_draws(kind, options, function, expected, tmp_path, monkeypatch):
@@ -264,7 +234,6 @@ def test_command_draws_words(tmp_path, ctc_checkpoint):
         (["pitch", "nowhere.wav", "--output", "x.png"], "nowhere.wav"),
         (["pitch", "--theta_mode", "frame", "--output", "x.png"], "theta_mode"),
         (["pitch", "--strength", "0", "--output", "x.png"], "--strength does not apply"),
-        (["alignment", "--text", "a " * 130, "--output", "x.png"], "at most 120 tokens"),
     ],
 )
 def test_command_says_what_it_cannot_draw(arguments, message, capsys):
@@ -272,9 +241,10 @@ def test_command_says_what_it_cannot_draw(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_an_alignment_is_of_no_more_than_a_segment(tmp_path, checkpoint, capsys):
+def test_a_picture_is_of_no_more_than_two_minutes(tmp_path, checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(plotting, "LONGEST_PICTURE", 1)
     path = tmp_path / "long.wav"
-    soundfile.write(path, np.tile(voice(1.0), 34), 16000)
-    arguments = ["plot", "alignment", str(path), "--checkpoint", str(checkpoint), "--output", str(tmp_path / "x.png")]
+    soundfile.write(path, np.tile(voice(1.0), 2), 16000)
+    arguments = ["plot", "angles", str(path), "--checkpoint", str(checkpoint), "--output", str(tmp_path / "x.png")]
     assert main(arguments) == 1
-    assert f"{path} is longer than 20 s" in capsys.readouterr().err and not (tmp_path / "x.png").exists()
+    assert f"{path} is longer than 1 s" in capsys.readouterr().err and not (tmp_path / "x.png").exists()

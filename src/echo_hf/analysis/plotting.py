@@ -14,7 +14,6 @@ from transformers.audio_utils import spectrogram, window_function
 
 from ..conditioning_echo import EchoPitch, laplacian_bias, standardize_f0
 from ..feature_extraction_echo import EchoFeatureExtractor
-from ..modeling_echo import mean_cross_attention
 from .diagnostics import find_module
 
 # The color-blind safe palette of Okabe and Ito (https://jfly.uni-koeln.de/color/).
@@ -23,7 +22,6 @@ BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 PAIR_COLORS = (BLACK, ORANGE, BLUE, PURPLE)  # of the channel pairs whose angles are drawn
 
 LONGEST_PICTURE = 120  # s; details of longer audio cannot be seen, and its spectrogram fills the memory
-MOST_TOKENS = 120  # rows of a picture of the alignment; more cannot be read
 SPECTROGRAM_RANGE = 70.0  # dB below the loudest that a picture still shows
 HIGHEST_FREQUENCY = 4000.0  # Hz, top of a narrow-band spectrogram
 HARMONICS = 5  # multiples of F0 that are drawn, F0 itself among them
@@ -97,7 +95,7 @@ def plot_pitch(
     axis.set_ylabel("frequency (Hz)")
     axis.legend(loc="upper right", framealpha=0.95)
     if words:
-        write_words_above(axis, words, len(waveform) / rate, "0.4")
+        write_words_above(axis, words, len(waveform) / rate)
     if not f0.any():
         axis.text(0.5, 0.9, "no voiced frame", ha="center", transform=axis.transAxes)
     return figure
@@ -261,97 +259,6 @@ def _choose_strength(encoder, strength: float | None) -> tuple[float, str]:
     return strength, f"s = {strength:.3g}, learned by layer {layer}, head {head}"
 
 
-def plot_alignment(
-    model,
-    input_features,
-    tokenizer,
-    text: str | None = None,
-    words: Sequence[Mapping[str, Any]] | None = None,
-    title: str | None = None,
-):
-    """Cross-attention of each token over the encoder's frames, the mean of all heads and layers, with a mark at the
-    maximum of each token.
-
-    Args:
-        model ([`EchoForConditionalGeneration`]): the model.
-        input_features (`torch.Tensor` of shape `(T, channels)` or `(1, T, channels)`): one utterance without padding.
-        tokenizer ([`EchoTokenizer`]): the model's.
-        text (`str`, *optional*): what the decoder is made to write; what it generates if not given.
-        words (`Sequence[Mapping]`, *optional*): as in [`plot_pitch`].
-
-    Returns:
-        `matplotlib.figure.Figure`: tokens from top to bottom by time in seconds.
-
-    Raises:
-        `ValueError`: the features are not one utterance, the model has no decoder, or there is no token, or more than
-            120.
-    """
-    new_figure(1, 1)  # fails without matplotlib before the model runs
-    if not model.can_generate():
-        raise ValueError(f"{type(model).__name__} has no decoder, and so no cross-attention to draw.")
-    ids, weights = _write_tokens(model, _one_utterance(model, input_features), tokenizer, text)
-    seconds = model.config.inputs_to_logits_ratio / model.config.sampling_rate
-    duration = weights.shape[1] * seconds
-    figure = new_figure(9, max(3.0, 1.3 + 0.17 * len(ids) + (0.5 if words else 0.0)), title)
-    axis = figure.subplots()
-    # Each row is scaled by its own maximum: a token of broad attention would otherwise be dark.
-    image = axis.imshow(
-        weights / weights.max(axis=1, keepdims=True),
-        aspect="auto",
-        cmap="cividis",
-        vmin=0.0,
-        vmax=1.0,
-        extent=(0.0, duration, len(ids) - 0.5, -0.5),
-        interpolation="nearest",
-    )
-    figure.colorbar(image, ax=axis, label="share of the token's largest", pad=0.01)
-    style = {"color": VERMILLION, "markeredgecolor": "white", "markersize": 4, "markeredgewidth": 0.5}
-    peaks = (weights.argmax(axis=1) + 0.5) * seconds
-    axis.plot(peaks, np.arange(len(ids)), "o", label="maximum of the token", **style)
-    axis.set_yticks(np.arange(len(ids)), [_show_token(tokenizer, token) for token in ids], fontsize=8)
-    axis.set_ylabel("token")
-    axis.set_xlabel("time (s)")
-    figure.legend(loc="outside lower center", fontsize="small")
-    if words:
-        write_words_above(axis, words, duration, "white")
-    return figure
-
-
-def _write_tokens(model, features: torch.Tensor, tokenizer, text: str | None) -> tuple[list[int], np.ndarray]:
-    """The ids of the text, or of what the model generates, and the mean cross-attention of each, `(L, S)`."""
-    config, was_training = model.config, model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            if text is None:
-                ids = model.generate(input_features=features)[0].tolist()
-                ids = ids[1:] if ids[0] == config.decoder_start_token_id else ids
-            else:
-                ids = [token for token in tokenizer(text)["input_ids"] if token != config.bos_token_id]
-            if not set(ids).difference(tokenizer.all_special_ids):
-                raise ValueError("The model wrote nothing for this utterance; give a text to align.")
-            if len(ids) > MOST_TOKENS:
-                raise ValueError(
-                    f"A picture of the alignment shows at most {MOST_TOKENS} tokens, and the text has {len(ids)}. Cut"
-                    " out a part of the recording."
-                )
-            inputs = torch.tensor([[config.decoder_start_token_id, *ids[:-1]]], device=features.device)
-            return ids, mean_cross_attention(model, inputs, input_features=features)[0].cpu().numpy()
-    finally:
-        model.train(was_training)
-
-
-def _show_token(tokenizer, token: int) -> str:
-    """A token as a label: a space is visible, and bytes that are no whole character are shown by their id."""
-    if token in tokenizer.all_special_ids:
-        return tokenizer.convert_ids_to_tokens(token)
-    text = tokenizer.decode([token])
-    if "\N{REPLACEMENT CHARACTER}" in text:
-        return f"<{token}>"
-    # Mathtext would read a dollar sign.
-    return text.replace(" ", "␣").replace("\n", "⏎").replace("$", r"\$")
-
-
 def _one_utterance(model, input_features) -> torch.Tensor:
     """Features of one utterance, `(1, T, channels)`, in float32 on the model's device."""
     features = torch.as_tensor(input_features)
@@ -438,8 +345,8 @@ def check_length(seconds: float) -> None:
         )
 
 
-def write_words_above(axis, words: Sequence[Mapping[str, Any]], duration: float, color: str) -> None:
-    """Words at their middles above an axis, with dotted lines of that color where each starts and ends."""
+def write_words_above(axis, words: Sequence[Mapping[str, Any]], duration: float) -> None:
+    """Words at their middles above an axis, with dotted lines where each starts and ends."""
     for word in words:
         times = word.get("timestamp") or ()
         if "text" not in word or len(times) != 2 or any(time is None for time in times):
@@ -449,7 +356,7 @@ def write_words_above(axis, words: Sequence[Mapping[str, Any]], duration: float,
     top.set_xticks(middles, [word["text"].strip() for word in words], fontsize=8, rotation=30, ha="left")
     for word in words:
         for time in word["timestamp"]:
-            axis.axvline(time, color=color, linewidth=0.8, linestyle=":")
+            axis.axvline(time, color="0.4", linewidth=0.8, linestyle=":")
     axis.set_xlim(0.0, duration)
 
 
@@ -474,7 +381,6 @@ def draw_matrix(axis, matrix: np.ndarray, duration: float, limits: tuple[float, 
 
 __all__ = [
     "LONGEST_PICTURE",
-    "plot_alignment",
     "plot_angles",
     "plot_pitch",
     "plot_pitch_bias",

@@ -11,7 +11,6 @@ OPTIONS = {
     "angles": ("theta_mode",),
     "similarity": (),
     "bias": ("strength",),
-    "alignment": ("words", "text"),
 }
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -21,7 +20,6 @@ kinds:
   angles       rotary angles, standard and moved by F0
   similarity   how alike positions are to attention, standard and moved by F0
   bias         what is added to the scores of frames of similar pitch
-  alignment    where the decoder attends as it writes, or as it is made to write --text
 
 examples:
   echo-hf plot pitch talk.flac --output pitch.png
@@ -44,8 +42,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--output", required=True, help="file to write: .png, .svg or .pdf")
     parser.add_argument("--title", help="written above the picture")
     add_checkpoint(parser)
-    parser.add_argument("--words", action="store_true", help="pitch, alignment: write words at their times")
-    parser.add_argument("--text", help="alignment: what was said (what the model writes)")
+    parser.add_argument("--words", action="store_true", help="pitch: write words at their times")
     add_both(parser, "theta_mode", help="angles: mean, frame or phase (the checkpoint's)")
     parser.add_argument("--strength", type=number, help="bias: of the Gaussian (the largest that a head learned)")
 
@@ -55,7 +52,7 @@ def run(options) -> int:
     output = Path(options.output).expanduser()
     if output.suffix.lower() not in FORMATS:
         raise ValueError(f"--output {options.output}: name a file that ends in {', '.join(FORMATS)}.")
-    for name in ("words", "theta_mode", "strength", "text"):
+    for name in ("words", "theta_mode", "strength"):
         value = getattr(options, name)
         if name not in OPTIONS[options.kind] and value is not None and value is not False:
             raise ValueError(f"--{name} does not apply to pictures of the kind {options.kind}. Omit it.")
@@ -69,18 +66,14 @@ def run(options) -> int:
 def _draw(options):
     from ..analysis import plotting
     from ..inference import bundled_recordings, expand_paths, load_checkpoint, make_pipeline, open_pipe, read_short
-    from ..pipeline_echo import LONGEST_SEGMENT
 
     path = expand_paths([options.input] if options.input else bundled_recordings())[0]
     model, processor = load_checkpoint(options.checkpoint, "cpu")
     extractor, title = processor.feature_extractor, options.title
-    # The decoder attends to segments of a longer recording one by one.
-    longest = LONGEST_SEGMENT if options.kind == "alignment" else plotting.LONGEST_PICTURE
-    waveform = read_short(open_pipe(path), extractor.sampling_rate, longest)
+    waveform = read_short(open_pipe(path), extractor.sampling_rate, plotting.LONGEST_PICTURE)
     if waveform is None:
         raise ValueError(
-            f"{path} is longer than {longest:g} s, the most that a picture of the kind {options.kind} shows. Cut out a"
-            " part of it."
+            f"{path} is longer than {plotting.LONGEST_PICTURE} s, the most that a picture shows. Cut out a part of it."
         )
     words = None
     if options.words:
@@ -93,6 +86,4 @@ def _draw(options):
         return plotting.plot_angles(model, features, options.theta_mode, title)
     if options.kind == "similarity":
         return plotting.plot_similarity(model, features, title=title)
-    if options.kind == "bias":
-        return plotting.plot_pitch_bias(model, features, options.strength, title)
-    return plotting.plot_alignment(model, features, processor.tokenizer, options.text, words, title)
+    return plotting.plot_pitch_bias(model, features, options.strength, title)
