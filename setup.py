@@ -12,9 +12,8 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "src/echo_hf/__init__.py"
 TRAIN = ["accelerate>=1.1", "datasets>=4.0", "evaluate>=0.4.6", "filelock>=3.15", "jiwer>=4.0", "tensorboard>=2.17"]
 PLOT = ["matplotlib>=3.9"]
 DEMO = [*PLOT, "gradio>=6.0"]
-EXPORT = ["onnx>=1.23", "onnxruntime>=1.31", "onnxscript>=0.7"]
 SERVE = ["transformers[serving]", "python-multipart>=0.0.20"]
-TEST = [*TRAIN, *DEMO, *EXPORT, "pytest>=8.0", "pytest-xdist>=3.6"]
+TEST = [*TRAIN, *DEMO, "pytest>=8.0", "pytest-xdist>=3.6"]
 TEST += ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10", "peft>=0.17"]
 
 setup(
@@ -40,7 +39,7 @@ setup(
         "torch>=2.9",
         "transformers>=5.23,<6",
     ],
-    extras_require={"train": TRAIN, "plot": PLOT, "demo": DEMO, "export": EXPORT, "serve": SERVE, "test": TEST},
+    extras_require={"train": TRAIN, "plot": PLOT, "demo": DEMO, "serve": SERVE, "test": TEST},
     entry_points={"console_scripts": ["echo-hf=echo_hf.cli:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",

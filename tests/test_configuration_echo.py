@@ -78,16 +78,16 @@ def test_settings_of_generate_are_refused_in_the_models_config(tmp_path):
 
 
 def test_feature_groups_take_their_fixed_order():
-    config = EchoConfig(feature_groups={"pitch": 1, "waveform": 160, "spectrogram": 80})
-    assert list(config.feature_groups) == ["spectrogram", "waveform", "pitch"]
-    assert config.num_feature_channels == 241
+    config = EchoConfig(feature_groups={"pitch": 1, "voicing": 1, "spectrogram": 80})
+    assert list(config.feature_groups) == ["spectrogram", "voicing", "pitch"]
+    assert config.num_feature_channels == 82
 
 
 @pytest.mark.parametrize(
     "field, value",
     [
         ("vocab_size", 0),
-        ("feature_groups", {"spectrogram": 80, "loudness": 1}),
+        ("feature_groups", {"spectrogram": 80, "envelope": 24, "pitch": 1}),
         ("feature_groups", {"pitch": 1}),
         ("feature_groups", {"spectrogram": 0, "pitch": 1}),
         ("feature_groups", {"spectrogram": 80, "pitch": 2}),

@@ -14,7 +14,7 @@ PACKAGE = SOURCE / "echo_hf"
 LAYERS = (
     ("registration", "*_echo"),
     ("checkpoint", "conversion", "metrics", "speech_errors"),
-    ("data", "inference", "export", "subtitles"),
+    ("data", "inference", "subtitles"),
     ("analysis",),
     ("training", "demo"),
     ("cli",),

@@ -319,12 +319,11 @@ def test_align_f0_is_nearest_index_of_each_utterance():
     assert aligned[1].tolist() == [f0[1, min(math.floor(i * 9 / 3), 8)].item() for i in range(3)] + [0, 0, 0]
 
 
-@pytest.mark.parametrize("method", ["mean", "median", "last"])
 @pytest.mark.parametrize("rate", [3.0, 10.0, 12.5, 25.0, 100.0, 250.0])
-def test_pitch_per_token_equals_the_formula(method, rate):
+def test_pitch_per_token_equals_the_formula(rate):
     inputs = make_inputs((61, 37))
     f0, lengths = inputs["input_features"][..., -1], inputs["attention_mask"].sum(-1)
-    result = pitch_per_token(f0, lengths, 1.0 / (rate * 0.01), method)
+    result = pitch_per_token(f0, lengths, 1.0 / (rate * 0.01))
     for row in range(2):
         frames = f0[row, : lengths[row]].numpy().astype(np.float64)
         times = np.round(np.arange(len(frames)) * 0.01, 9)
@@ -333,8 +332,7 @@ def test_pitch_per_token_equals_the_formula(method, rate):
             if round(i / rate, 9) < round(len(frames) * 0.01, 9):
                 start = min(np.searchsorted(times, round(i / rate, 9), "left"), len(frames) - 1)
                 end = max(np.searchsorted(times, round((i + 1) / rate, 9), "right"), start + 1)
-                span = frames[start:end]
-                value = {"mean": np.mean, "median": np.median, "last": lambda x: x[-1]}[method](span)
+                value = frames[start:end].mean()
                 expected = (value - 71.0) / (500.0 - 71.0) if value >= 100.0 else 0.0
             assert result[row, i].item() == pytest.approx(expected, abs=1e-5), (row, i)
 
@@ -585,19 +583,6 @@ def test_values_in_padding_are_never_read():
         torch.testing.assert_close(
             model(input_features=noisy, attention_mask=inputs["attention_mask"], labels=LABELS).logits, clean
         )
-
-
-@pytest.mark.parametrize("groups", [{"waveform": 20}, {"phase": 1, "envelope": 6, "aperiodicity": 1}])
-def test_further_channel_groups_are_heard_and_do_not_break_padding(groups):
-    widths = {"spectrogram": 16, **groups, "pitch": 1}
-    model = tiny_model("all", feature_groups=widths)
-    inputs = make_inputs(bins=sum(widths.values()) - 1)
-    with torch.no_grad():
-        batched = model(**inputs, labels=LABELS).logits
-        single = model(**alone(inputs, 1), labels=LABELS[1:2]).logits
-        torch.testing.assert_close(batched[1:2], single, atol=2e-5, rtol=1e-3)
-        inputs["input_features"][..., 16:-1] += 1.0
-        assert not torch.allclose(model(**inputs, labels=LABELS).logits, batched, atol=1e-5)
 
 
 @pytest.mark.parametrize("strides", [[2, 2], [1], [2, 2, 2], [3, 2], [1, 1]])

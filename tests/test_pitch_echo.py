@@ -11,14 +11,10 @@ import torch
 
 from echo_hf import autocorrelation_echo, pitch_echo
 from echo_hf.pitch_echo import (
-    accumulated_phase,
-    aperiodicity_code,
     check_sampling_rate,
     estimate_f0,
     estimate_f0_batch,
     interpolate_f0,
-    num_aperiodicity_bands,
-    spectral_envelope_code,
     voicing,
 )
 from f0_trackers import f0_metrics, f0_test_signals
@@ -131,8 +127,6 @@ def test_very_short_audio(frames, kind, method):
     }[kind]
     f0 = estimate_f0(audio, 16000, 160, method)
     assert f0.shape == (frames + 1,) and np.isfinite(f0).all()
-    assert np.isfinite(spectral_envelope_code(audio, f0, 16000, 160)).all()
-    assert np.isfinite(aperiodicity_code(audio, f0, 16000, 160)).all()
 
 
 @every_tracker
@@ -191,13 +185,6 @@ def test_the_widest_settings_work(method, f0_range):
     for sampling_rate, hop_length in ((16000, 16000), (16000, 40), (4000, 40)):
         f0 = estimate_f0(noise, sampling_rate, hop_length, method, *f0_range)
         assert len(f0) == 4000 // hop_length + 1 and np.isfinite(f0).all()
-
-
-@pytest.mark.parametrize("code", [spectral_envelope_code, aperiodicity_code])
-@pytest.mark.parametrize("f0", [[np.nan, 100.0], [-1.0], [1e9], [], [[100.0]]])
-def test_f0_that_world_cannot_take_is_refused(code, f0):
-    with pytest.raises(ValueError, match="f0 must be 1-D"):
-        code(np.zeros(1600), np.array(f0), 16000, 160)
 
 
 @pytest.mark.parametrize("rate", [16000, 16000.0, np.int32(16000), np.float64(16000), np.array(16000)])
@@ -423,31 +410,6 @@ def test_fast_dio_agrees_with_dio(test_signals):
     assert result["gpe"] == 0 and result["vde"] < 0.06 and 0 < result["cents"] < 5, "StoneMask refines both"
 
 
-# Accumulated phase ---------------------------------------------------------------------------------------------------
-
-
-def test_accumulated_phase_formula():
-    f0, phase, expected = contour(), 0.0, []
-    for value in f0:
-        phase = phase + 2 * np.pi * value * 0.01
-        expected.append(phase % (2 * np.pi))
-    result = accumulated_phase(f0, 0.01)
-    difference = np.abs(result - expected)
-    assert np.max(np.minimum(difference, 2 * np.pi - difference)) < 1e-10
-    assert np.all((0 <= result) & (result < 2 * np.pi))
-
-
-def test_accumulated_phase_stands_still_without_voice():
-    phase = accumulated_phase(np.array([130.0, 110.0, 0.0, 0.0, 210.0]), 0.01)
-    assert phase[1] == phase[2] == phase[3] != phase[4]
-    np.testing.assert_allclose(phase[0], 2 * np.pi * 0.3)
-
-
-def test_accumulated_phase_keeps_its_precision_for_an_hour():
-    phase = accumulated_phase(np.full(360_000, 125.0), 0.01)  # a quarter of a cycle more in each frame
-    np.testing.assert_allclose(phase[3::4], 0.0, atol=1e-6)
-
-
 # Voicing -------------------------------------------------------------------------------------------------------------
 
 
@@ -532,50 +494,8 @@ def test_voicing_does_not_depend_on_how_frames_are_grouped(monkeypatch):
 def test_voicing_refuses_what_cannot_be():
     with pytest.raises(ValueError, match="1-D, not empty and finite"):
         voicing(np.full(160, np.nan), np.zeros(2), 16000, 160)
-    with pytest.raises(ValueError, match="f0 must be 1-D"):
-        voicing(np.zeros(160), np.array([np.nan, 1.0]), 16000, 160)
+    for f0 in ([np.nan, 1.0], [-1.0], [1e9], [], [[100.0]]):
+        with pytest.raises(ValueError, match="f0 must be 1-D"):
+            voicing(np.zeros(160), np.array(f0), 16000, 160)
     with pytest.raises(ValueError, match="hop_length"):
         voicing(np.zeros(160), np.zeros(2), 16000, 0)
-
-
-# WORLD's codes -------------------------------------------------------------------------------------------------------
-
-
-def test_envelope_code_has_the_resonance_of_the_voice():
-    # Fewer harmonics is a darker voice: the first cosine of the log envelope, bass against treble, is larger.
-    dark, bright = voice(np.full(16000, 150.0), harmonics=4), voice(np.full(16000, 150.0), harmonics=40)
-    codes = [spectral_envelope_code(audio, np.full(100, 150.0), 16000, 160, num_bands=13) for audio in (dark, bright)]
-    assert codes[0].shape == (100, 13)
-    assert np.median(codes[0][:, 1]) > np.median(codes[1][:, 1])
-
-
-def test_envelope_code_of_silence_is_constant():
-    code = spectral_envelope_code(np.zeros(16000), np.zeros(100), 16000, 160)
-    assert np.ptp(code, axis=0).max() < 1e-9
-
-
-def test_world_codes_do_not_depend_on_how_frames_are_grouped(monkeypatch):
-    # With noise, because WORLD adds a little of its own: it must not be all there is between the harmonics.
-    audio = voice(np.full(16000, 150.0)) + 1e-2 * np.random.default_rng(0).normal(size=16000)
-    f0 = np.full(100, 150.0)
-    whole = [code(audio, f0, 16000, 160) for code in (spectral_envelope_code, aperiodicity_code)]
-    monkeypatch.setattr(pitch_echo, "ENVELOPE_FRAMES", 7)
-    parts = [code(audio, f0, 16000, 160) for code in (spectral_envelope_code, aperiodicity_code)]
-    np.testing.assert_allclose(parts[0], whole[0], atol=1e-6)
-    np.testing.assert_allclose(parts[1], whole[1], atol=0.05)  # dB
-
-
-def test_aperiodicity_tells_noise_from_voice():
-    noise = 0.1 * np.random.default_rng(0).normal(size=16000)
-    tone = voice(np.full(16000, 150.0), harmonics=50)
-    f0 = np.full(100, 150.0)
-    assert np.median(aperiodicity_code(noise, f0, 16000, 160)) > np.median(aperiodicity_code(tone, f0, 16000, 160)) + 6
-    assert np.all(np.abs(aperiodicity_code(tone, np.zeros(100), 16000, 160)) < 1e-9)  # unvoiced is noise, 0 dB
-
-
-def test_number_of_aperiodicity_bands_is_worlds():
-    pyworld = pytest.importorskip("pyworld")
-    for sampling_rate in (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 96000):
-        assert num_aperiodicity_bands(sampling_rate) == pyworld.get_num_aperiodicities(sampling_rate)
-    with pytest.raises(ValueError, match="8000 Hz"):
-        aperiodicity_code(np.zeros(800), np.zeros(10), 8000, 80)

@@ -91,8 +91,6 @@ def test_decoding_is_the_tokenizers(processor):
     ids = processor.tokenizer.encode("hé")
     assert processor.decode(ids, skip_special_tokens=True) == "hé"
     assert processor.batch_decode([ids, ids], skip_special_tokens=True) == ["hé", "hé"]
-    assert processor.decode_ctc([0, ids[1], ids[1], 0]) == "h"
-    assert processor.batch_decode_ctc([[ids[1]], [0]]) == ["h", ""]
     assert processor.model_input_names == ["input_features", "attention_mask", "labels"]
 
 

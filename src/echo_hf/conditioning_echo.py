@@ -55,20 +55,18 @@ def standardize_f0(f0: torch.Tensor, mask: torch.Tensor, correction: int = 0) ->
     included; float32, 0 in padding. `correction` is subtracted from the number of frames in the variance: 0, or 1 as
     published.
 
-    The floor replaces the published `std + 1e-8`: ONNX optimizers drop an epsilon that small."""
+    The floor replaces the published `std + 1e-8`: optimizers of exported graphs drop an epsilon that small."""
     mask = mask.float()
     deviation = (f0.float() - masked_mean(f0.float(), mask)) * mask
     variance = deviation.square().sum(-1, keepdim=True) / (mask.sum(-1, keepdim=True) - correction).clamp(min=1)
     return deviation / variance.sqrt().clamp(min=SPREAD_FLOOR)
 
 
-def pitch_per_token(
-    f0: torch.Tensor, lengths: torch.Tensor, frames_per_token: float, method: str = "mean"
-) -> torch.Tensor:
+def pitch_per_token(f0: torch.Tensor, lengths: torch.Tensor, frames_per_token: float) -> torch.Tensor:
     """Pitch of each span of a fixed token rate, for the decoder: `(B, N)`, `N = ceil(T / R)`, float32.
 
     Token i covers the frames k with `i * R <= k <= (i + 1) * R`, at least one, with R `frames_per_token`. Its F0 is
-    their `"mean"`, `"median"` or `"last"`; below 100 Hz and beyond an utterance's end it becomes 0,
+    their mean; below 100 Hz and beyond an utterance's end it becomes 0,
     else `(f0 - 71) / (500 - 71)`.
 
     Args:
@@ -85,14 +83,7 @@ def pitch_per_token(
     inside = place <= end[..., None]
     place = torch.minimum(place, end[..., None])
     spans = f0.float().gather(1, place.flatten(1)).view_as(place)
-    if method == "mean":
-        value = masked_mean(spans, inside).squeeze(-1)
-    elif method == "median":
-        ordered = spans.masked_fill(~inside, torch.inf).sort(dim=-1).values
-        count = inside.sum(-1, keepdim=True)
-        value = (ordered.gather(2, (count - 1) // 2) + ordered.gather(2, count // 2)).squeeze(-1) / 2
-    else:
-        value = spans[..., -1]
+    value = masked_mean(spans, inside).squeeze(-1)
     heard = (value >= TOKEN_PITCH_MIN) & (tokens[None] * frames_per_token < lengths[:, None])
     return torch.where(heard, (value - TOKEN_PITCH_LOW) / (TOKEN_PITCH_HIGH - TOKEN_PITCH_LOW), 0.0)
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .tokenization_echo import EchoTokenizer  # noqa: F401
 
 # Channel groups of `input_features`, in the order in which they lie.
-FEATURE_GROUPS = ("spectrogram", "waveform", "phase", "envelope", "aperiodicity", "voicing", "pitch")
+FEATURE_GROUPS = ("spectrogram", "voicing", "pitch")
 
 AUTO_MAP = {
     "AutoConfig": "configuration_echo.EchoConfig",
@@ -101,13 +101,16 @@ def validate_feature_groups(feature_groups: dict[str, int]) -> dict[str, int]:
     """
     for name, width in feature_groups.items():
         if name not in FEATURE_GROUPS:
-            raise ValueError(f"feature_groups: unknown group {name!r}; known are {', '.join(FEATURE_GROUPS)}.")
+            raise ValueError(
+                f"feature_groups: Echo has the groups {', '.join(FEATURE_GROUPS)}, and no {name!r}. Leave it out; a"
+                " checkpoint that was trained with it needs the version of echo_hf that trained it."
+            )
         if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= MAX_GROUP_WIDTH:
             raise ValueError(
                 f"feature_groups: the width of {name!r} must be at most {MAX_GROUP_WIDTH} and a whole number above 0,"
                 f" got {width!r}."
             )
-        if name in ("phase", "voicing", "pitch") and width != 1:
+        if name != "spectrogram" and width != 1:
             raise ValueError(f"feature_groups: {name!r} is a single channel, got a width of {width}.")
     if "voicing" in feature_groups and "pitch" not in feature_groups:
         raise ValueError("feature_groups: 'voicing' goes with 'pitch'; add 'pitch': 1, or leave it out.")
@@ -187,8 +190,7 @@ class EchoConfig(PreTrainedConfig):
         pitch_gate (`bool`, defaults to `True`): Whether the gates of the encoder's feed-forward see the pitch.
         pitch_stem (`bool`, defaults to `True`): Whether pitch has a stem of its own, like other channel groups.
         token_pitch (`str`, defaults to `"none"`):
-            Pitch given to the decoder with each token: `"none"`, or the `"mean"`, `"median"` or `"last"` F0 of the
-            token's span of time.
+            Pitch given to the decoder with each token: `"none"`, or the `"mean"` F0 of the token's span of time.
         tokens_per_second (`float`, defaults to 10.0): Fixed token rate that says which span belongs to a token.
         ctc_loss_weight (`float`, defaults to 0.3):
             Weight of the CTC loss in the hybrid loss, in [0, 1]; cross-entropy has the rest. 0: no CTC head. (Watanabe
@@ -275,7 +277,7 @@ class EchoConfig(PreTrainedConfig):
     silence_scale_range: list[float] | tuple[float, ...] = (0.001, 0.1)
     pitch_gate: bool = True
     pitch_stem: bool = True
-    token_pitch: Literal["none", "mean", "median", "last"] = "none"
+    token_pitch: Literal["none", "mean"] = "none"
     tokens_per_second: float | int = 10.0
     ctc_loss_weight: float | int = 0.3
     label_smoothing: float | int = 0.0

@@ -21,14 +21,10 @@ from .configuration_echo import attach_module, validate_feature_groups
 from .pitch_echo import (
     HIGHEST_RATE,
     LOWEST_RATE,
-    accumulated_phase,
-    aperiodicity_code,
     check_hop_length,
     check_sampling_rate,
     check_tracker,
     estimate_f0_batch,
-    num_aperiodicity_bands,
-    spectral_envelope_code,
     voicing,
 )
 
@@ -41,16 +37,10 @@ DYNAMIC_RANGE = 8.0  # decades kept under the utterance's peak
 MIN_PEAK = -2.0  # decades; a fainter peak counts as this one, so that noise is not scaled up to speech
 DECADES_PER_UNIT = 4.0  # scales the features to 0 (silence, padding) to 2 (the peak)
 
-DECIBELS_PER_DECADE = 20.0  # of amplitude: scales WORLD's aperiodicity to 0 (noise) to -3 (its minimum)
-LARGEST_PHASE = np.nextafter(np.float32(2.0 * np.pi), np.float32(0.0))  # float32 rounds the phases above up to 2 pi
-SMALLEST_DEVIATION = 1e-3  # of the envelope's code (natural logarithm of power); speech has 0.05 and more
-
 MAX_CHANNELS = 8  # of a recording
-MAX_WIDTH = 1024  # channels of a feature group
 BLOCK_FRAMES = 1 << 19  # samples a channel read from a file at a time, 11 s at 48 kHz
 SPECTROGRAM_SAMPLES = 1 << 16  # transformed at a time, to stay in the cache
 AUDIO_KEYS = ("array", "raw", "bytes", "path")  # of a dict that holds audio, the first that is not None
-F0_GROUPS = ("phase", "envelope", "aperiodicity", "voicing", "pitch")  # groups that need F0
 
 
 def is_file(source) -> bool:
@@ -254,17 +244,13 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
 
     | group | channels | values |
     |---|---|---|
-    | `spectrogram` | any | log-mel, 0 (80 dB under the peak, silence) to 2; see [`log_mel_spectrogram`] |
-    | `waveform` | `hop_length` | the frame's samples, -1 to 1 |
-    | `phase` | 1 | accumulated phase of F0, 0 to 2 pi radians |
-    | `envelope` | any (24 does) | WORLD's spectral envelope, coded; each channel standardized over the utterance |
-    | `aperiodicity` | 1 at 16 kHz | WORLD's band aperiodicity, -3 (periodic) to 0 (noise), decades of amplitude |
+    | `spectrogram` | up to 1024 | log-mel, 0 (80 dB under the peak, silence) to 2; see [`log_mel_spectrogram`] |
     | `voicing` | 1 | correlation of the waveform at its F0, 0 (noise) to 1 (periodic); see [`voicing`] |
     | `pitch` | 1 | F0 in Hz, 0 = unvoiced |
 
     Args:
         feature_groups (`dict[str, int]`, *optional*, defaults to `{"spectrogram": 80, "pitch": 1}`):
-            Name and number of channels of each group. F0 is estimated only if a group needs it.
+            Name and number of channels of each group. F0 is estimated only for `pitch`.
         sampling_rate (`int`, defaults to 16000): Sampling rate of the features' audio in Hz.
         hop_length (`int`, defaults to 160): Samples from one frame to the next.
         n_fft (`int`, defaults to 400): Samples under the window of the spectrogram.
@@ -346,16 +332,7 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
             )
         if self.feature_size < 2:
             raise ValueError("feature_groups: a single channel cannot be padded as a sequence; give at least 2.")
-        widths = {"waveform": self.hop_length, "aperiodicity": num_aperiodicity_bands(self.sampling_rate)}
-        for name, width in self.feature_groups.items():
-            if width != widths.get(name, width):
-                raise ValueError(
-                    f"feature_groups: the width of {name!r} must be {widths[name]} at a hop_length of"
-                    f" {self.hop_length} and a sampling_rate of {self.sampling_rate} Hz, got {width}."
-                )
-            if name not in widths and width > MAX_WIDTH:
-                raise ValueError(f"feature_groups: the width of {name!r} must be at most {MAX_WIDTH}, got {width}.")
-        if any(name in self.feature_groups for name in F0_GROUPS):
+        if "pitch" in self.feature_groups:
             check_tracker(self.f0_method, self.f0_min, self.f0_max, self.sampling_rate)
 
     def __call__(
@@ -428,7 +405,7 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
             for index, recording in enumerate(recordings)
         ]
         f0 = [None] * len(waveforms)
-        if any(name in self.feature_groups for name in F0_GROUPS):
+        if "pitch" in self.feature_groups:
             settings = (self.sampling_rate, self.hop_length, self.f0_method, self.f0_min, self.f0_max)
             f0 = estimate_f0_batch(waveforms, *settings, device=device)
         return [self._extract(waveform, track) for waveform, track in zip(waveforms, f0)]
@@ -491,26 +468,14 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
     def _extract(self, waveform: np.ndarray, f0: np.ndarray | None) -> np.ndarray:
         """Samples `(samples,)` and F0 at every hop to features, float32 `(frames, channels)`."""
         groups, rate, hop_length = self.feature_groups, self.sampling_rate, self.hop_length
-        num_frames = len(waveform) // hop_length
-        features = {"spectrogram": log_mel_spectrogram(waveform, rate, hop_length, self.n_fft, groups["spectrogram"])}
-        if "waveform" in groups:
-            features["waveform"] = waveform[: num_frames * hop_length].reshape(num_frames, hop_length)
+        features = [log_mel_spectrogram(waveform, rate, hop_length, self.n_fft, groups["spectrogram"])]
         if f0 is not None:
-            # The tracker has one frame more than the spectrogram.
-            f0 = f0[:num_frames]
-            features["pitch"] = f0[:, None]
-        if "phase" in groups:
-            phase = accumulated_phase(f0, hop_length / rate)[:, None].astype(np.float32)
-            features["phase"] = np.minimum(phase, LARGEST_PHASE)
-        if "envelope" in groups:
-            envelope = spectral_envelope_code(waveform, f0, rate, hop_length, groups["envelope"])
-            deviation = np.maximum(envelope.std(axis=0), SMALLEST_DEVIATION)
-            features["envelope"] = (envelope - envelope.mean(axis=0)) / deviation
-        if "aperiodicity" in groups:
-            features["aperiodicity"] = aperiodicity_code(waveform, f0, rate, hop_length) / DECIBELS_PER_DECADE
+            f0 = f0[: len(features[0])]  # the tracker has one frame more
         if "voicing" in groups:
-            features["voicing"] = voicing(waveform, f0, rate, hop_length)[:, None]
-        return np.concatenate([features[name] for name in groups], axis=1, dtype=np.float32)
+            features.append(voicing(waveform, f0, rate, hop_length)[:, None])
+        if "pitch" in groups:
+            features.append(f0[:, None])
+        return np.concatenate(features, axis=1, dtype=np.float32)
 
 
 def _as_batch(audio) -> tuple[list, bool]:

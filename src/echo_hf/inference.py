@@ -208,7 +208,7 @@ def _best_paths(model, processor: EchoProcessor, batch: dict[str, torch.Tensor])
     frames = model._get_feat_extract_output_lengths(batch["attention_mask"].sum(-1)).tolist()
     if not all(torch.isfinite(row[:length]).all() for row, length in zip(logits, frames)):
         raise ValueError("The model's output has NaN or infinite values. Take another checkpoint.")
-    return [processor.decode_ctc(path[:length]) for path, length in zip(logits.argmax(-1), frames)]
+    return [processor.tokenizer.decode_ctc(path[:length]) for path, length in zip(logits.argmax(-1), frames)]
 
 
 def find_audio_files(folder: str | os.PathLike) -> list[Path]:

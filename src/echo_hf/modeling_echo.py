@@ -498,7 +498,7 @@ class EchoPreTrainedModel(PreTrainedModel):
         EchoRotaryEmbedding   log_theta 0 (theta as configured), gain 0 (radius 1), contour_gain 0 (theta constant)
         EchoAttention         bias_strength 0 (no bias), silence_logit in the middle of its range
         EchoPitchProjection   0, like EchoZeroLinear
-        EchoEncoder           blend -2: a further channel group starts with a weight of an eighth"""
+        EchoEncoder           blend -2: the stem of pitch starts with a weight of an eighth"""
         super()._init_weights(module)
         if isinstance(module, EchoPitchProjection | EchoZeroLinear):
             init.zeros_(module.weight)
@@ -564,11 +564,9 @@ class EchoEncoder(EchoPreTrainedModel):
     def __init__(self, config: EchoConfig):
         super().__init__(config)
         self.group_widths = list(config.feature_groups.values())
-        stem_channels = {
-            name: {"pitch": PITCH_CHANNELS, "phase": 2}.get(name, width)
-            for name, width in config.feature_groups.items()
-            if name != "voicing" and (name != "pitch" or config.pitch_stem)  # voicing is a part of pitch
-        }
+        stem_channels = {"spectrogram": config.feature_groups["spectrogram"]}
+        if config.pitch_stem:
+            stem_channels["pitch"] = PITCH_CHANNELS
         self.stems = nn.ModuleDict({name: EchoStem(config, channels) for name, channels in stem_channels.items()})
         if len(self.stems) > 1:
             self.blend = nn.Parameter(torch.zeros(len(self.stems) - 1))
@@ -659,8 +657,6 @@ class EchoEncoder(EchoPreTrainedModel):
         inputs = dict(groups)
         if self.training and self.config.apply_spec_augment:
             inputs["spectrogram"] = self._spec_augment(groups["spectrogram"], attention_mask)
-        if "phase" in groups:
-            inputs["phase"] = torch.cat((groups["phase"].cos(), groups["phase"].sin()), dim=-1)
         if self.config.pitch_stem:
             inputs["pitch"] = normalize_f0(pitch.frame_f0, attention_mask, pitch.frame_voicing)
         hidden_states = None
@@ -738,7 +734,7 @@ class EchoEncoder(EchoPreTrainedModel):
         if self.config.token_pitch != "none":
             frames_per_token = 1.0 / (self.config.tokens_per_second * self.config.frame_seconds)
             lengths = attention_mask.sum(-1)
-            token_pitch = pitch_per_token(pitch.frame_f0, lengths, frames_per_token, self.config.token_pitch)
+            token_pitch = pitch_per_token(pitch.frame_f0, lengths, frames_per_token)
 
         hidden_states = self._embed(groups, pitch, attention_mask, encoder_mask)
         shared = self._prepare_layers(hidden_states, pitch, silence, encoder_mask)

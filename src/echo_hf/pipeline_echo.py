@@ -22,7 +22,7 @@ from transformers.utils import is_torch_tensor, logging
 
 from .alignment_echo import align_by_attention, align_by_ctc
 from .configuration_echo import attach_module
-from .feature_extraction_echo import AUDIO_KEYS, BLOCK_FRAMES, F0_GROUPS, array_rows, is_file
+from .feature_extraction_echo import AUDIO_KEYS, BLOCK_FRAMES, array_rows, is_file
 from .generation_echo import find_cut_off
 from .modeling_echo import mean_cross_attention
 from .pitch_echo import estimate_f0
@@ -207,8 +207,8 @@ class EchoAutomaticSpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline)
         def voice(waveform: np.ndarray) -> np.ndarray:
             return estimate_f0(waveform, rate, hop_length, extractor.f0_method, extractor.f0_min, extractor.f0_max)
 
-        has_f0 = any(name in extractor.feature_groups for name in F0_GROUPS)
-        for segment in segment_blocks(counted(), rate, hop_length, longest, overlap, voice if has_f0 else None):
+        estimate = voice if "pitch" in extractor.feature_groups else None
+        for segment in segment_blocks(counted(), rate, hop_length, longest, overlap, estimate):
             is_silent = False
             yield segment
         if is_silent:  # nothing but silence, or not a single sample

@@ -34,9 +34,6 @@ VOICING_WINDOW_SECONDS = 0.025
 VOICING_POWER_FLOOR = 1e-12  # mean square, under the noise of 16-bit audio
 VOICING_FRAMES = 2048  # held at a time
 
-ENVELOPE_FRAMES = 1000  # frames of WORLD's full spectra held at a time (513 values each at 16 kHz)
-ENVELOPE_POWER_FLOOR = 1e-10  # under all speech, above the 1e-17 that WORLD adds to silence
-
 IMPORTING_PROCESS = os.getpid()  # another one has been forked from it
 
 
@@ -46,7 +43,7 @@ def _import_pyworld():
         import pyworld
     except (ImportError, ValueError) as error:
         raise ImportError(
-            f"F0 and WORLD's features need pyworld, which cannot be imported here ({error}). Run `pip install"
+            f"F0 needs pyworld, which cannot be imported here ({error}). Run `pip install"
             " pyworld-prebuilt`; or, to keep pyworld 0.3.5 itself, `pip install 'setuptools<82'`."
         ) from error
     return pyworld
@@ -174,7 +171,7 @@ def estimate_f0(
         waveform: shape `(samples,)`, any scale.
         sampling_rate: Hz.
         hop_length: samples from one frame to the next; frame t lies at `t * hop_length / sampling_rate` seconds.
-        method: a name in `TRACKERS`: `"dio"`, `"dio_fast"` or `"autocorrelation"`.
+        method: a name in `TRACKERS`: `"dio"` or `"autocorrelation"`.
         f0_min, f0_max: range of F0 in Hz.
 
     Returns:
@@ -243,14 +240,6 @@ def _num_threads() -> int:
         return 1  # worker processes share the cores already
     affinity = getattr(os, "sched_getaffinity", None)  # what this process may use; not on every system
     return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def accumulated_phase(f0: np.ndarray, hop_seconds: float) -> np.ndarray:
-    """Phase of an oscillator that follows F0, `(frames,)` in Hz: `cumsum(2 pi f0 hop_seconds) mod 2 pi`, float64.
-
-    The sum is taken in cycles, which keeps its precision over an hour."""
-    cycles = np.cumsum(np.asarray(f0, dtype=np.float64) * hop_seconds)
-    return 2.0 * np.pi * (cycles % 1.0)
 
 
 def interpolate_f0(f0: np.ndarray) -> np.ndarray:
@@ -349,57 +338,6 @@ def _lower_rate(waveform: np.ndarray, factor: int, seconds: float, sampling_rate
     for first, tap in enumerate(taps):
         lowered += tap * padded[first : first + factor * count : factor]
     return lowered
-
-
-def spectral_envelope_code(
-    waveform: np.ndarray, f0: np.ndarray, sampling_rate: int, hop_length: int, num_bands: int = 24
-) -> np.ndarray:
-    """WORLD's spectral envelope (CheapTrick, https://doi.org/10.1016/j.specom.2014.09.003) in WORLD's own code, the
-    cosine transform of the log envelope on a mel axis; arguments and errors as of [`voicing`].
-
-    Returns:
-        float64, shape `(frames, num_bands)`.
-    """
-    pyworld = _import_pyworld()
-
-    def code(waveform, f0, times):
-        envelope = np.maximum(pyworld.cheaptrick(waveform, f0, times, sampling_rate), ENVELOPE_POWER_FLOOR)
-        return pyworld.code_spectral_envelope(envelope, sampling_rate, num_bands)
-
-    return _by_frames(code, waveform, f0, sampling_rate, hop_length)
-
-
-def num_aperiodicity_bands(sampling_rate: int) -> int:
-    """Bands of WORLD's coded aperiodicity, 3 kHz apart: 1 at 16 kHz, 5 from 36 kHz on, none under 12 kHz."""
-    return max(0, int(min(15000.0, sampling_rate / 2 - 3000.0) / 3000.0))
-
-
-def aperiodicity_code(waveform: np.ndarray, f0: np.ndarray, sampling_rate: int, hop_length: int) -> np.ndarray:
-    """WORLD's band aperiodicity (D4C, https://doi.org/10.1016/j.specom.2016.09.001); arguments and errors as of
-    [`voicing`], at a sampling rate of at least 12000 Hz.
-
-    Returns:
-        float64, shape `(frames, num_aperiodicity_bands(sampling_rate))`: dB, from -60 (periodic) to 0 (noise).
-    """
-    if num_aperiodicity_bands(sampling_rate) < 1:
-        raise ValueError(f"WORLD codes no aperiodicity under 12000 Hz, and the sampling rate is {sampling_rate} Hz.")
-    pyworld = _import_pyworld()
-
-    def code(waveform, f0, times):
-        return pyworld.code_aperiodicity(pyworld.d4c(waveform, f0, times, sampling_rate), sampling_rate)
-
-    return _by_frames(code, waveform, f0, sampling_rate, hop_length)
-
-
-def _by_frames(code, waveform, f0, sampling_rate, hop_length):
-    # A part of the frames at a time, since WORLD makes a full spectrum for each.
-    sampling_rate = check_sampling_rate(sampling_rate)
-    check_hop_length(hop_length, sampling_rate)
-    waveform = np.ascontiguousarray(_check_waveform(waveform), dtype=np.float64)
-    f0 = np.ascontiguousarray(_check_f0(f0, sampling_rate), dtype=np.float64)
-    times = np.arange(len(f0)) * (hop_length / sampling_rate)  # seconds
-    parts = [slice(start, start + ENVELOPE_FRAMES) for start in range(0, len(f0), ENVELOPE_FRAMES)]
-    return np.concatenate([code(waveform, f0[part], times[part]) for part in parts])
 
 
 def _check_waveform(waveform) -> np.ndarray:

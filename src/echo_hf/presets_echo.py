@@ -71,7 +71,7 @@ BOUNDS = {
     **dict.fromkeys(("mel_corner_frequency", "mel_max_frequency", "tokens_per_second"), (1e-3, 1e6)),
     "silence_threshold": (0, 1e6),
 }
-MAX_GROUP_WIDTH = 65_536  # channels
+MAX_GROUP_WIDTH = 1024  # channels
 MAX_STRIDES, MAX_FRAMES_PER_ENCODER_FRAME = 16, 1024
 MAX_FRAMES_PER_TOKEN = 10_000
 MAX_PARAMETERS = 10_000_000_000

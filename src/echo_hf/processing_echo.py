@@ -119,12 +119,6 @@ class EchoProcessor(ProcessorMixin):
         padded = self.tokenizer.pad({"input_ids": labels}, **padding)["input_ids"]
         return padded[0] if isinstance(text, str) and padding["return_tensors"] is None else padded
 
-    def decode_ctc(self, *args, **kwargs) -> str:
-        return self.tokenizer.decode_ctc(*args, **kwargs)
-
-    def batch_decode_ctc(self, *args, **kwargs) -> list[str]:
-        return self.tokenizer.batch_decode_ctc(*args, **kwargs)
-
     @property
     def model_input_names(self) -> list[str]:
         return [*self.feature_extractor.model_input_names, "labels"]

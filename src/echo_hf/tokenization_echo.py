@@ -138,9 +138,5 @@ class EchoTokenizer(TokenizersBackend):
         path = [token for token, _ in groupby(to_py_obj(token_ids)) if token != self.pad_token_id]
         return self.decode(path, **{"skip_special_tokens": True, **kwargs})
 
-    def batch_decode_ctc(self, sequences: Any, **kwargs) -> list[str]:
-        """`decode_ctc` of each row of `sequences`, shape `(batch, frames)` or a list of rows."""
-        return [self.decode_ctc(token_ids, **kwargs) for token_ids in sequences]
-
 
 __all__ = ["EchoTokenizer"]

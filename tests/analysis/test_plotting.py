@@ -1,8 +1,6 @@
 """Pictures: what is drawn is what was heard, and what the model itself computes."""
 
 import inspect
-import io
-import json
 
 import numpy as np
 import pytest
@@ -10,16 +8,13 @@ import soundfile
 import torch
 
 from conftest import voice
-from echo_hf import EchoConfig, EchoFeatureExtractor, EchoForConditionalGeneration, EchoForCTC, EchoModel, EchoTokenizer
-from echo_hf.analysis import attention, plotting
+from echo_hf import EchoConfig, EchoFeatureExtractor, EchoForConditionalGeneration, EchoModel
+from echo_hf.analysis import plotting
 from echo_hf.analysis.plotting import (
-    plot_alignment,
     plot_angles,
-    plot_learning_curves,
     plot_pitch,
     plot_pitch_bias,
     plot_similarity,
-    plot_utterance,
     position_similarity,
 )
 from echo_hf.cli import main
@@ -40,63 +35,43 @@ def features():
     return EchoFeatureExtractor()(waveform, sampling_rate=16000, return_tensors="pt")["input_features"]
 
 
-def test_utterance_shows_waveform_spectrogram_and_f0(tmp_path):
-    time = np.arange(16000) / 16000
-    tone = sum(np.sin(2 * np.pi * 220 * k * time) / k for k in range(1, 6)) * 0.1
-    tone[:4800] = 0.0
-    figure = plot_utterance(tone, title="a tone")
-    waveform, spectrogram, pitch = figure.axes[:3]
-    assert waveform.get_ylabel() and spectrogram.get_ylabel() and "Hz" in pitch.get_ylabel()
-    assert "s" in pitch.get_xlabel()
-    drawn = pitch.lines[0].get_ydata()
-    assert np.nanmedian(drawn) == pytest.approx(220, rel=0.01)
-    assert np.isnan(drawn[:25]).all()
-    assert spectrogram.images[0].get_array().shape == (80, 100)
-    assert len(waveform.patches) == 1  # one voiced stretch
-    for kind in ("png", "svg", "pdf"):
-        figure.savefig(tmp_path / f"tone.{kind}")
-        assert (tmp_path / f"tone.{kind}").stat().st_size > 1000
-
-
-def test_words_stand_at_their_times_and_apart():
-    crowded = [{"text": "exceedingly", "timestamp": (0.02 * i, 0.02 * i + 0.02)} for i in range(3)]
-    axis = plot_utterance(voice(1.0), words=[*crowded, {"text": " late ", "timestamp": (0.7, 0.9)}]).axes[0]
-    texts = {text.get_text(): text.get_position() for text in axis.texts}
-    assert texts["late"][0] == pytest.approx(0.8)
-    assert len({text.get_position()[1] for text in axis.texts[:3]}) == 3  # one row each
+def test_words_stand_at_their_times():
+    axis = plot_pitch(voice(1.0), words=[*WORDS, {"text": " late ", "timestamp": (0.9, 1.2)}]).axes[0]
+    top = axis.child_axes[0]
+    assert [label.get_text() for label in top.get_xticklabels()] == ["so", "long", "late"]
+    assert top.get_xticks() == pytest.approx([0.25, 0.65, 1.0])  # no further than the audio
     with pytest.raises(ValueError, match="timestamp"):
-        plot_utterance(voice(1.0), words=[{"text": "when", "timestamp": (0.1, None)}])
+        plot_pitch(voice(1.0), words=[{"text": "when", "timestamp": (0.1, None)}])
 
 
 def test_audio_too_long_for_a_picture_is_refused_before_anything_is_computed(monkeypatch):
     monkeypatch.setattr(EchoFeatureExtractor, "__call__", lambda *_, **__: pytest.fail("features were computed"))
-    for draw in (plot_utterance, plot_pitch):
-        with pytest.raises(ValueError, match="at most 120 s, and the audio lasts 3600 s"):
-            draw(np.zeros(3600 * 16000, np.float32))
+    with pytest.raises(ValueError, match="at most 120 s, and the audio lasts 3600 s"):
+        plot_pitch(np.zeros(3600 * 16000, np.float32))
     with pytest.raises(ValueError, match="at most 120 s"):
         plot_similarity(EchoModel(EchoConfig.from_preset("all", size="2m")), torch.zeros(1, 12100, 81))
 
 
 def test_silence_says_so():
-    pitch = plot_utterance(np.zeros(8000)).axes[2]
-    assert pitch.texts[0].get_text() == "no voiced frame"
+    assert plot_pitch(np.zeros(8000)).axes[0].texts[0].get_text() == "no voiced frame"
 
 
 def test_an_extractor_without_pitch_is_refused():
-    for plot in (plot_utterance, plot_pitch):
-        with pytest.raises(ValueError, match="pitch"):
-            plot(np.zeros(8000), EchoFeatureExtractor(feature_groups={"spectrogram": 80}))
+    with pytest.raises(ValueError, match="pitch"):
+        plot_pitch(np.zeros(8000), EchoFeatureExtractor(feature_groups={"spectrogram": 80}))
 
 
 def test_f0_lies_on_the_ridges_of_the_spectrogram():
-    axis = plot_pitch(voice(1.0, f0=200.0), harmonics=3).axes[0]
+    axis = plot_pitch(voice(1.0, f0=200.0)).axes[0]
     image = axis.images[0]
-    second, third, first = (line.get_ydata() for line in axis.lines)
-    assert np.allclose(second, 2 * first, equal_nan=True) and np.allclose(third, 3 * first, equal_nan=True)
+    *harmonics, first = (line.get_ydata() for line in axis.lines)
+    assert len(harmonics) == 4 and np.nanmedian(first) == pytest.approx(200, rel=0.01)
+    for number, harmonic in enumerate(harmonics, 2):
+        assert np.allclose(harmonic, number * first, equal_nan=True)
     left, right, bottom, top = image.get_extent()
     decibels = np.asarray(image.get_array())
     frequencies = np.linspace(bottom, top, len(decibels))
-    times = axis.lines[2].get_xdata()
+    times = axis.lines[-1].get_xdata()
     columns = np.linspace(left, right, decibels.shape[1], endpoint=False) + (right - left) / decibels.shape[1] / 2
     for t in (30, 50, 70):
         assert columns[t] == pytest.approx(times[t], abs=1e-6)
@@ -123,6 +98,11 @@ def test_angles_are_the_models_own(features):
         assert np.allclose(steps, 100.0 ** (-2 * pair / 36))  # a head of 36 channels
     assert np.allclose(np.nan_to_num(f0.lines[0].get_ydata()), outputs.f0[0])
     assert np.abs(differences.lines[2].get_ydata()).max() > 0.1
+
+
+def test_an_unknown_mode_is_refused(features):
+    with pytest.raises(ValueError, match="theta_mode must be one of none, mean, .*'sideways'"):
+        plot_angles(tiny_model(), features, "sideways")
 
 
 def test_mean_angles_are_by_the_mean_of_the_input_frames(features):
@@ -163,18 +143,16 @@ def test_position_similarity_of_known_angles():
 
 
 def test_similarities_of_each_mode_stand_beside_the_standard(features):
-    figure = plot_similarity(tiny_model(rotary_theta=100.0), features, ("none", "frame", "phase"))
-    none, frame, phase, *below = (np.asarray(axis.images[0].get_array()) for axis in figure.axes[:6])
-    for matrix in (none, frame, phase):
+    figure = plot_similarity(tiny_model(rotary_theta=100.0), features)
+    none, mean, frame, phase, *below = (np.asarray(axis.images[0].get_array()) for axis in figure.axes[:8])
+    for matrix in (none, mean, frame, phase):
         assert matrix.shape == (30, 30) and np.allclose(np.diag(matrix), 1) and np.allclose(matrix, matrix.T)
     # Standard and phase are relative where F0 is level: in the silence at the end it is. Frame mode is not.
     assert np.allclose(none[1:, 1:], none[:-1, :-1])
     assert np.allclose(phase[26:, 26:], none[26:, 26:])
     assert not np.allclose(frame[1:24, 1:24], frame[:23, :23], atol=1e-3)
-    for difference, matrix in zip(below, (none, frame, phase)):
+    for difference, matrix in zip(below, (none, mean, frame, phase), strict=True):
         assert np.allclose(difference, matrix - none)
-    with pytest.raises(ValueError, match="sideways"):
-        plot_similarity(tiny_model(), features, ["sideways"])
 
 
 @pytest.mark.parametrize("form", ["gaussian", "laplacian"])
@@ -205,72 +183,19 @@ def test_pitch_bias_of_a_strength(features):
     assert np.allclose(two, 2 * one) and one.max() <= 0
 
 
-def test_alignment_shows_cross_attention_by_token(features):
-    model = tiny_model()
-    before = model.config._attn_implementation
-    figure = plot_alignment(model, features, EchoTokenizer(), text="a né$", words=WORDS)
-    axis = figure.axes[0]
-    labels = [label.get_text() for label in axis.get_yticklabels()]
-    assert labels[:3] == ["a", "␣", "n"] and labels[3].startswith("<") and labels[-2:] == [r"\$", "</s>"]
-    assert axis.images[0].get_array().shape == (len(labels), 30)
-    assert np.allclose(np.asarray(axis.images[0].get_array()).max(axis=1), 1)
-    assert model.config._attn_implementation == before
-    assert axis.get_xlim() == (0.0, pytest.approx(1.2))
-    figure.savefig(io.BytesIO(), format="png")  # a label that cannot be set fails here
-
-
-def test_alignment_without_a_text_shows_what_the_model_writes(features, monkeypatch):
-    model, tokenizer = tiny_model(), EchoTokenizer()
-    ids = model.generate(features)[0, 1:].tolist()
-    axis = plot_alignment(model, features, tokenizer).axes[0]
-    expected = [attention._show_token(tokenizer, token) for token in ids]
-    assert [label.get_text() for label in axis.get_yticklabels()] == expected and len(ids) > 2
-    monkeypatch.setattr(model, "generate", lambda **_: torch.tensor([[1, 2]]))
-    with pytest.raises(ValueError, match="wrote nothing for this utterance; give a text"):
-        plot_alignment(model, features, tokenizer)
-
-
-def test_alignment_needs_a_decoder_and_one_utterance(features):
-    with pytest.raises(ValueError, match="no decoder"):
-        plot_alignment(tiny_model(EchoForCTC), features, EchoTokenizer())
+def test_a_picture_is_of_one_utterance(features):
     with pytest.raises(ValueError, match="one utterance"):
-        plot_alignment(tiny_model(), features.repeat(2, 1, 1), EchoTokenizer(), text="a")
-
-
-LOG = [
-    {"step": 10, "loss": 3.0, "learning_rate": 0.1},
-    {"step": 20, "loss": 2.0},
-    {"step": 20, "eval_loss": 2.5, "eval_wer": 0.8},
-    {"step": 20, "train_runtime": 1.0, "train_loss": 2.5},
-]
-
-
-def test_learning_curves_have_the_word_error_rate_on_an_axis_of_its_own(tmp_path):
-    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": LOG}))
-    figure = plot_learning_curves(tmp_path)
-    losses, rates = figure.axes
-    assert {line.get_label(): line.get_xydata().tolist() for line in losses.lines} == {
-        "training loss": [[10, 3.0], [20, 2.0]],
-        "evaluation loss": [[20, 2.5]],
-    }
-    assert rates.lines[0].get_xydata().tolist() == [[20, 80.0]] and "%" in rates.get_ylabel()
-    close = plot_learning_curves([{"step": step, "eval_wer": rate} for step, rate in ((10, 1.08), (20, 1.09))]).axes[1]
-    assert close.get_ylim()[0] == 0 and close.get_ylim()[1] > 112  # markers at 109% are not cut
-    assert len(plot_learning_curves(LOG[:2]).axes) == 1
-    with pytest.raises(ValueError, match="neither"):
-        plot_learning_curves([])
-    with pytest.raises(ValueError, match="trainer_state.json"):
-        plot_learning_curves(tmp_path / "nowhere")
+        plot_angles(tiny_model(), features.repeat(2, 1, 1))
+    assert len(plot_angles(tiny_model(), features[0]).axes) == 3
 
 
 # The command line
 
 
-@pytest.mark.parametrize("kind", ["utterance", "pitch", "angles", "similarity", "bias", "alignment"])
+@pytest.mark.parametrize("kind", ["pitch", "angles", "similarity", "bias"])
 def test_command_draws_the_bundled_recording(kind, tmp_path, capsys):
-    options = ["--text", "Hello."] if kind == "alignment" else []
     output = tmp_path / "deep" / f"{kind}.svg"
-    assert main(["plot", kind, "--output", str(output), *options]) == 0
+    assert main(["plot", kind, "--output", str(output)]) == 0
     assert "<svg" in output.read_text(encoding="utf-8")
     assert capsys.readouterr().out == f"{output}\n"
 
@@ -278,12 +203,10 @@ def test_command_draws_the_bundled_recording(kind, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("kind", "options", "function", "expected"),
     [
-        ("utterance", ["--title", "So"], "plot_utterance", {"title": "So", "words": None}),
-        ("pitch", [], "plot_pitch", {"title": None, "words": None}),
+        ("pitch", ["--title", "So"], "plot_pitch", {"title": "So", "words": None}),
         ("angles", ["--theta_mode", "mean"], "plot_angles", {"theta_mode": "mean", "title": None}),
         ("similarity", ["--title", "So"], "plot_similarity", {"title": "So"}),
         ("bias", ["--strength", "0.5"], "plot_pitch_bias", {"strength": 0.5, "title": None}),
-        ("alignment", ["--text", "Hello."], "plot_alignment", {"text": "Hello.", "words": None, "title": None}),
     ],
 )
 def test_command_gives_its_options_to_what_draws(kind, options, function, expected, tmp_path, monkeypatch):
@@ -291,18 +214,15 @@ def test_command_gives_its_options_to_what_draws(kind, options, function, expect
 
     def drawn(*args, **kwargs):
         given.update(inspect.signature(draw).bind(*args, **kwargs).arguments)
-        return plotting.plot_learning_curves(LOG)
+        return plotting.new_figure(1, 1)
 
     monkeypatch.setattr(plotting, function, drawn)
     assert main(["plot", kind, "--output", str(tmp_path / "picture.png"), *options]) == 0
     assert {name: given.get(name) for name in expected} == expected
 
 
-def test_command_draws_curves_and_words(tmp_path, ctc_checkpoint):
-    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": LOG}))
-    assert main(["plot", "curves", str(tmp_path), "--output", str(tmp_path / "curves.png")]) == 0
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    arguments = ["plot", "utterance", "--words", "--checkpoint", str(ctc_checkpoint), "--title", "So long"]
+def test_command_draws_words(tmp_path, ctc_checkpoint):
+    arguments = ["plot", "pitch", "--words", "--checkpoint", str(ctc_checkpoint), "--title", "So long"]
     assert main([*arguments, "--output", str(tmp_path / "words.svg")]) == 0
     assert "<svg" in (tmp_path / "words.svg").read_text(encoding="utf-8")
 
@@ -310,12 +230,10 @@ def test_command_draws_curves_and_words(tmp_path, ctc_checkpoint):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["utterance", "--output", "x.doc"], ".png, .svg, .pdf"),
-        (["curves", "--output", "x.png"], "trainer_state.json"),
+        (["pitch", "--output", "x.doc"], ".png, .svg, .pdf"),
         (["pitch", "nowhere.wav", "--output", "x.png"], "nowhere.wav"),
         (["pitch", "--theta_mode", "frame", "--output", "x.png"], "theta_mode"),
         (["pitch", "--strength", "0", "--output", "x.png"], "--strength does not apply"),
-        (["alignment", "--text", "a " * 130, "--output", "x.png"], "at most 120 tokens"),
     ],
 )
 def test_command_says_what_it_cannot_draw(arguments, message, capsys):
@@ -323,9 +241,10 @@ def test_command_says_what_it_cannot_draw(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_an_alignment_is_of_no_more_than_a_segment(tmp_path, checkpoint, capsys):
+def test_a_picture_is_of_no_more_than_two_minutes(tmp_path, checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(plotting, "LONGEST_PICTURE", 1)
     path = tmp_path / "long.wav"
-    soundfile.write(path, np.tile(voice(1.0), 34), 16000)
-    arguments = ["plot", "alignment", str(path), "--checkpoint", str(checkpoint), "--output", str(tmp_path / "x.png")]
+    soundfile.write(path, np.tile(voice(1.0), 2), 16000)
+    arguments = ["plot", "angles", str(path), "--checkpoint", str(checkpoint), "--output", str(tmp_path / "x.png")]
     assert main(arguments) == 1
-    assert f"{path} is longer than 20 s" in capsys.readouterr().err and not (tmp_path / "x.png").exists()
+    assert f"{path} is longer than 1 s" in capsys.readouterr().err and not (tmp_path / "x.png").exists()

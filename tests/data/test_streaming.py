@@ -1,10 +1,9 @@
-"""Streams give each utterance once an epoch and go on where they were; caches are whole whoever else writes them."""
+"""Runs on a stream go on where they were; caches are whole whoever else writes them."""
 
 import json
 import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import datasets
@@ -12,10 +11,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from torch.utils.data import DataLoader
 from transformers import Seq2SeqTrainingArguments
 
-from echo_hf.data import EchoDataCollator, load_sources, prepare_dataset, stream_dataset
+from echo_hf.data import EchoDataCollator
 from echo_hf.training import TRAINING_DEFAULTS, EchoTrainer, ModelArguments, build_model_and_processor
 
 TEXTS = ["a", "b", "c", "d", "e", "f", "g", "h"]
@@ -49,79 +47,15 @@ def texts_of(rows, processor) -> list[str]:
     return [processor.tokenizer.decode(row["labels"], skip_special_tokens=True) for row in rows]
 
 
-def test_a_stream_has_the_features_and_labels_of_prepared_data(manifest, model_and_processor, tmp_path):
-    _, processor = model_and_processor
-    prepared = prepare_dataset(load_sources(manifest), processor, cache_dir=tmp_path / "cache").dataset
-    table = datasets.load_dataset("json", data_files=str(manifest), split="train", streaming=True)
-    rows = list(stream_dataset(table, processor))
-    assert texts_of(rows, processor) == TEXTS
-    for row, expected in zip(rows, prepared):
-        assert row.keys() == {"input_features", "length", "labels"}
-        np.testing.assert_array_equal(row["input_features"], expected["input_features"])
-        assert (row["length"], row["labels"]) == (expected["length"], expected["labels"])
-
-
-def test_each_worker_has_its_share_and_a_stream_goes_on_where_it_was(manifest, model_and_processor):
-    _, processor = model_and_processor
-    stream = stream_dataset(load_sources(manifest).to_iterable_dataset(num_shards=4), processor)
-    loader = DataLoader(stream, batch_size=2, num_workers=2, collate_fn=lambda rows: texts_of(rows, processor))
-    batches = list(loader)
-    assert sorted(text for batch in batches for text in batch) == TEXTS
-    rows = iter(stream)
-    heard = texts_of([next(rows) for _ in range(3)], processor)
-    state = stream.state_dict()
-    again = stream_dataset(load_sources(manifest).to_iterable_dataset(num_shards=4), processor)
-    again.load_state_dict(state)
-    assert heard + texts_of(again, processor) == TEXTS
-
-
-def test_what_cannot_be_used_stops_a_stream_or_is_left_out(manifest, model_and_processor):
-    _, processor = model_and_processor
-    table = datasets.load_dataset("json", data_files=str(manifest), split="train", streaming=True)
-    # Audio that is too long is left out, whatever its text.
-    assert list(stream_dataset(table, processor, max_label_length=2, max_seconds=0.01)) == []
-    (manifest.parent / "c.wav").write_bytes(b"not audio")
-    with pytest.raises(ValueError, match=r"c\.wav: Cannot read .* damaged.*skip_broken"):
-        list(stream_dataset(table, processor))
-    kept = stream_dataset(table, processor, skip_broken=True, min_seconds=0.24, max_seconds=0.46)
-    assert texts_of(kept, processor) == ["b", "d", "e", "f"]
-    with pytest.raises(ValueError, match="tokens, the model takes 2"):
-        list(stream_dataset(table, processor, max_label_length=2))
-    with pytest.raises(ValueError, match="no column 'sentence', but"):
-        stream_dataset(table, processor, text_column="sentence")
-    with pytest.raises(ValueError, match="to_iterable_dataset"):
-        stream_dataset(load_sources(manifest), processor)
-
-
-def test_a_text_that_would_exhaust_memory_stops_a_stream(manifest, model_and_processor, monkeypatch):
-    for module in ("sources", "features"):
-        monkeypatch.setattr(f"echo_hf.data.{module}.MAX_CHARACTERS", 0)
-    table = datasets.load_dataset("json", data_files=str(manifest), split="train", streaming=True)
-    with pytest.raises(ValueError, match=r"a\.wav: the text has 1 characters, and a transcript has at most 0"):
-        list(stream_dataset(table, model_and_processor[1]))
-
-
-@pytest.mark.slow
-def test_a_stream_reads_what_lies_elsewhere(manifest, model_and_processor, tmp_path):
-    """Audio of a streamed dataset is known by an address, such as that of a member of an archive."""
-    _, processor = model_and_processor
-    archive = tmp_path / "speech.zip"
-    with zipfile.ZipFile(archive, "w") as members:
-        members.write(manifest.parent / "c.wav", "clips/c.wav")
-    rows = [{"audio": f"zip://clips/{name}.wav::{archive}", "text": "c"} for name in ("c", "nowhere")]
-    stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
-    with pytest.raises(ValueError, match=r"zip://clips/nowhere\.wav.*the audio cannot be fetched"):
-        list(stream_dataset(stream, processor))
-    (kept,) = stream_dataset(stream, processor, skip_broken=True)
-    rows[0]["audio"] = str(manifest.parent / "c.wav")
-    (expected,) = stream_dataset(datasets.Dataset.from_list(rows[:1]).to_iterable_dataset(), processor)
-    np.testing.assert_array_equal(kept["input_features"], expected["input_features"])
-
-
 def test_the_trainer_learns_from_a_stream_and_resumes_where_it_was(manifest, model_and_processor, tmp_path):
     model, processor = model_and_processor
     start = {name: values.clone() for name, values in model.state_dict().items()}
+    table = datasets.load_dataset("json", data_files=str(manifest), split="train", streaming=True)
     ends, heard = [], []
+
+    def prepare(row):
+        features = processor.feature_extractor(row["audio"], resample=True)
+        return {"input_features": features.input_features[0], "labels": processor.tokenizer(row["text"]).input_ids}
 
     def collate(rows):
         heard.extend(texts_of(rows, processor))
@@ -139,9 +73,7 @@ def test_the_trainer_learns_from_a_stream_and_resumes_where_it_was(manifest, mod
             ),
             data_collator=collate,
             # Without an end: the Trainer cannot tell in which pass it was to resume in.
-            train_dataset=stream_dataset(load_sources(manifest).to_iterable_dataset(num_shards=4), processor).repeat(
-                None
-            ),
+            train_dataset=table.map(prepare, remove_columns=["audio", "text"]).repeat(None),
             processing_class=processor,
         )
         trainer.train(resume_from_checkpoint=resume)

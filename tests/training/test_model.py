@@ -47,7 +47,7 @@ def test_processor_follows_the_config():
     assert extractor.to_dict() == EchoFeatureExtractor().to_dict()
 
 
-@pytest.mark.parametrize("f0_method", ["dio_fast", "autocorrelation"])
+@pytest.mark.parametrize("f0_method", ["dio", "autocorrelation"])
 def test_the_tracker_of_f0_is_the_processors_and_is_saved(f0_method, tmp_path):
     _, processor = build_model_and_processor(model_arguments(f0_method=f0_method), ["a", "b"])
     processor.save_pretrained(tmp_path)

@@ -64,7 +64,6 @@ GIVEN = CardArguments(
     card_language=["en", "ga"],
     card_eval_name="digits, test",
     card_tags=["digits"],
-    card_samples=["https://example.org/one.wav"],
 )
 
 
@@ -107,7 +106,6 @@ def test_metadata_is_what_the_hub_asks_for_and_survives_a_round_trip(finished, t
     assert (data.license, data.language, data.datasets) == ("cc-by-sa-4.0", ["en", "ga"], ["jane/prompts"])
     assert (data.library_name, data.pipeline_tag) == ("transformers", "automatic-speech-recognition")
     assert data.tags == ["echo", "speech", "pitch", "f0", "digits"] and data.metrics == ["wer", "cer"]
-    assert data["widget"] == [{"example_title": "one.wav", "src": "https://example.org/one.wav"}]
     results = {result.metric_type: result for result in data.eval_results}
     assert {name: result.metric_value for name, result in results.items()} == {"wer": 32.04, "cer": 10.0}
     assert results["wer"].dataset_name == "digits, test" and data.model_name == "digits"

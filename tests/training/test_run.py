@@ -14,7 +14,6 @@ from echo_hf.training import (
     AugmentationArguments,
     DataArguments,
     ModelArguments,
-    RunArguments,
     build_model_and_processor,
     find_last_checkpoint,
     preparation,
@@ -187,20 +186,15 @@ def test_clips_without_speech_are_trained_on_with_an_empty_text(manifest, tmp_pa
 
 def test_settings_that_cannot_be_are_refused_before_features_are_computed(manifest, tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "prepare_dataset", lambda *_, **__: pytest.fail("features were computed"))
-    for options, settings, message in (
-        (AugmentationArguments(non_speech_share=1.5), {}, r"non_speech_share must be in \[0, 1\], got 1.5"),
-        (
-            RunArguments(average_checkpoints=3),
-            {"save_strategy": "steps", "save_total_limit": 2},
-            "average_checkpoints is 3, and save_total_limit keeps 2",
-        ),
-        (AugmentationArguments(voice_perturbation=1.5), {}, r"voice must be in \[0, 1\], got 1.5"),
-        (AugmentationArguments(join=-0.5), {}, r"join must be in \[0, 1\], got -0.5"),
+    for augmentation, message in (
+        (AugmentationArguments(non_speech_share=1.5), r"non_speech_share must be in \[0, 1\], got 1.5"),
+        (AugmentationArguments(voice_perturbation=1.5), r"voice must be in \[0, 1\], got 1.5"),
+        (AugmentationArguments(join=-0.5), r"join must be in \[0, 1\], got -0.5"),
     ):
         data = DataArguments(train_data=[str(manifest)], cache_dir=str(tmp_path / "cache"))
-        name = "run_arguments" if isinstance(options, RunArguments) else "augmentation_arguments"
+        arguments = trainer_arguments(tmp_path / "run")
         with pytest.raises(ValueError, match=message):
-            train(model_arguments(), data, trainer_arguments(tmp_path / "run", **settings), **{name: options})
+            train(model_arguments(), data, arguments, augmentation_arguments=augmentation)
 
 
 def test_resuming_keeps_the_tokenizer_of_the_weights(manifest, tmp_path):
@@ -255,5 +249,5 @@ def test_bfloat16_on_a_processor_without_it_is_said_to_be_slow(capabilities, bf1
     messages = []
     monkeypatch.setattr(run.logger, "warning", messages.append)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    run.check_settings(trainer_arguments(tmp_path, bf16=bf16), AugmentationArguments(), RunArguments())
+    run.check_settings(trainer_arguments(tmp_path, bf16=bf16), AugmentationArguments())
     assert [("no instructions for bfloat16" in message) for message in messages] == [True] * warns

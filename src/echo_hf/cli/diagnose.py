@@ -1,4 +1,4 @@
-"""`echo-hf diagnose`: statistics of the activations of a model."""
+"""`echo-hf diagnose`: statistics of pitch and of gates in a model."""
 
 import json
 
@@ -18,11 +18,11 @@ def add_parser(commands) -> None:
         commands,
         "diagnose",
         arguments="[FILE_OR_FOLDER ...] [--checkpoint FOLDER]",
-        help="show how active the parts of a model are, and what pitch does in it",
+        help="show what pitch does in a model",
         description=(
-            "Transcribe audio files and print statistics of the activations on the way: of each kind of component,\n"
-            "of the gates beside the feed-forwards in each block, of theta, radius and F0, and the share of silent\n"
-            "frames. Long recordings are cut at pauses, and most of a long pause is left out of the counts."
+            "Transcribe audio files and print what pitch does in the encoder on the way: theta, radius, F0, the\n"
+            "share of silent frames, and the gates beside the feed-forwards. Long recordings are cut at pauses, and\n"
+            "most of a long pause is left out of the counts."
         ),
         epilog=EXAMPLES,
     )

@@ -1,6 +1,6 @@
 """`echo-hf evaluate`: error rates of a checkpoint on speech with transcripts, with its audio and without.
 
-[`evaluate`] makes a [`Report`] of hypotheses and their errors; there is one writer for each format.
+[`evaluate`] gives hypotheses, [`figures`] their errors; there is one writer for each format.
 """
 
 import json
@@ -93,7 +93,7 @@ def add_parser(commands) -> None:
 
 
 def run(options) -> int:
-    """Evaluates the checkpoint and writes the report."""
+    """Evaluates the checkpoint and writes the figures."""
     require("datasets", "jiwer")
     from ..checkpoint import parse_overrides
     from ..data import load_sources, prepare_dataset
@@ -119,7 +119,7 @@ def run(options) -> int:
         )
         for table in tables
     ]
-    report = evaluate(
+    sources = evaluate(
         model, processor, options.data, prepared, options.control, options.batch_size, options.seed, **decoding
     )
     if options.format == "json":
@@ -128,17 +128,17 @@ def run(options) -> int:
             "config_overrides": overrides,
             "mechanisms": active_mechanisms(model.config),
         }
-        write(to_json(report, about))
+        write(to_json(sources, about))
     else:
-        write(to_markdown(report) if options.format == "markdown" else to_text(report))
+        write(to_markdown(sources) if options.format == "markdown" else to_text(sources))
         tell(f"mechanisms that are on: {name_mechanisms(model.config)}.")
-        _tell_more(report)
+        _tell_more(sources)
     if options.output:  # last, so that a full disk leaves the figures
-        write_predictions(report, Path(options.output))
+        write_predictions(sources, Path(options.output))
     return 0
 
 
-# The report ----------------------------------------------------------------------------------------------------------
+# What was recognized -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -166,42 +166,26 @@ class Source:
         return self.data.dataset["text"][:]
 
 
-@dataclass(frozen=True)
-class Report:
-    """
-    What was recognized of several sources.
+def figures(sources: Sequence[Source]) -> dict[str, dict[str, Any]]:
+    """Error rates and counts of sources together, as [`~echo_hf.metrics.Score.to_dict`] gives them, with `"cut_off"`
+    and `"seconds"`: for the real audio and for each control."""
+    from ..metrics import score
 
-    Args:
-        sources (`list[Source]`): each of them.
-    """
-
-    sources: list[Source]
-
-    @property
-    def audio_seconds(self) -> float:
-        """Duration of all audio."""
-        return sum(source.data.seconds for source in self.sources)
-
-    def figures(self, source: Source | None = None) -> dict[str, dict[str, Any]]:
-        """Error rates and counts, as [`~echo_hf.metrics.Score.to_dict`] gives them, with `"cut_off"` and `"seconds"`:
-        of one source or of all together, for the real audio and for each control."""
-        from ..metrics import score
-
-        sources = self.sources if source is None else [source]
-        references = [text for part in sources for text in part.references]
-        return {
-            name: {
-                **score(references, [text for part in sources for text in part.hypotheses[name]]).to_dict(),
-                "cut_off": sum(part.cut_off[name] for part in sources),
-                "seconds": round(sum(part.seconds[name] for part in sources), 2),
-            }
-            for name in sources[0].hypotheses
+    references = [text for source in sources for text in source.references]
+    return {
+        name: {
+            **score(references, [text for source in sources for text in source.hypotheses[name]]).to_dict(),
+            "cut_off": sum(source.cut_off[name] for source in sources),
+            "seconds": round(sum(source.seconds[name] for source in sources), 2),
         }
+        for name in sources[0].hypotheses
+    }
 
-    def rows(self) -> list[tuple[str, dict[str, dict[str, Any]]]]:
-        """The name and the figures of each source and, if there are several, of all together."""
-        rows = [(source.name, self.figures(source)) for source in self.sources]
-        return rows + ([("all", self.figures())] if len(rows) > 1 else [])
+
+def rows(sources: Sequence[Source]) -> list[tuple[str, dict[str, dict[str, Any]]]]:
+    """The name and the figures of each source and, if there are several, of all together."""
+    each = [(source.name, figures([source])) for source in sources]
+    return each + ([("all", figures(sources))] if len(each) > 1 else [])
 
 
 def evaluate(
@@ -213,22 +197,19 @@ def evaluate(
     batch_size: int = 16,
     seed: int = 0,
     **generate_kwargs,
-) -> Report:
+) -> list[Source]:
     """
-    Recognizes prepared sources of speech, as they are and with each control.
+    Recognizes prepared sources of speech, as they are and with each control; what the formats are made of.
 
     Args:
         model: [`EchoForConditionalGeneration`] or [`EchoForCTC`].
         processor ([`EchoProcessor`]): the model's.
         names (`Sequence[str]`): what the sources are called.
         prepared (`Sequence[PreparedData]`): the sources, as [`~echo_hf.data.prepare_dataset`] makes them.
-        controls (`Sequence[str]`, *optional*): of [`~echo_hf.transcription.recognize`].
+        controls (`Sequence[str]`, *optional*): of [`~echo_hf.inference.recognize`].
         batch_size (`int`, defaults to 16): utterances at a time.
         seed (`int`, defaults to 0): which other utterance each gets when shuffled.
         generate_kwargs: passed on to `generate()`.
-
-    Returns:
-        [`Report`].
 
     Raises:
         `ValueError`: a source has a single utterance, and is to be shuffled.
@@ -249,58 +230,55 @@ def evaluate(
             source.hypotheses[condition] = texts
             source.cut_off[condition] = num_cut_off
             source.seconds[condition] = time.monotonic() - started
-    return Report(sources)
+    return sources
 
 
 # Its formats ---------------------------------------------------------------------------------------------------------
 
 
-def to_text(report: Report) -> str:
+def to_text(sources: Sequence[Source]) -> str:
     """A line for each source, if there are several, and each control."""
-    rows = report.rows()
     lines = []
-    for source, figures in rows:
-        for name, values in figures.items():
-            labels = [printable(source)] if len(rows) > 1 else []
+    for source, conditions in rows(sources):
+        for name, values in conditions.items():
+            labels = [printable(source)] if len(sources) > 1 else []
             labels += [CONTROL_NAMES[name][0]] if name != REAL else []
             lines.append(f"{', '.join(labels)}{': ' if labels else ''}{rates(values)}")
     return "\n".join(lines)
 
 
-def to_json(report: Report, about: dict[str, Any]) -> str:
+def to_json(sources: Sequence[Source], about: dict[str, Any]) -> str:
     """One JSON object: `about`, the figures of all sources together, and those of each in `"sources"`."""
 
-    def figures_of(source: Source | None) -> dict[str, dict[str, Any]]:
-        return {name: _without_nan(values) for name, values in report.figures(source).items()}
+    def figures_of(parts: Sequence[Source]) -> dict[str, dict[str, Any]]:
+        return {name: _without_nan(values) for name, values in figures(parts).items()}
 
     return json.dumps(
         {
             **about,
-            "data": [source.name for source in report.sources],
-            "audio_seconds": round(report.audio_seconds, 2),
+            "data": [source.name for source in sources],
+            "audio_seconds": round(sum(source.data.seconds for source in sources), 2),
             "skipped": [
-                {"utterance": origin, "reason": reason}
-                for source in report.sources
-                for origin, reason in source.data.skipped
+                {"utterance": origin, "reason": reason} for source in sources for origin, reason in source.data.skipped
             ],
-            **figures_of(None),
+            **figures_of(sources),
             "sources": [
-                {"source": source.name, "audio_seconds": round(source.data.seconds, 2), **figures_of(source)}
-                for source in report.sources
+                {"source": source.name, "audio_seconds": round(source.data.seconds, 2), **figures_of([source])}
+                for source in sources
             ],
         },
         ensure_ascii=False,
     )
 
 
-def to_markdown(report: Report) -> str:
+def to_markdown(sources: Sequence[Source]) -> str:
     """A Markdown table of sources and their figures, by control."""
-    from ..metrics import RATES
+    from ..metrics import RATES, format_table
 
     table = []
-    for source, figures in report.rows():
-        real = figures[REAL]
-        controls = {name: values for name, values in figures.items() if name != REAL}
+    for source, conditions in rows(sources):
+        real = conditions[REAL]
+        controls = {name: values for name, values in conditions.items() if name != REAL}
         cells = {"data": printable(source).replace("|", "\\|"), "utterances": f"{real['utterances']:,}"}
         for rate, (title, _, errors, total, unit) in RATES.items():
             if rate not in real:
@@ -316,16 +294,14 @@ def to_markdown(report: Report) -> str:
             else:
                 cells[title] = value
         table.append(cells)
-    columns = list(dict.fromkeys(column for cells in table for column in cells))
-    lines = [columns, ["---"] * len(columns)] + [[cells.get(column, "") for column in columns] for cells in table]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return format_table(table)
 
 
-def write_predictions(report: Report, path: Path) -> None:
+def write_predictions(sources: Sequence[Source], path: Path) -> None:
     """Writes references and hypotheses of every utterance as JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
-        for source in report.sources:
+        for source in sources:
             for index, row in enumerate(source.data.dataset.select_columns(["audio", "origin", "text"])):
                 line = {"audio": row["audio"], "origin": row["origin"], "reference": row["text"]}
                 for name, texts in source.hypotheses.items():
@@ -333,17 +309,17 @@ def write_predictions(report: Report, path: Path) -> None:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def _tell_more(report: Report) -> None:
+def _tell_more(sources: Sequence[Source]) -> None:
     """How long it took, and what may make the figures worse or undefined."""
     from ..metrics import normalize_text
 
-    seconds = sum(source.seconds[REAL] for source in report.sources)
-    tell(f"{report.audio_seconds / 3600:.2f} h of speech recognized in {duration(seconds)}.")
-    if num_cut_off := sum(source.cut_off[REAL] for source in report.sources):
+    hours = sum(source.data.seconds for source in sources) / 3600
+    tell(f"{hours:.2f} h of speech recognized in {duration(sum(source.seconds[REAL] for source in sources))}.")
+    if num_cut_off := sum(source.cut_off[REAL] for source in sources):
         tell(f"{num_cut_off} transcripts reached the longest length and were cut off (see --max_new_tokens).")
     empty = [
         origin
-        for source in report.sources
+        for source in sources
         for origin, text in zip(source.data.dataset["origin"], source.references)
         if not normalize_text(text)
     ]

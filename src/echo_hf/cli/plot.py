@@ -1,36 +1,29 @@
-"""`echo-hf plot`: pictures of a recording, of what a checkpoint makes of it, or of a training run."""
+"""`echo-hf plot`: pictures of a recording, and of what a checkpoint makes of it."""
 
 from pathlib import Path
 
 from .options import add_both, add_checkpoint, new_parser, number
 from .output import write
 
-# Options of each kind of picture, besides input, output and title.
+# Options of each kind of picture, besides input, output, title and checkpoint.
 OPTIONS = {
-    "utterance": ("checkpoint", "words"),
-    "pitch": ("checkpoint", "words"),
-    "angles": ("checkpoint", "theta_mode"),
-    "similarity": ("checkpoint",),
-    "bias": ("checkpoint", "strength"),
-    "alignment": ("checkpoint", "words", "text"),
-    "curves": (),
+    "pitch": ("words",),
+    "angles": ("theta_mode",),
+    "similarity": (),
+    "bias": ("strength",),
 }
 FORMATS = (".png", ".svg", ".pdf")
 
 EXAMPLES = """\
 kinds:
-  utterance    waveform, spectrogram and F0; --words writes the words below, at their times
-  pitch        F0 and its harmonics on a narrow-band spectrogram
+  pitch        F0 and its harmonics on a narrow-band spectrogram; --words writes the words above, at their times
   angles       rotary angles, standard and moved by F0
   similarity   how alike positions are to attention, standard and moved by F0
   bias         what is added to the scores of frames of similar pitch
-  alignment    where the decoder attends as it writes, or as it is made to write --text
-  curves       losses and word error rate of a training run: INPUT is its folder, or a trainer_state.json
 
 examples:
   echo-hf plot pitch talk.flac --output pitch.png
   echo-hf plot angles talk.flac --checkpoint my-model --theta_mode frame --output angles.svg
-  echo-hf plot curves my-model --output curves.pdf
 """
 
 
@@ -41,7 +34,7 @@ def add_parser(commands) -> None:
         "plot",
         arguments="KIND [INPUT] --output FILE",
         help="draw what a model is given and how pitch moves its attention",
-        description="Draw a picture of a recording, of what a checkpoint makes of it, or of a training run.",
+        description="Draw a picture of a recording, or of what a checkpoint makes of it.",
         epilog=EXAMPLES,
     )
     parser.add_argument("kind", choices=list(OPTIONS), metavar="KIND", help="what to draw, see below")
@@ -49,8 +42,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--output", required=True, help="file to write: .png, .svg or .pdf")
     parser.add_argument("--title", help="written above the picture")
     add_checkpoint(parser)
-    parser.add_argument("--words", action="store_true", help="utterance, pitch, alignment: write words at their times")
-    parser.add_argument("--text", help="alignment: what was said (what the model writes)")
+    parser.add_argument("--words", action="store_true", help="pitch: write words at their times")
     add_both(parser, "theta_mode", help="angles: mean, frame or phase (the checkpoint's)")
     parser.add_argument("--strength", type=number, help="bias: of the Gaussian (the largest that a head learned)")
 
@@ -60,48 +52,33 @@ def run(options) -> int:
     output = Path(options.output).expanduser()
     if output.suffix.lower() not in FORMATS:
         raise ValueError(f"--output {options.output}: name a file that ends in {', '.join(FORMATS)}.")
-    known = {name for names in OPTIONS.values() for name in names}
-    for name in sorted(known.difference(OPTIONS[options.kind])):
+    for name in ("words", "theta_mode", "strength"):
         value = getattr(options, name)
-        if value is not None and value is not False:
+        if name not in OPTIONS[options.kind] and value is not None and value is not False:
             raise ValueError(f"--{name} does not apply to pictures of the kind {options.kind}. Omit it.")
-    figure = _draw_curves(options) if options.kind == "curves" else _draw_recording(options)
+    figure = _draw(options)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=150)
     write(str(output))
     return 0
 
 
-def _draw_curves(options):
-    from ..analysis.plotting import plot_learning_curves
-
-    if options.input is None:
-        raise ValueError("curves: name the folder of a training run, or its trainer_state.json.")
-    return plot_learning_curves(options.input, title=options.title)
-
-
-def _draw_recording(options):
+def _draw(options):
     from ..analysis import plotting
     from ..inference import bundled_recordings, expand_paths, load_checkpoint, make_pipeline, open_pipe, read_short
-    from ..pipeline_echo import LONGEST_SEGMENT
 
     path = expand_paths([options.input] if options.input else bundled_recordings())[0]
     model, processor = load_checkpoint(options.checkpoint, "cpu")
     extractor, title = processor.feature_extractor, options.title
-    # The decoder attends to segments of a longer recording one by one.
-    longest = LONGEST_SEGMENT if options.kind == "alignment" else plotting.LONGEST_PICTURE
-    waveform = read_short(open_pipe(path), extractor.sampling_rate, longest)
+    waveform = read_short(open_pipe(path), extractor.sampling_rate, plotting.LONGEST_PICTURE)
     if waveform is None:
         raise ValueError(
-            f"{path} is longer than {longest:g} s, the most that a picture of the kind {options.kind} shows. Cut out a"
-            " part of it."
+            f"{path} is longer than {plotting.LONGEST_PICTURE} s, the most that a picture shows. Cut out a part of it."
         )
     words = None
     if options.words:
         recording = {"raw": waveform, "sampling_rate": extractor.sampling_rate}
         words = make_pipeline(model, processor)(recording, return_timestamps="word")["chunks"]
-    if options.kind == "utterance":
-        return plotting.plot_utterance(waveform, extractor, title, words)
     if options.kind == "pitch":
         return plotting.plot_pitch(waveform, extractor, title, words)
     features = processor(audio=waveform, sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_features"]
@@ -109,6 +86,4 @@ def _draw_recording(options):
         return plotting.plot_angles(model, features, options.theta_mode, title)
     if options.kind == "similarity":
         return plotting.plot_similarity(model, features, title=title)
-    if options.kind == "bias":
-        return plotting.plot_pitch_bias(model, features, options.strength, title)
-    return plotting.plot_alignment(model, features, processor.tokenizer, options.text, words, title)
+    return plotting.plot_pitch_bias(model, features, options.strength, title)

@@ -134,11 +134,10 @@ def _build_parser():
         CardArguments,
         DataArguments,
         ModelArguments,
-        RunArguments,
     )
 
     parser = HfArgumentParser(
-        [DataArguments, ModelArguments, AugmentationArguments, RunArguments, CardArguments, Seq2SeqTrainingArguments],
+        [DataArguments, ModelArguments, AugmentationArguments, CardArguments, Seq2SeqTrainingArguments],
         prog="echo-hf train",
         usage="echo-hf train --train_data DATA [DATA ...] --output_dir FOLDER [--eval_data DATA [DATA ...]] [options]",
         description="Train a speech recognizer, from scratch or from a checkpoint.",
@@ -201,7 +200,7 @@ def _train(parsed: tuple, resume: bool, output_dir: Path, command_file: Path, co
                 unfinished.write_text(json.dumps(command) + "\n", encoding="utf-8")
                 unfinished.replace(command_file)
 
-    data, model, augmentation, run_arguments, card, training = parsed
+    data, model, augmentation, card, training = parsed
     try:
         summary = train(
             model,
@@ -211,7 +210,6 @@ def _train(parsed: tuple, resume: bool, output_dir: Path, command_file: Path, co
             callbacks=[RememberCommand()],
             card_arguments=card,
             augmentation_arguments=augmentation,
-            run_arguments=run_arguments,
         )
     except KeyboardInterrupt:
         saved = find_last_checkpoint(output_dir) is not None
@@ -240,19 +238,12 @@ def _refuse_other_models(before: dict[str, Any], settings: dict[str, Any]) -> No
     resumed."""
     from ..training import ModelArguments
 
-    def changed(names: Iterable[str]) -> str:
-        return ", ".join(name for name in names if settings[name] != before[name])
-
     names = [field.name for field in fields(ModelArguments) if field.name != "attn_implementation"]
-    if others := changed((*names, "label_smoothing_factor")):
+    names += ["label_smoothing_factor", *OPTIMIZER_OPTIONS]
+    if changed := ", ".join(name for name in names if settings[name] != before[name]):
         raise ValueError(
-            f"--resume goes on with the model of the checkpoint, which {others} would change. Omit that, or start a new"
-            " run from the weights (--model_name_or_path)."
-        )
-    if others := changed(OPTIMIZER_OPTIONS):
-        raise ValueError(
-            f"--resume goes on with the optimizer of the checkpoint, and {others} would not reach it. Omit that, or"
-            " start a new run from the weights (--model_name_or_path)."
+            f"--resume goes on with the model and the optimizer of the checkpoint, and {changed} would not reach them."
+            " Omit that, or start a new run from the weights (--model_name_or_path)."
         )
 
 

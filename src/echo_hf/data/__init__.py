@@ -1,7 +1,7 @@
 """Speech with transcripts: read, checked, turned into features once, and made into batches."""
 
 from .collator import EchoDataCollator
-from .features import PreparedData, features_fingerprint, prepare_dataset, stream_dataset
+from .features import PreparedData, features_fingerprint, prepare_dataset
 from .sources import load_sources
 
 __all__ = [
@@ -10,5 +10,4 @@ __all__ = [
     "features_fingerprint",
     "load_sources",
     "prepare_dataset",
-    "stream_dataset",
 ]

@@ -28,15 +28,14 @@ class VoicePerturbation:
       the lowest (units of the extractor: 0.25 is 10 dB), and everything under a floor drawn from `[0, 1.5 * channel]`
       is raised to it, as by noise.
 
-    Groups of channels other than spectrogram and pitch follow in time only.
+    Voicing follows in time only.
 
     Args:
         feature_extractor ([`EchoFeatureExtractor`]): defines the channels.
         tempo, voice, channel, f0_drop, pause (`float`, defaults to 0.0): strengths, or probabilities; 0 is off.
 
     Raises:
-        `ValueError`: a strength is negative or above 1; the features hold the accumulated phase, which would no longer
-            belong to its F0; or they hold no F0 to drop.
+        `ValueError`: a strength is negative or above 1, or the features hold no F0 to drop.
 
     Example:
 
@@ -65,8 +64,6 @@ class VoicePerturbation:
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {value}.")
         groups = feature_extractor.feature_groups
-        if "phase" in groups and any(strengths[name] for name in strengths if name != "channel"):
-            raise ValueError("The feature group 'phase' follows no perturbation but channel; leave one of them out.")
         if "pitch" not in groups and f0_drop:
             raise ValueError("f0_drop needs the feature group 'pitch'; leave it out, or add 'pitch': 1.")
         self.tempo, self.voice, self.channel, self.f0_drop, self.pause = strengths.values()

@@ -22,7 +22,6 @@ class EchoDataCollator:
 
     Args:
         processor ([`EchoProcessor`]): its feature extractor pads, its tokenizer has the begin of sequence.
-        pad_to_multiple_of (`int`, *optional*): frames are padded up to a multiple of this, for fixed shapes.
         perturb (`Callable`, *optional*):
             Changes the features of a batch, such as [`VoicePerturbation.batch`]: takes a list of `(frames, channels)`
             and a `random.Random`, and returns as many of `(other frames, channels)`. For training only.
@@ -41,22 +40,16 @@ class EchoDataCollator:
         if the rows have them, `labels` `(batch, tokens)`.
 
     Raises:
-        `ValueError`: utterances are to be joined, and rows have no `text` or `labels`, or have the accumulated phase,
-            which would begin anew within a row.
+        `ValueError`: utterances are to be joined, and rows have no `text` or `labels`.
     """
 
     processor: Any
-    pad_to_multiple_of: int | None = None
     perturb: Callable[[list[np.ndarray], random.Random | None], list[np.ndarray]] | None = None
     join: float = 0.0
     max_joined_seconds: float = MAX_JOINED_SECONDS
     max_label_length: int | None = None
     seed: int = 0
     epoch: int | None = 0
-
-    def __post_init__(self):
-        if self.join and "phase" in self.processor.feature_extractor.feature_groups:
-            raise ValueError("The feature group 'phase' cannot be joined; leave it or `join` out.")
 
     @property
     def draws(self) -> bool:
@@ -84,7 +77,6 @@ class EchoDataCollator:
             self.processor.feature_extractor.pad(
                 {"input_features": features},
                 padding=True,
-                pad_to_multiple_of=self.pad_to_multiple_of,
                 return_attention_mask=True,
                 return_tensors="pt",
             )

@@ -1,4 +1,4 @@
-"""Features of speech, computed once and kept on disk, or computed as a stream is read.
+"""Features of speech, computed once and kept on disk.
 
 What can be checked without decoding audio is checked before the first feature is computed. Features lie on disk by the
 fingerprint of the audio files used, the extractor's settings and its code, source by source. So F0 is computed once,
@@ -20,8 +20,7 @@ from typing import Any
 
 import datasets
 import numpy as np
-from datasets import Dataset, IterableDataset
-from datasets.utils.file_utils import xopen
+from datasets import Dataset
 from filelock import FileLock
 from transformers.utils import logging
 
@@ -79,11 +78,12 @@ def prepare_dataset(
     Raises:
         `ValueError`: rows cannot be used (the message names the first of them), or no row is left.
     """
-    labels = _tokenize(processor, table["text"])
+    # The tokenizer's native code ends the process when memory runs out.
+    labels = processor.tokenizer([(text or "")[:MAX_CHARACTERS] for text in table["text"]])["input_ids"]
     origins = table["origin"][:]
-    limits = _Limits(max_label_length, min_seconds or 0.0, max_seconds or math.inf, allow_empty_text)
+    limits = (max_label_length, min_seconds or 0.0, max_seconds or math.inf, allow_empty_text)
     rows = datasets.utils.tqdm(table.select_columns(["audio", "text"]), desc="Checking audio files", leave=False)
-    checked = [_check(row["audio"], row["text"], ids, limits) for row, ids in zip(rows, labels)]
+    checked = [_check(row["audio"], row["text"], ids, *limits) for row, ids in zip(rows, labels)]
     problems = {index: row.problem for index, row in enumerate(checked) if row.problem}
     outside = {index: row.outside for index, row in enumerate(checked) if row.outside}
     _report(origins, problems, skip_broken)
@@ -122,14 +122,6 @@ def prepare_dataset(
 
 
 @dataclass(frozen=True)
-class _Limits:
-    max_label_length: int | None
-    min_seconds: float
-    max_seconds: float
-    allow_empty_text: bool = False
-
-
-@dataclass(frozen=True)
 class _Checked:
     """What is known of undecoded audio. `identity` changes with it; `problem` and `outside` say why it is left out."""
 
@@ -140,19 +132,30 @@ class _Checked:
     outside: str | None = None
 
 
-def _tokenize(processor, texts: Iterable[str | None]) -> list[list[int]]:
-    # The tokenizer's native code ends the process when memory runs out.
-    return processor.tokenizer([(text or "")[:MAX_CHARACTERS] for text in texts])["input_ids"]
-
-
-def _check(audio: dict[str, Any] | None, text: str | None, labels: list[int], limits: _Limits) -> _Checked:
+def _check(
+    audio: dict[str, Any] | None,
+    text: str | None,
+    labels: list[int],
+    max_label_length: int | None,
+    min_seconds: float,
+    max_seconds: float,
+    allow_empty_text: bool,
+) -> _Checked:
     checked = _inspect(audio)
     if checked.problem is not None:
         return checked
-    if not limits.min_seconds <= checked.seconds <= limits.max_seconds:
-        side = "short" if checked.seconds < limits.min_seconds else "long"
+    if not min_seconds <= checked.seconds <= max_seconds:
+        side = "short" if checked.seconds < min_seconds else "long"
         return replace(checked, outside=f"{checked.seconds:.2f} s is too {side}")
-    return replace(checked, problem=_text_problem(text, labels, limits))
+    if text is None:
+        problem = "there is no text"
+    elif not text.strip() and not allow_empty_text:
+        problem = "the text is empty"
+    else:
+        problem = length_problem(text)
+    if problem is None and max_label_length is not None and len(labels) > max_label_length:
+        problem = f"the text has {len(labels)} tokens, the model takes {max_label_length} (`max_target_positions`)"
+    return replace(checked, problem=problem)
 
 
 def _inspect(audio: dict[str, Any] | None) -> _Checked:
@@ -177,18 +180,6 @@ def _inspect(audio: dict[str, Any] | None) -> _Checked:
     except (OSError, ValueError) as error:
         return _Checked(path, problem=str(error))
     return _Checked(path, seconds, identity, None if seconds else "the audio is empty")
-
-
-def _text_problem(text: str | None, labels: list[int], limits: _Limits) -> str | None:
-    if text is None:
-        return "there is no text"
-    if not text.strip() and not limits.allow_empty_text:
-        return "the text is empty"
-    if problem := length_problem(text):
-        return problem
-    if limits.max_label_length is not None and len(labels) > limits.max_label_length:
-        return f"the text has {len(labels)} tokens, the model takes {limits.max_label_length} (`max_target_positions`)"
-    return None
 
 
 def _report(origins: list[str], problems: dict[int, str], skip_broken: bool) -> None:
@@ -286,78 +277,4 @@ def _features(extractor, audio: dict[str, Any]) -> tuple[np.ndarray, str | None]
         return np.zeros((0, extractor.feature_size), dtype=np.float32), str(error)
 
 
-# Streams -------------------------------------------------------------------------------------------------------------
-
-
-def stream_dataset(
-    dataset: IterableDataset,
-    processor,
-    audio_column: str = "audio",
-    text_column: str = "text",
-    max_label_length: int | None = None,
-    min_seconds: float | None = None,
-    max_seconds: float | None = None,
-    skip_broken: bool = False,
-) -> IterableDataset:
-    """
-    Features and labels of a stream, computed in every epoch and kept nowhere: for speech that does not fit on the disk.
-
-    Args:
-        dataset (`datasets.IterableDataset`): of `load_dataset(..., streaming=True)` or `to_iterable_dataset()`.
-        audio_column (`str`, defaults to `"audio"`): column with audio, or with paths of audio files.
-        text_column (`str`, defaults to `"text"`): column with the transcript.
-        skip_broken (`bool`, defaults to `False`): whether a row that cannot be used is left out without a report.
-        processor, max_label_length, min_seconds, max_seconds: as of [`prepare_dataset`].
-
-    Returns:
-        `datasets.IterableDataset`: `input_features` (float32, `(frames, channels)`), `length` (frames) and `labels`,
-        in as many shards as `dataset`. Train on its `.repeat(None)` with `max_steps`: a Trainer that resumes skips the
-        batches that it had, and takes `max_steps` for the length of an epoch.
-
-    Raises:
-        `ValueError`: `dataset` is no stream, or lacks a column; when iterated, a row cannot be used.
-    """
-    if not isinstance(dataset, IterableDataset):
-        raise ValueError(f"A {type(dataset).__name__} is not a stream; make it one with `to_iterable_dataset()`.")
-    if dataset.column_names is None:  # known from the first row on, such as after `map`
-        dataset = dataset._resolve_features()
-    for column in (audio_column, text_column):
-        if column not in dataset.column_names:
-            raise ValueError(f"The stream has no column {column!r}, but {', '.join(dataset.column_names)}.")
-    return dataset.cast_column(audio_column, datasets.Audio(decode=False)).map(
-        _extract_stream,
-        batched=True,
-        batch_size=1,  # so that a row can be left out
-        remove_columns=dataset.column_names,
-        fn_kwargs={
-            "processor": processor,
-            "columns": (audio_column, text_column),
-            "limits": _Limits(max_label_length, min_seconds or 0.0, max_seconds or math.inf),
-            "skip_broken": skip_broken,
-        },
-    )
-
-
-def _extract_stream(batch: dict[str, list], processor, columns, limits: _Limits, skip_broken: bool) -> dict[str, list]:
-    """One row, or none."""
-    (audio,), (text,) = (batch[column] for column in columns)
-    (labels,) = _tokenize(processor, [text])
-    try:
-        if audio is not None and audio["bytes"] is None and "://" in (audio["path"] or ""):  # a file on the Hub, say
-            with xopen(audio["path"], "rb") as remote:
-                audio = {"bytes": remote.read(), "path": audio["path"]}
-        checked = _check(audio, text, labels, limits)
-    except (OSError, ValueError, KeyError) as error:  # KeyError: no such member of an archive
-        checked = _Checked(audio["path"], problem=f"the audio cannot be fetched: {error}")
-    problem, is_usable = checked.problem, checked.problem is None and checked.outside is None
-    if is_usable:
-        features, problem = _features(processor.feature_extractor, audio)
-    if problem is not None and not skip_broken:
-        origin = checked.path or f"The audio of {text if text is None else text[:50]!r}"
-        raise ValueError(f"{origin}: {problem.rstrip('.')}. Mend or remove it, or leave it out with `skip_broken`.")
-    if not is_usable or problem is not None:
-        return {"input_features": [], "length": [], "labels": []}
-    return {"input_features": [features], "length": [len(features)], "labels": [labels]}
-
-
-__all__ = ["PreparedData", "features_fingerprint", "prepare_dataset", "stream_dataset"]
+__all__ = ["PreparedData", "features_fingerprint", "prepare_dataset"]

@@ -6,7 +6,6 @@ from .arguments import (
     AugmentationArguments,
     DataArguments,
     ModelArguments,
-    RunArguments,
 )
 from .checkpoints import find_last_checkpoint
 from .model import build_config, build_model_and_processor
@@ -24,7 +23,6 @@ __all__ = [
     "DataArguments",
     "EchoTrainer",
     "ModelArguments",
-    "RunArguments",
     "build_config",
     "build_model_and_processor",
     "find_last_checkpoint",

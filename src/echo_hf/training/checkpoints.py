@@ -1,4 +1,4 @@
-"""The checkpoints of a run: the newest whole one, whether it can be read, what failed when it was saved, their mean."""
+"""The checkpoints of a run: the newest whole one, whether it can be read, what failed when it was saved."""
 
 import errno
 import shutil
@@ -7,26 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..checkpoint import check_safetensors, read_json
 
-logger = logging.get_logger(__name__)
-
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-
-
-def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The complete `checkpoint-<step>` folders in `output_dir`, oldest first. A run that was killed while it saved
-    leaves a folder without a readable `trainer_state.json`, which is written last."""
-    return [path for path in numbered_checkpoints(output_dir) if is_json(path / TRAINER_STATE_NAME)]
 
 
 def numbered_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -37,8 +25,10 @@ def numbered_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def find_last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest complete `checkpoint-<step>` folder in `output_dir`, if there is one."""
-    return next(reversed(list_checkpoints(output_dir)), None)
+    """The newest complete `checkpoint-<step>` folder in `output_dir`, if there is one. A run that was killed while it
+    saved leaves a folder without a readable `trainer_state.json`, which is written last."""
+    found = reversed(numbered_checkpoints(output_dir))
+    return next((path for path in found if is_json(path / TRAINER_STATE_NAME)), None)
 
 
 def is_json(path: Path) -> bool:
@@ -116,70 +106,4 @@ def is_write_error(error: Exception) -> bool:
     )
 
 
-class CheckpointAveraging(TrainerCallback):
-    """Gives the model, at the end of training, the mean of its weights in the last checkpoints, as in Vaswani et al.
-    (https://huggingface.co/papers/1706.03762, section 6.1). The weights are read from `output_dir`, so that a run that
-    was interrupted and resumed ends where it would have ended.
-
-    Args:
-        count (`int`): checkpoints to average, at least 2.
-
-    Where fewer were saved by then, the weights stay as they are, with a warning.
-
-    Raises:
-        `ValueError`: there is nothing to average in a single checkpoint.
-    """
-
-    def __init__(self, count: int):
-        if count < 2:
-            raise ValueError(f"average_checkpoints must be 0, or at least 2, got {count}.")
-        self.count = count
-
-    def check(self, args):
-        """Raises `ValueError` if the settings save no checkpoints, keep fewer, or take the best one instead."""
-        if args.save_strategy == "no":
-            raise ValueError(f"average_checkpoints is {self.count}, and none are saved; set save_strategy.")
-        if args.save_total_limit is not None and args.save_total_limit < self.count:
-            raise ValueError(
-                f"average_checkpoints is {self.count}, and save_total_limit keeps {args.save_total_limit}; raise it."
-            )
-        if args.load_best_model_at_end:
-            raise ValueError(
-                "average_checkpoints and load_best_model_at_end both decide what the weights are at the end; leave one"
-                " of them out (--load_best_model_at_end false)."
-            )
-        if args.save_total_limit == self.count and args.eval_strategy != "no":
-            raise ValueError(
-                f"average_checkpoints is {self.count}, and of as many as save_total_limit keeps one is the best,"
-                f" which may be old; raise it to {self.count + 1}."
-            )
-        if args.fsdp:
-            raise ValueError("average_checkpoints cannot be used with FSDP, which keeps parts of the weights.")
-
-    def on_train_end(self, args, state, control, model=None, **kwargs):
-        # The first process alone writes checkpoints, and may not be through with the last.
-        with args.main_process_first(local=False, desc="averaging"):
-            self._average(args, model)
-
-    def _average(self, args, model):
-        folders = list_checkpoints(args.output_dir)[-self.count :]
-        if len(folders) < self.count:
-            logger.warning(
-                f"Not averaged: average_checkpoints is {self.count}, and only {len(folders)} checkpoints were saved in"
-                f" {args.output_dir}. The weights are the last ones; save more often (save_steps)."
-            )
-            return
-        weights = [load_file(folder / SAFE_WEIGHTS_NAME) for folder in folders]
-        means = {
-            name: torch.stack([each[name].double() for each in weights]).mean(0).to(value.dtype)
-            for name, value in weights[0].items()
-        }
-        missing, unexpected = model.load_state_dict(means, strict=False)
-        # What is tied is saved under one of its names.
-        untied = set(missing) - set(model.all_tied_weights_keys)
-        if untied or unexpected:
-            raise ValueError(f"{folders[-1]} holds weights of another model: {', '.join([*untied, *unexpected])}.")
-        logger.info(f"The weights are the mean of those of {', '.join(folder.name for folder in folders)}.")
-
-
-__all__ = ["CheckpointAveraging", "check_checkpoint", "find_last_checkpoint", "list_checkpoints"]
+__all__ = ["check_checkpoint", "find_last_checkpoint"]

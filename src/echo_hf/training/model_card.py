@@ -11,12 +11,13 @@ import os
 import re
 import shlex
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoConfig
+from transformers.hf_argparser import HfArg
 
 from ..checkpoint import read_json
 from ..configuration_echo import BASELINE, EchoConfig
@@ -54,24 +55,19 @@ class CardArguments:
 
     _argument_group_name = "model card"
 
-    card_license: str | None = field(
-        default=None, metadata={"help": "Licence of the trained model as the Hub spells it, e.g. cc-by-sa-4.0."}
+    card_license: str | None = HfArg(
+        default=None, help="Licence of the trained model as the Hub spells it, e.g. cc-by-sa-4.0."
     )
-    card_language: list[str] | None = field(
-        default=None, metadata={"help": "Languages it was trained on, by their codes in ISO 639, e.g. en ga."}
+    card_language: list[str] | None = HfArg(
+        default=None, help="Languages it was trained on, by their codes in ISO 639, e.g. en ga."
     )
-    card_datasets: list[str] | None = field(
-        default=None,
-        metadata={"help": "Names on the Hub of the datasets trained on; by default those that train_data names."},
+    card_datasets: list[str] | None = HfArg(
+        default=None, help="Names on the Hub of the datasets trained on; by default those that train_data names."
     )
-    card_eval_name: str | None = field(
-        default=None,
-        metadata={"help": "What eval_data is called, e.g. 'FLEURS ga, test'; by default the names of its files."},
+    card_eval_name: str | None = HfArg(
+        default=None, help="What eval_data is called, e.g. 'FLEURS ga, test'; by default the names of its files."
     )
-    card_tags: list[str] | None = field(default=None, metadata={"help": f"More tags than {', '.join(TAGS)}."})
-    card_samples: list[str] | None = field(
-        default=None, metadata={"help": "Addresses (https://...) of recordings to try the model on from its page."}
-    )
+    card_tags: list[str] | None = HfArg(default=None, help=f"More tags than {', '.join(TAGS)}.")
 
 
 def active_mechanisms(config: EchoConfig | EchoWhisperConfig) -> dict[str, Any]:
@@ -201,28 +197,16 @@ def _describe_metadata(
     )
     if data.eval_results is None:
         del data.__dict__["model_name"]  # which belongs to the results; the Hub knows no such field by itself
-    if arguments.card_samples:
-        data["widget"] = [{"example_title": url.rpartition("/")[2], "src": url} for url in arguments.card_samples]
     return data
 
 
-def write_model_card(
-    folder: str | Path,
-    arguments: CardArguments | None = None,
-    model_name: str | None = None,
-    base_model: str | None = None,
-    repo_id: str | None = None,
-) -> bool:
-    """
-    Writes [`build_model_card`]'s card to `README.md` in the folder, unless there is one that was written by hand.
-
-    Returns:
-        `bool`: whether it was written.
-    """
+def write_model_card(folder: str | Path, *args, **kwargs) -> bool:
+    """Writes the card of [`build_model_card`], whose arguments it takes, to `README.md` in the folder, unless there is
+    one that was written by hand; returns whether it was written."""
     path = Path(folder) / CARD_FILE
     if path.is_file() and MARK.encode() not in path.read_bytes():
         return False
-    build_model_card(folder, arguments, model_name, base_model, repo_id).save(path)
+    build_model_card(folder, *args, **kwargs).save(path)
     return True
 
 

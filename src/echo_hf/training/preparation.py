@@ -15,7 +15,7 @@ from ..data.collator import MAX_JOINED_SECONDS, EchoDataCollator
 from ..data.features import PreparedData, prepare_dataset
 from ..data.non_speech import non_speech_table
 from ..processing_echo import EchoProcessor
-from .arguments import AugmentationArguments, DataArguments, ModelArguments, RunArguments
+from .arguments import AugmentationArguments, DataArguments, ModelArguments
 
 logger = logging.get_logger(__name__)
 
@@ -59,7 +59,6 @@ class Preparation(ABC):
         cls,
         model: ModelArguments,
         augmentation: AugmentationArguments,
-        run: RunArguments,
         training: Seq2SeqTrainingArguments,
     ) -> None:
         """Refuses what the kind of model cannot be trained with, before anything is read."""

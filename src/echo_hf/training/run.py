@@ -20,20 +20,18 @@ from transformers import PreTrainedConfig, Seq2SeqTrainingArguments, TrainerCall
 from transformers.utils import logging
 
 from .. import __version__
-from ..analysis.tensorboard import DiagnosticsCallback, require_tensorboard
 from ..data.features import PreparedData
 from ..data.sources import load_sources
 from ..metrics import make_compute_metrics, normalize_text
-from .arguments import AugmentationArguments, DataArguments, ModelArguments, RunArguments
+from .arguments import AugmentationArguments, DataArguments, ModelArguments
 from .checkpoints import (
-    CheckpointAveraging,
     check_checkpoint,
     explained_write_errors,
     find_last_checkpoint,
 )
 from .model import build_model_and_processor
 from .model_card import SUMMARY_FILE, CardArguments
-from .preparation import EchoPreparation, Preparation, Speech
+from .preparation import EchoPreparation, Speech
 from .trainer import EchoTrainer, check_hub_strategy
 from .whisper import WhisperPreparation, is_whisper
 
@@ -48,7 +46,6 @@ def train(
     callbacks: list[TrainerCallback] | None = None,
     card_arguments: CardArguments | None = None,
     augmentation_arguments: AugmentationArguments | None = None,
-    run_arguments: RunArguments | None = None,
 ) -> dict[str, Any]:
     """
     Trains a model and leaves a complete checkpoint in `output_dir`: weights, config, generation config, processor and
@@ -63,7 +60,6 @@ def train(
         callbacks (`list[TrainerCallback]`, *optional*): more callbacks for the Trainer.
         card_arguments ([`CardArguments`], *optional*): what the model card says beside what was measured.
         augmentation_arguments ([`AugmentationArguments`], *optional*): how training speech is changed, if it is.
-        run_arguments ([`RunArguments`], *optional*): what is done beside training; nothing if not given.
 
     Returns:
         `dict[str, Any]`: the summary that `run_summary.json` holds.
@@ -74,13 +70,14 @@ def train(
         `OSError`: the disk is full, or what was trained could not be pushed; it is saved then.
     """
     started = time.monotonic()
-    augmentation, run = augmentation_arguments or AugmentationArguments(), run_arguments or RunArguments()
+    augmentation = augmentation_arguments or AugmentationArguments()
     output_dir = Path(training_arguments.output_dir)
 
-    check_settings(training_arguments, augmentation, run)
+    check_settings(training_arguments, augmentation)
     checkpoint = find_start(output_dir, resume)
-    kind = choose_preparation(checkpoint or model_arguments.model_name_or_path)
-    kind.check_arguments(model_arguments, augmentation, run, training_arguments)
+    base = model_arguments.model_name_or_path
+    kind = WhisperPreparation if is_whisper(checkpoint or base) else EchoPreparation
+    kind.check_arguments(model_arguments, augmentation, training_arguments)
     set_seed(training_arguments.seed)  # before the model is made, so that its weights follow from the seed
     train_table, eval_table = load_tables(data_arguments)
     model, processor, training_arguments = build_start(model_arguments, training_arguments, train_table, checkpoint)
@@ -96,7 +93,7 @@ def train(
         eval_dataset=speech.eval.dataset if speech.eval else None,
         processing_class=processor,
         compute_metrics=make_compute_metrics(processor.tokenizer) if training_arguments.predict_with_generate else None,
-        callbacks=[*(callbacks or []), *build_callbacks(run, speech, processor)],
+        callbacks=callbacks,
         card_arguments=card_arguments,
     )
     with explained_write_errors(output_dir):
@@ -111,7 +108,7 @@ def train(
     summary = summarize(trainer, speech, data_arguments, result.metrics["train_loss"], metrics)
     summary |= {
         "resumed_from": checkpoint.name if resume else None,
-        "base_model": name_on_hub(model_arguments.model_name_or_path),
+        "base_model": None if base is None or Path(base).exists() else base,  # a name on the Hub
         "seconds": round(time.monotonic() - started, 1),
     }
     if trainer.is_world_process_zero():
@@ -125,21 +122,17 @@ def train(
 # Before training -----------------------------------------------------------------------------------------------------
 
 
-def check_settings(training: Seq2SeqTrainingArguments, augmentation: AugmentationArguments, run: RunArguments) -> None:
+def check_settings(training: Seq2SeqTrainingArguments, augmentation: AugmentationArguments) -> None:
     """
     Refuses what cannot be before anything is read, and warns of what is slow.
 
     Raises:
-        `ValueError`, `ImportError`: settings do not fit each other, or need a package that is not installed.
+        `ValueError`: settings do not fit each other.
     """
     check_hub_strategy(training)
-    if run.diagnostics:
-        require_tensorboard()
     for name in ("non_speech_share", "join"):
         if not 0 <= getattr(augmentation, name) <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {getattr(augmentation, name)}.")
-    if run.average_checkpoints:
-        CheckpointAveraging(run.average_checkpoints).check(training)
     if training.bf16 and training.device.type == "cpu" and not has_bfloat16():
         logger.warning(
             "bf16: this processor has no instructions for bfloat16 (avx512_bf16, amx_bf16), and a step may take four"
@@ -174,16 +167,20 @@ def find_start(output_dir: Path, resume: bool) -> Path | None:
     return checkpoint
 
 
-def choose_preparation(start: str | Path | None) -> type[Preparation]:
-    """How speech is prepared for the model that a run starts with: of a checkpoint, or new."""
-    return WhisperPreparation if is_whisper(start) else EchoPreparation
-
-
 def load_tables(arguments: DataArguments) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """The utterances to train on and to evaluate on, with their texts as they are trained."""
-    train_table, eval_table = load_table(arguments, arguments.train_data, arguments.train_split), None
+    """The utterances to train on and to evaluate on, as [`load_sources`] reads them, with texts normalized if
+    `arguments` say so."""
+
+    def load(sources: list[str], split: str) -> datasets.Dataset:
+        table = load_sources(sources, split, arguments.dataset_config, arguments.audio_column, arguments.text_column)
+        if arguments.normalize_text:
+            texts = [text if text is None else normalize_text(text) for text in table["text"]]
+            table = table.remove_columns("text").add_column("text", texts)
+        return table
+
+    train_table, eval_table = load(arguments.train_data, arguments.train_split), None
     if arguments.eval_data:
-        eval_table = load_table(arguments, arguments.eval_data, arguments.eval_split)
+        eval_table = load(arguments.eval_data, arguments.eval_split)
         _warn_of_overlap(train_table, eval_table)
     return train_table, eval_table
 
@@ -204,25 +201,6 @@ def build_start(
         label_smoothing = PreTrainedConfig.get_config_dict(checkpoint)[0].get("label_smoothing", 0.0)
     texts = [text or "" for text in table["text"]]
     return *build_model_and_processor(arguments, texts, label_smoothing), training
-
-
-def build_callbacks(run: RunArguments, speech: Speech, processor) -> list[TrainerCallback]:
-    """What the run does beside training."""
-    callbacks: list[TrainerCallback] = []
-    if run.average_checkpoints:
-        callbacks.append(CheckpointAveraging(run.average_checkpoints))
-    if run.diagnostics:
-        callbacks.append(DiagnosticsCallback((speech.eval or speech.train).dataset, processor))
-    return callbacks
-
-
-def load_table(arguments: DataArguments, sources: list[str], split: str) -> datasets.Dataset:
-    """The utterances of `sources` as [`load_sources`] reads them, with texts normalised if `arguments` say so."""
-    table = load_sources(sources, split, arguments.dataset_config, arguments.audio_column, arguments.text_column)
-    if arguments.normalize_text:
-        texts = [text if text is None else normalize_text(text) for text in table["text"]]
-        table = table.remove_columns("text").add_column("text", texts)
-    return table
 
 
 def _warn_of_overlap(train_table, eval_table) -> None:
@@ -264,11 +242,6 @@ def summarize(
             "python": platform.python_version(),
         },
     }
-
-
-def name_on_hub(checkpoint: str | None) -> str | None:
-    """The name of a checkpoint that is not a path on this machine."""
-    return checkpoint if checkpoint and not Path(checkpoint).exists() else None
 
 
 def push(trainer: EchoTrainer, summary: dict[str, Any]) -> None:

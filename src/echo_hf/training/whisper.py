@@ -18,7 +18,7 @@ from ..whisper_echo import (
     EchoWhisperForConditionalGeneration,
     EchoWhisperProcessor,
 )
-from .arguments import WHISPER_LEARNING_RATE, AugmentationArguments, ModelArguments, RunArguments
+from .arguments import WHISPER_LEARNING_RATE, AugmentationArguments, ModelArguments
 from .preparation import Preparation, Speech
 
 MODEL_TYPES = ("whisper", EchoWhisperConfig.model_type)
@@ -90,7 +90,6 @@ class WhisperPreparation(Preparation):
         cls,
         model: ModelArguments,
         augmentation: AugmentationArguments,
-        run: RunArguments,
         training: Seq2SeqTrainingArguments,
     ) -> None:
         """
@@ -101,7 +100,6 @@ class WhisperPreparation(Preparation):
         """
         given = [name for name in FROM_SCRATCH if getattr(model, name) is not None]
         given += [field.name for field in fields(augmentation) if getattr(augmentation, field.name)]
-        given += ["diagnostics"] if run.diagnostics else []
         given += ["label_smoothing_factor"] if training.label_smoothing_factor else []
         if given:
             raise ValueError(
