@@ -171,7 +171,7 @@ def estimate_f0(
         waveform: shape `(samples,)`, any scale.
         sampling_rate: Hz.
         hop_length: samples from one frame to the next; frame t lies at `t * hop_length / sampling_rate` seconds.
-        method: a name in `TRACKERS`: `"dio"` or `"autocorrelation"`.
+        method: a name in `TRACKERS`: `"dio"`, `"dio_fast"` or `"autocorrelation"`.
         f0_min, f0_max: range of F0 in Hz.
 
     Returns:

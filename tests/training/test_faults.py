@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from echo_hf import EchoFeatureExtractor, EchoProcessor, EchoTokenizer
 from echo_hf.data import EchoDataCollator
 from echo_hf.inference import load_checkpoint
 from echo_hf.training import DataArguments, EchoTrainer, build_model_and_processor, find_last_checkpoint, train
+from echo_hf.training import trainer as trainer_module
 from tiny_training import model_arguments, trainer_arguments
 
 # One interpreter, since imports take longer than the runs; each run is a child of it, with a fault of its own.
@@ -255,6 +257,35 @@ def test_a_run_that_cannot_be_pushed_is_saved_and_says_how_to(tones, tmp_path, m
     assert f"hf upload someone/tones {tmp_path / 'run'} . --exclude 'checkpoint-*'" in str(caught.value)
     assert load_checkpoint(tmp_path / "run")
     assert (tmp_path / "run" / "README.md").is_file() and (tmp_path / "run" / "run_summary.json").is_file()
+
+
+def test_a_push_that_fails_while_training_goes_on_is_a_warning(tones, tmp_path, monkeypatch):
+    given, messages = [], []
+
+    class Hub:
+        def upload_folder(self, **options):
+            given.append(options)
+            failed = Future()
+            failed.set_exception(RuntimeError("Server disconnected"))
+            return failed
+
+    monkeypatch.setattr(EchoTrainer, "init_hf_repo", lambda self: setattr(self, "hub_model_id", "someone/tones"))
+    monkeypatch.setattr(EchoTrainer, "push_to_hub", lambda self: None)
+    monkeypatch.setattr(trainer_module, "hf_api", Hub)
+    monkeypatch.setattr(trainer_module.logger, "warning", messages.append)
+    data = DataArguments(train_data=[str(tones / "tones.jsonl")], cache_dir=str(tones / "cache"))
+    arguments = trainer_arguments(tmp_path / "run", push_to_hub=True, save_strategy="steps", save_steps=2)
+    assert train(model_arguments(), data, arguments)["steps"] == 4
+    assert [options["commit_message"][-6:] for options in given] == ["step 2", "step 4"]
+    assert messages == ["The model could not be pushed while it trained: Server disconnected"] * 2
+    # What lies in a checkpoint's folder and is left out: all that is pickled.
+    patterns = given[0]["ignore_patterns"]
+    kept = [
+        path.name
+        for path in (tmp_path / "run" / "checkpoint-2").iterdir()
+        if not any(path.match(pattern) for pattern in patterns)
+    ]
+    assert "model.safetensors" in kept and {Path(name).suffix for name in kept} <= {".safetensors", ".json", ".py"}
 
 
 @pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])

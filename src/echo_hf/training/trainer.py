@@ -6,20 +6,27 @@ Each method that it overrides says what would break without it.
 import copy
 import inspect
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
-from transformers.trainer_utils import HubStrategy, has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, has_length
+from transformers.utils import logging
+from transformers.utils.hub import hf_api
 
 from ..checkpoint import check_fit
 from ..configuration_echo import EchoConfig
 from ..data.collator import EchoDataCollator
 from ..processing_echo import EchoProcessor
 from .model_card import TRAINING_ARGUMENTS_FILE, CardArguments, write_model_card
+
+logger = logging.get_logger(__name__)
+
+PICKLES = [f"*{suffix}" for suffix in (".bin", ".pt", ".pth", ".pkl")]  # nothing of such a name is ever pushed
 
 
 class EchoTrainer(Seq2SeqTrainer):
@@ -69,6 +76,7 @@ class EchoTrainer(Seq2SeqTrainer):
             # The Trainer's own way to push while it trains would write and push its pickled arguments.
             self.args = copy.copy(self.args)
             self.args.hub_strategy = HubStrategy.END
+            self.add_callback(PushCallback(self))
 
     def get_train_dataloader(self):
         """With the collator of training: else evaluation would be perturbed as training is, or neither would be."""
@@ -181,6 +189,41 @@ class EpochCallback(TrainerCallback):
             sampler.set_epoch(epoch)
 
 
+class PushCallback(TrainerCallback):
+    """Pushes the model at each saving while training goes on, without what PyTorch pickles. A saving that comes while
+    the one before is still being pushed is passed over, unless `hub_always_push`. A push that fails is a warning: what
+    is pushed at the end of the run is whole."""
+
+    def __init__(self, trainer: EchoTrainer):
+        self.trainer = trainer
+        self.jobs: list[Future] = []
+
+    def on_save(self, args, state, control, **kwargs):
+        self.jobs = [job for job in self.jobs if not self._is_done(job)]
+        if not state.is_world_process_zero or (self.jobs and not args.hub_always_push):
+            return
+        job = hf_api().upload_folder(
+            repo_id=self.trainer.hub_model_id,
+            folder_path=Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}",
+            commit_message=f"Training in progress, step {state.global_step}",
+            token=args.hub_token,
+            run_as_future=True,
+            ignore_patterns=[*PICKLES, TRAINER_STATE_NAME],
+            revision=args.hub_revision,
+        )
+        self.jobs.append(job)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.jobs = [job for job in self.jobs if not self._is_done(job, wait=True)]
+
+    def _is_done(self, job: Future, wait: bool = False) -> bool:
+        if not (wait or job.done()):
+            return False
+        if (error := job.exception()) is not None:
+            logger.warning(f"The model could not be pushed while it trained: {error}")
+        return True
+
+
 def as_list(value: str | Sequence[str] | None) -> list[str] | None:
     """One name or several as a list; None stays None."""
     return [value] if isinstance(value, str) else list(value) if value is not None else None
@@ -195,7 +238,7 @@ def check_hub_strategy(arguments: Seq2SeqTrainingArguments) -> None:
     if arguments.push_to_hub and strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
         raise ValueError(
             f"hub_strategy {strategy.value!r} pushes the state of the optimizer, which is a pickle, and whoever loads a"
-            " pickle runs what is in it. Take 'end'."
+            " pickle runs what is in it. Take 'every_save' or 'end'."
         )
 
 
