@@ -105,7 +105,7 @@ def draw_conditions(results: Results, path: Path, part: str = "primary"):
         axes.set_title(title)
     chance = Line2D([], [], color="0.5", linestyle=":", label="chance")
     add_legend(figure, {arm: number for number, arm in enumerate(arms)}, [chance])
-    panels[0].set_ylim(bottom=0.0)
+    panels[0].set_ylim(0.0, 100.0)  # two seeds have intervals far beyond
     panels[0].set_ylabel(f"tone errors by forced choice (%)\n{test}")
     save(figure, path)
 
