@@ -1,4 +1,4 @@
-"""Packaging of echo_hf. The base install is what inference needs; extras add training, pictures and tests."""
+"""Packaging of echo_hf. The base install is what inference needs; extras add training, pictures, the demo, serving and tests."""
 
 import re
 from pathlib import Path

@@ -36,7 +36,6 @@ FREE_RUNNING = {
     "base syllables, free-running": "base_syllable_error_rate",
     "words without tone marks, free-running": "base_word_error_rate",
 }
-MEASURES = (*FORCED, *FREE_RUNNING)
 
 
 def interval(values) -> tuple[float, float]:

@@ -38,7 +38,7 @@ def noise(seconds: float, level: float) -> np.ndarray:
 
 def segments_of(audio: np.ndarray, longest: float = 5.0, overlap: float = 1.0, block: int = 7001, f0: bool = True):
     def track(waveform):
-        return estimate_f0(waveform, SAMPLING_RATE, FRAME)
+        return estimate_f0(waveform, SAMPLING_RATE, FRAME, "dio")
 
     blocks = (audio[start : start + block] for start in range(0, len(audio), block))
     found = list(segment_blocks(blocks, SAMPLING_RATE, FRAME, longest, overlap, track if f0 else None))

@@ -55,7 +55,7 @@ def standardize_f0(f0: torch.Tensor, mask: torch.Tensor, correction: int = 0) ->
     included; float32, 0 in padding. `correction` is subtracted from the number of frames in the variance: 0, or 1 as
     published.
 
-    The floor replaces the published `std + 1e-8`: optimizers of exported graphs drop an epsilon that small."""
+    The floor replaces the published `std + 1e-8`, which scales rounding up where all frames are alike."""
     mask = mask.float()
     deviation = (f0.float() - masked_mean(f0.float(), mask)) * mask
     variance = deviation.square().sum(-1, keepdim=True) / (mask.sum(-1, keepdim=True) - correction).clamp(min=1)
@@ -186,9 +186,12 @@ class EchoRotaryEmbedding(nn.Module):
             return omega.cumsum(dim=1) % (2 * math.pi)
         angles = position_ids[..., None].to(omega.dtype) * omega
         if self.theta_mode == "contour":  # added to the plain angles, so that gains of 0 leave them exact
-            warp = 0.5 * torch.tanh(self.contour_gain.to(omega.dtype) * pitch[..., 1:2].to(omega.dtype))  # (B, S, C)
-            angles = angles + omega * warp.cumsum(dim=1)
+            angles = angles + omega * self.warp(pitch.to(omega.dtype)).cumsum(dim=1)
         return angles % (2 * math.pi)
+
+    def warp(self, pitch: torch.Tensor) -> torch.Tensor:
+        """By how much of its frequency the contour turns each pair faster, `(B, S, C)`: `0.5 tanh(g_c contour)`."""
+        return 0.5 * torch.tanh(self.contour_gain.to(pitch.dtype) * pitch[..., 1:2])
 
     def radius(self, f0: torch.Tensor, pitch: torch.Tensor) -> torch.Tensor | None:
         """Rotary radius, `(B, S, 1)`, float32, or None for 1."""

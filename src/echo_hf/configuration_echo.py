@@ -123,7 +123,7 @@ def validate_feature_groups(feature_groups: dict[str, int]) -> dict[str, int]:
 class EchoConfig(PreTrainedConfig):
     r"""
     Configuration of an [`EchoModel`]. The defaults give a model of about 10M parameters (with the byte vocabulary) with
-    three pitch mechanisms switched on; `EchoConfig.from_preset("baseline")` has all off.
+    all pitch mechanisms but `token_pitch` switched on; `EchoConfig.from_preset("baseline")` has all off.
 
     Args:
         vocab_size (`int`, defaults to 259): Number of tokens; 259 is the byte vocabulary of `EchoTokenizer()`.
@@ -188,7 +188,7 @@ class EchoConfig(PreTrainedConfig):
             floor, 80 dB under the peak; 0.05 is 2 dB.
         silence_scale_range (`list[float]`, defaults to `[0.001, 0.1]`): Bounds of the learned factor of silent keys.
         pitch_gate (`bool`, defaults to `True`): Whether the gates of the encoder's feed-forward see the pitch.
-        pitch_stem (`bool`, defaults to `True`): Whether pitch has a stem of its own, like other channel groups.
+        pitch_stem (`bool`, defaults to `True`): Whether pitch has a stem of its own beside the spectrogram's.
         token_pitch (`str`, defaults to `"none"`):
             Pitch given to the decoder with each token: `"none"`, or the `"mean"` F0 of the token's span of time.
         tokens_per_second (`float`, defaults to 10.0): Fixed token rate that says which span belongs to a token.

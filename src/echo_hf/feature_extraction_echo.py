@@ -355,9 +355,8 @@ class EchoFeatureExtractor(SequenceFeatureExtractor):
         Args:
             audio: One recording, or a list of recordings of any kind:
 
-                - numpy array, torch tensor or list of numbers, shape `(samples,)`: floats in [-1, 1], or integer PCM. A
-                2-D
-                  array is a batch, `(recordings, samples)`.
+                - numpy array, torch tensor or list of numbers, shape `(samples,)`: floats in [-1, 1], or integer PCM.
+                  A 2-D array is a batch, `(recordings, samples)`.
                 - path, bytes or binary file object of an audio file; up to 8 channels are averaged.
                 - dict with `"array"` or `"raw"`, and `"sampling_rate"`; or with `"bytes"` or `"path"`, as `datasets`
                   gives them.

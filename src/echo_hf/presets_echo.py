@@ -66,7 +66,7 @@ BOUNDS = {
     "encoder_kernel_size": (1, 1001),
     "max_target_positions": (1, 100_000),
     "initializer_range": (0, 10),
-    "rms_norm_eps": (1e-7, 1),  # exported graphs drop a smaller one
+    "rms_norm_eps": (1e-7, 1),  # a smaller one is lost beside a mean square in float32
     "rotary_theta": (1e-3, 1e9),
     **dict.fromkeys(("mel_corner_frequency", "mel_max_frequency", "tokens_per_second"), (1e-3, 1e6)),
     "silence_threshold": (0, 1e6),

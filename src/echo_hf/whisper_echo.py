@@ -121,7 +121,7 @@ class EchoWhisperFeatureExtractor(WhisperFeatureExtractor):
 
     Args:
         f0_method (`str`, *optional*, defaults to `"autocorrelation"`):
-            Tracker of F0, a name in `pitch_echo.TRACKERS`; `"dio"` needs pyworld.
+            Tracker of F0, a name in `pitch_echo.TRACKERS`; `"dio"` and `"dio_fast"` need pyworld.
         f0_min (`float`, *optional*, defaults to 71.0):
             Lowest F0 in Hz.
         f0_max (`float`, *optional*, defaults to 500.0):

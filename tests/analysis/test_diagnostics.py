@@ -114,6 +114,18 @@ def test_theta_of_each_mode(mode, least, greatest):
     assert (theta["min"], theta["max"]) == (pytest.approx(THETA + least), pytest.approx(THETA + greatest))
 
 
+def test_warp_of_a_contour_with_two_steps():
+    model, features = tiny_model(EchoForCTC, theta_mode="contour"), made_up_features()
+    voiced = (features[0, :, -1] > 0).nonzero().flatten()
+    features[0, voiced[: len(voiced) // 2], -1] = 100.0  # and 200 Hz after it
+    assert diagnose(model, input_features=features).to_dict()["warp"]["max"] == 0.0, "gains start at 0"
+    with torch.no_grad():
+        model.model.encoder.rotary_emb.contour_gain.fill_(1e3)
+    warp = diagnose(model, input_features=features).to_dict()["warp"]
+    assert (warp["min"], warp["max"]) == (-0.5, 0.5)
+    assert warp["mean"] == pytest.approx(0.0, abs=1e-6), "as many frames above the mean as below"
+
+
 def test_a_plain_model_has_no_silence_and_a_radius_of_one():
     torch.manual_seed(0)
     model = EchoForCTC(EchoConfig.from_preset("baseline", size="2m", encoder_num_hidden_layers=1)).eval()
@@ -219,9 +231,10 @@ def test_misuse_is_told():
 
 
 def test_table_has_all_figures():
-    diagnostics = diagnose(tiny_model(), input_features=made_up_features(), labels=torch.tensor([[40, 2]]))
+    model = tiny_model(theta_mode="phase")
+    diagnostics = diagnose(model, input_features=made_up_features(), labels=torch.tensor([[40, 2]]))
     table = diagnostics.table()
-    for label in ("0", "1", "theta", "radius", "F0 (Hz)", "silent share"):
+    for label in ("0", "1", "theta", "warp", "radius", "F0 (Hz)", "silent share"):
         assert any(line.startswith(label) for line in table.splitlines()), label
     assert "1067" in table  # mean theta
     assert "-" in EchoDiagnostics(tiny_model(EchoForCTC)).table()  # nothing seen yet

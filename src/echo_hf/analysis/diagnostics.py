@@ -138,7 +138,10 @@ class EchoDiagnostics:
         with torch.no_grad():
             theta = rotary.theta(given["position_ids"].device, f0, given["mean_f0"])
             radius = rotary.radius(f0, given["pitch"])
+            warp = rotary.warp(given["pitch"]) if rotary.theta_mode == "contour" else None
         self.statistics["theta"].update(theta.expand(mask.shape)[mask])
+        if warp is not None:
+            self.statistics["warp"].update(warp[mask])
         radius = torch.ones_like(mask, dtype=torch.float32) if radius is None else radius[..., 0]
         self.statistics["radius"].update(radius[mask])
         self.statistics["f0"].update(f0[mask & (f0 > 0)])
@@ -152,8 +155,8 @@ class EchoDiagnostics:
 
             - `"layers"`: for each layer of the encoder the mean magnitude of `gate` and `mlp`, `gate_sparsity` and
               `mlp_sparsity`;
-            - `"theta"`, `"radius"` (over real frames) and `"f0"` (Hz, over voiced frames): `mean`, `min`, `max`,
-              `count`;
+            - `"theta"`, `"warp"` (by how much of its frequency the contour turns a rotary pair faster, over pairs too),
+              `"radius"` (over real frames) and `"f0"` (Hz, over voiced frames): `mean`, `min`, `max`, `count`;
             - `"frames"`: real encoder frames; `"voiced_share"` of them; `"silent_share"`, whose keys are scaled to near
               zero, None without silence scaling.
         """
@@ -165,7 +168,7 @@ class EchoDiagnostics:
             )
         return {
             "layers": layers,
-            **{name: self.statistics[name].to_dict() for name in ("theta", "radius", "f0")},
+            **{name: self.statistics[name].to_dict() for name in ("theta", "warp", "radius", "f0")},
             "frames": self.frames,
             "voiced_share": self.statistics["f0"].count / self.frames if self.frames else None,
             "silent_share": self.silent / self.frames if self.frames and self.silent is not None else None,
@@ -177,7 +180,7 @@ class EchoDiagnostics:
         lines = [_row("encoder layer", "|gate|", "|mlp|", "gate sparse", "mlp sparse")]
         lines += [_row(str(number), *values.values()) for number, values in enumerate(figures["layers"])]
         lines += ["", _row("pitch", "mean", "min", "max", "count")]
-        for name, label in (("theta", "theta"), ("radius", "radius"), ("f0", "F0 (Hz), voiced")):
+        for name, label in (("theta", "theta"), ("warp", "warp"), ("radius", "radius"), ("f0", "F0 (Hz), voiced")):
             lines.append(_row(label, *figures[name].values()))
         lines += ["", _row("encoder frames", figures["frames"])]
         lines += [_row(f"{kind} share", figures[f"{kind}_share"]) for kind in ("voiced", "silent")]

@@ -3,7 +3,7 @@
 `echo-hf train` writes one as `README.md` when it ends, `trainer.push_to_hub()` writes it before it pushes, and
 [`build_model_card`] makes one of any finished run folder. Everything in it is read from files: `run_summary.json` and
 `eval_results.json` for data, duration and error rates, `config.json`, `training_args.json`, `train_command.json`. What
-no file can know, such as the licence or the languages, comes from [`CardArguments`] and is left out if not given.
+no file can know, such as the license or the languages, comes from [`CardArguments`] and is left out if not given.
 """
 
 import math
@@ -56,7 +56,7 @@ class CardArguments:
     _argument_group_name = "model card"
 
     card_license: str | None = HfArg(
-        default=None, help="Licence of the trained model as the Hub spells it, e.g. cc-by-sa-4.0."
+        default=None, help="License of the trained model as the Hub spells it, e.g. cc-by-sa-4.0."
     )
     card_language: list[str] | None = HfArg(
         default=None, help="Languages it was trained on, by their codes in ISO 639, e.g. en ga."
@@ -316,7 +316,7 @@ def _describe_evaluation(
 ) -> str:
     if not rates:
         loss = f" Its loss on {name} is {metrics['loss']:.4f}." if "loss" in metrics else ""
-        return "No error rate was measured in this run: how well the model recognises speech is not known." + loss
+        return "No error rate was measured in this run: how well the model recognizes speech is not known." + loss
     amount = f" ({evaluated['utterances']:,} utterances, {evaluated['hours']:.2f} hours)" if evaluated else ""
     rows = [
         f"| {_title(rate)} | {value:.2f} | {metrics[errors]:,} in {metrics[total]:,} {unit} |"
