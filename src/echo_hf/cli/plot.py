@@ -44,8 +44,6 @@ def add_parser(commands) -> None:
     add_checkpoint(parser)
     parser.add_argument("--words", action="store_true", help="pitch: write words at their times")
     add_both(parser, "theta_mode", help="angles: none, mean, frame or phase; else the checkpoint's own mode")
-        parser, "theta_mode", help="angles: none, mean, frame or phase (the checkpoint's, which may be contour too)"
-    )
     parser.add_argument("--strength", type=number, help="bias: of the Gaussian (the largest that a head learned)")
 
 
