@@ -226,15 +226,11 @@ class Study:
             table = json.loads(gzip.decompress(path.read_bytes())) if path.exists() else {}
             missing = [test for test in part.tests if "/".join(test) not in table]
             for corpus, split in missing:
-                lines = (self.speech / corpus / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-                manifest = [json.loads(line) for line in lines]
-                voiced = [
-                    round(float((row["input_features"][:, -1] > 0).mean()), 2)
-                    for row in self.rows(part, ARMS["baseline"], (corpus, split, "clean"))
-                ]
+                rows = self.rows(part, ARMS["baseline"], (corpus, split, "clean"))
                 table[f"{corpus}/{split}"] = {
-                    **{name: [row[name] for row in manifest] for name in ("audio", "text", "language", "duration")},
-                    "voiced": voiced,
+                    "audio": [str(Path(row["audio"]).relative_to(self.speech / corpus)) for row in rows],
+                    **{name: [row[name] for row in rows] for name in ("text", "language", "duration")},
+                    "voiced": [round(float((row["input_features"][:, -1] > 0).mean()), 2) for row in rows],
                 }
             if missing:
                 partial = path.with_suffix(".partial")

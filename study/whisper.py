@@ -26,15 +26,14 @@ import torch
 import transformers
 from transformers import get_linear_schedule_with_warmup
 
-from echo_hf import add_pitch, load_audio
-from echo_hf.feature_extraction_echo import resample_audio
+from corpora import SAMPLING_RATE, read_audio, read_manifest
+from echo_hf import add_pitch
 from echo_hf.metrics import score
 from run import describe_machine
 
 RESULTS = Path(__file__).with_name("whisper_results.jsonl")
 SWITCHES = ("pitch_stem", "pitch_gate", "pitch_radius", "pitch_theta", "pitch_bias")
 SETTINGS = ("steps", "batch", "window", "learning_rate", "bf16", "limit")  # of training, beside part, arm and seed
-SAMPLING_RATE = 16000  # Hz
 
 
 @dataclass(frozen=True)
@@ -68,22 +67,9 @@ PARTS = {
 }
 
 
-def read_corpus(speech: Path, corpus: str, split: str) -> list[dict]:
-    """Rows of a corpus, with the path of each recording."""
-    lines = (speech / corpus / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{**row, "audio": speech / corpus / row["audio"]} for row in map(json.loads, lines)]
-
-
-def read_waveform(path: Path) -> np.ndarray:
-    """One recording, mono, float32 at 16 kHz, shape `(samples,)`."""
-    waveform, rate = load_audio(path)
-    waveform = waveform if waveform.ndim == 1 else waveform.mean(axis=1)
-    return waveform if rate == SAMPLING_RATE else resample_audio(waveform, rate, SAMPLING_RATE)
-
-
 def extract(processor, rows: list[dict]) -> torch.Tensor:
     """Features of recordings, `(batch, 81, frames)`; of as much silence where a row says so."""
-    waveforms = [read_waveform(row["audio"]) * (not row.get("silent")) for row in rows]
+    waveforms = [read_audio(row["audio"]) * (not row.get("silent")) for row in rows]
     return processor.feature_extractor(waveforms, sampling_rate=SAMPLING_RATE, return_tensors="pt").input_features
 
 
@@ -175,14 +161,14 @@ def run(name: str, arm: str, seed: int, options) -> dict:
     processor = transformers.AutoProcessor.from_pretrained(options.whisper)
     model, processor = add_pitch(whisper, processor, window=options.window, **switches)
     processor.tokenizer.set_prefix_tokens(language=part.language, task="transcribe", predict_timestamps=False)
-    rows = [row for corpus in part.train for row in read_corpus(options.speech, corpus, "train")]
+    rows = [row for corpus in part.train for row in read_manifest(options.speech, corpus, "train")]
     rows = [row for row in rows if row["duration"] <= options.window]
     print(f"{name}, {arm}, seed {seed}: {len(rows)} utterances", flush=True)
     started = time.perf_counter()
     result = train(model, processor, rows, options, seed)
     tests = {}
     for corpus in part.tests:
-        test = read_corpus(options.speech, corpus, "test")[: options.limit]
+        test = read_manifest(options.speech, corpus, "test")[: options.limit]
         tests[corpus] = {"beyond_window": sum(row["duration"] > options.window for row in test)}
         for control in (None, "silence", "shuffled"):
             if control == "shuffled" and arm == "without":

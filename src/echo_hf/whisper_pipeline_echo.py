@@ -3,6 +3,8 @@
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 from transformers.pipelines.automatic_speech_recognition import AutomaticSpeechRecognitionPipeline
 
+from .whisper_generation_echo import FRAMES_PER_POSITION
+
 LANGUAGE_TOKENS = {f"<|{code}|>": name for code, name in LANGUAGES.items()}
 STOCK_WINDOW = 30  # seconds, by which the tokenizer moves on from window to window
 
@@ -21,7 +23,7 @@ class EchoWhisperPipeline(AutomaticSpeechRecognitionPipeline):
 
     def _sanitize_parameters(self, chunk_length_s: float | None = None, **kwargs):
         self.type = "seq2seq_whisper"  # which the library tells by the model type; it calls this next
-        frames = 2 * self.model.config.max_source_positions
+        frames = FRAMES_PER_POSITION * self.model.config.max_source_positions
         if getattr(self.feature_extractor, "nb_max_frames", None) != frames:
             raise ValueError(
                 f"feature_extractor is {type(self.feature_extractor).__name__} of another window than the model's"
