@@ -186,9 +186,9 @@ def test_what_is_whole_loads_as_it_was_saved(checkpoint, ctc_checkpoint):
     assert type(model) is EchoForConditionalGeneration and model.config.dropout == 0.2
 
 
-# Theta and radius are left out, as they do nothing before they are trained, and so is the bias, whose projections are
-# narrower.
+# The radius is left out, as it does nothing before it is trained, and so is the bias, whose projections are narrower.
 OFF = {
+    "theta_mode": "none",
     "silence_scaling": False,
     "pitch_gate": False,
     "pitch_stem": False,
@@ -216,7 +216,8 @@ def test_a_mechanism_is_switched_off_without_a_word(name, checkpoint, caplog):
     features[:, 20:] = 0.0
     inputs = {"input_features": features, "decoder_input_ids": torch.tensor([[1, 70, 71]])}
     with torch.no_grad():
-        assert not torch.allclose(model(**inputs).logits, whole.eval()(**inputs).logits, atol=1e-6)
+        is_same = torch.allclose(model(**inputs).logits, whole.eval()(**inputs).logits, atol=1e-6)
+    assert is_same == (name == "theta_mode"), "the contour's gains start at 0; all else is felt"
 
 
 def test_what_the_weights_do_not_hold_cannot_be_switched_on(checkpoint, tmp_path):
