@@ -285,6 +285,7 @@ def main():
     parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
     parser.add_argument("--parts", nargs="*", default=[part.name for part in PARTS], help="parts to run, in this order")
     parser.add_argument("--arms", nargs="*", help="arms to run now, of those parts; all if not given")
+    parser.add_argument("--seeds", nargs="*", type=int, help="seeds to run now, of those parts; all if not given")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -298,6 +299,8 @@ def main():
     parts = [part for name in arguments.parts for part in PARTS if part.name == name]
     if arguments.arms is not None:
         parts = [replace(part, arms=tuple(arm for arm in part.arms if arm in arguments.arms)) for part in parts]
+    if arguments.seeds is not None:
+        parts = [replace(part, seeds=tuple(seed for seed in part.seeds if seed in arguments.seeds)) for part in parts]
     Study(arguments.speech, arguments.cache, arguments.results).work(tuple(parts))
 
 
