@@ -218,8 +218,9 @@ def train(
     losses, recent = [], []
     for step in range(first_step, first_step + steps):
         epoch, place = divmod(step, per_epoch)
-        batches = make_batches(rows, settings.batch_size, random.Random(f"{seed} {epoch}"))
-        collate.epoch = epoch
+        if epoch != collate.epoch or step == first_step:
+            batches = make_batches(rows, settings.batch_size, random.Random(f"{seed} {epoch}"))
+            collate.epoch = epoch
         torch.manual_seed(hash((seed, step)) % 2**63)  # dropout
         np.random.seed(hash((seed, step)) % 2**32)  # masks of SpecAugment, which the library draws from numpy
         loss = model(**collate([rows[index] for index in batches[place]])).loss
