@@ -3,8 +3,8 @@
     python study/run.py --speech FOLDER --cache FOLDER --workers 2
 
 A run is an arm and a seed of a part of the study. It starts from the trunk of its part, which the first run that needs
-it trains. Each run appends one row to `study/results.jsonl` and writes its texts to `study/texts/`. Several workers may
-run side by side, one thread each.
+it trains. Each run appends one row to `study/results.jsonl`, writes its texts to `study/texts/` and leaves its weights in
+the cache. Several workers may run side by side, one thread each.
 """
 
 import argparse
@@ -187,6 +187,9 @@ class Study:
             train(model, rows, processor, settings.plain(), settings.trunk_seed, first, log=log)
         losses = train(model, rows, processor, settings, seed, settings.arm_steps, first, settings.decay_steps, log=log)
         trained = time.time()
+        weights = self.cache / "models" / f"{part.name}-{arm_name}-{seed}.pt"
+        weights.parent.mkdir(exist_ok=True)
+        torch.save(model.state_dict(), weights)
         scores, texts = {}, {}
         for name, rows in self.tests(part, arm_name):
             scores[name], texts[name] = self.test(model, processor, rows)
