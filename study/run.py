@@ -3,8 +3,8 @@
     python study/run.py --speech FOLDER --cache FOLDER --workers 2
 
 A run is an arm and a seed of a part of the study. It starts from the trunk of its part, which the first run that needs
-it trains. Each run appends one row to `study/results.jsonl`, writes its texts to `study/texts/` and leaves its weights in
-the cache. Several workers may run side by side, one thread each.
+it trains. Each run appends one row to `study/results.jsonl`, writes its texts to `study/texts/` and leaves its weights
+in the cache. Several workers may run side by side, one thread each.
 """
 
 import argparse
