@@ -114,7 +114,8 @@ class Results:
     """Stored runs, by part, arm and seed, and what their models wrote and chose.
 
     Args:
-        path (`Path`): `results.jsonl`, with `texts/` and `utterances.json.gz` beside it.
+        path (`Path`): `results.jsonl`, with `texts/` and `utterances.json.gz` beside it, and `attention.jsonl` where
+            there is one.
     """
 
     def __init__(self, path: Path):
@@ -128,6 +129,9 @@ class Results:
             for part, arms in found.items()
         }
         self.utterances = json.loads(gzip.decompress((self.folder / "utterances.json.gz").read_bytes()))
+        stored = self.folder / "attention.jsonl"
+        lines = stored.read_text(encoding="utf-8").splitlines() if stored.exists() else []
+        self.attention = [json.loads(line) for line in lines]  # of `attention.py`
         self.texts, self._errors = cache(self._read_texts), cache(self._count_errors)
 
     def _read_texts(self, part: str, arm: str, seed: int) -> dict:

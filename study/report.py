@@ -313,8 +313,7 @@ def list_learned(results: Results) -> list[str]:
         "",
         "Mean over seeds; in brackets, in how many of the seeds the sign is that of the mean. All arms of a part start"
         " from one trunk, so a layer, a head or a rotary pair is the same one in every seed. Gains and strengths start"
-        " at 0, the weight of the pitch stem at 11.9%. Whether attention follows the contour cannot be told from rows:"
-        " the models are not stored.",
+        " at 0, the weight of the pitch stem at 11.9%.",
         "",
         *list_single_gains(results),
     ]
@@ -337,7 +336,36 @@ def list_learned(results: Results) -> list[str]:
             lines += [f"### {title}", "", note, ""]
         for part, made in tables.items():
             lines += [f"`{part}`:", "", *made]
-    return lines
+    return lines + list_attention(results)
+
+
+ATTENTION = """\
+### Does attention follow the contour?
+
+For each head of the encoder, the correlation between the logarithm of its attention and the likeness of pitch,
+`-|contour_i - contour_j|`, over all pairs of two voiced frames of the third voice's test set, with what depends on
+distance and on the query alone taken out ([`attention.py`](attention.py)). 0: none. 1: the closer two frames are in
+pitch, the more they attend to each other, and nothing else counts. The table has the mean size of the correlation over
+the heads, in hundredths, and the head of the largest. With F0 of another utterance as input, attention may follow the
+contour that it is given, or the one that is spoken. What a model that does not hear F0 has for the first is chance.
+"""
+
+
+def list_attention(results: Results) -> list[str]:
+    found = defaultdict(list)
+    for row in results.attention:
+        found[row["part"], row["arm"]].append({way: np.array(row[way]) for way in ("real", "given", "spoken")})
+    rows = []
+    for (part, arm), models in sorted(found.items(), key=lambda item: (item[0][0] != "primary", item[0])):
+        row = [part, f"`{arm}`", str(len(models))]
+        for way in ("real", "given", "spoken"):
+            row.append(show([100.0 * np.abs(model[way]).mean() for model in models]))
+        given = np.mean([model["given"] for model in models], axis=0)
+        layer, head = np.unravel_index(np.abs(given).argmax(), given.shape)
+        largest = show_gain(np.array([100.0 * model["given"][layer, head] for model in models]), 0)
+        rows.append([*row, f"{largest}, head {head + 1} of layer {layer + 1}"])
+    header = ["part", "arm", "models", "real F0", "another's F0: given contour", "spoken contour"]
+    return [ATTENTION, *table([*header, "largest for the given contour"], rows)] if rows else []
 
 
 def write(results: Results, folder: Path):

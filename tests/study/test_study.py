@@ -9,6 +9,7 @@ import pytest
 import soundfile
 import torch
 
+import attention
 import report
 import run
 from comparison import FORCED_CHOICE, RESAMPLES, WORDS, Results, bootstrap, holm, interval, own_test
@@ -303,6 +304,40 @@ def test_gains_are_drawn_where_one_mechanism_has_run(tmp_path):
     found.rows["primary"]["radius"][1]["learned"] = {"model.encoder.rotary_emb.gain": [0.4]}
     report.draw_gains(found, tmp_path / "gains.png")
     assert (tmp_path / "gains.png").stat().st_size > 1000
+
+
+def test_attention_that_follows_the_contour_is_told_from_attention_that_follows_distance():
+    chance = np.random.default_rng(4)
+    queries, keys = np.divmod(np.arange(60 * 30), 30)  # two utterances of 30 frames
+    offsets = queries % 30 - keys
+    contour = chance.standard_normal(60)
+    likeness = -np.abs(contour[queries] - contour[queries // 30 * 30 + keys])
+    elsewhere = 3.0 * np.abs(offsets) + 5.0 * contour[queries]  # depends on the distance and the query
+    logs = (likeness + elsewhere, elsewhere - 2.0 * likeness, elsewhere + chance.standard_normal(len(queries)))
+    follows, avoids, neither = attention.correlate(np.stack((likeness, *logs), axis=1), offsets, queries)
+    assert follows == pytest.approx(1.0, abs=1e-3) and avoids == pytest.approx(-1.0, abs=1e-3)
+    assert abs(neither) < 0.1
+
+
+@pytest.mark.slow
+def test_attention_of_models_that_were_left_is_stored_once_and_reported(results, speech, monkeypatch):
+    settings = {part.name: dataclasses.replace(part, settings=TINY) for part in run.PARTS}
+    monkeypatch.setattr(attention, "PARTS", tuple(settings.values()))
+    arguments = ["--speech", str(speech), "--cache", str(results.parent / "cache"), "--output"]
+    monkeypatch.setattr("sys.argv", ["attention.py", *arguments, str(results.parent / "attention.jsonl")])
+    attention.main()
+    attention.main()
+    found = Results(results)
+    assert [(row["arm"], row["seed"]) for row in found.attention] == [
+        (arm, seed) for arm in ("all", "baseline", "input") for seed in (1, 2)
+    ]
+    for row in found.attention:
+        shapes = {np.shape(row[way]) for way in ("real", "given", "spoken")}
+        assert len(shapes) == 1 and np.abs(row["real"]).max() <= 1.0
+        if row["arm"] == "baseline":  # it does not hear F0
+            assert row["real"] == row["spoken"]
+    report.write(found, results.parent)
+    assert "| primary | `baseline` | 2 |" in (results.parent / "report_details.md").read_text()
 
 
 def test_thirds_have_the_same_tones():
