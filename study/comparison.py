@@ -66,7 +66,7 @@ def bootstrap(differences: np.ndarray, counts: np.ndarray) -> tuple[float, float
 
     Returns:
         Lower and upper end of the 95% interval of the difference in percentage points, and the two-sided p of no
-        difference, at least `1 / RESAMPLES`.
+        difference, at least `2 / (RESAMPLES + 1)`.
     """
     seeds, utterances = differences.shape
     drawn = draw_weights(utterances)
@@ -74,8 +74,8 @@ def bootstrap(differences: np.ndarray, counts: np.ndarray) -> tuple[float, float
     means = (totals * draw_weights(seeds, SEED + 1)).sum(1) / seeds
     points = 100.0 * means / np.maximum(drawn @ counts.astype(np.float32), 1.0)
     low, high = np.percentile(points, [2.5, 97.5])
-    p = 2.0 * min((points <= 0).mean(), (points >= 0).mean())
-    return float(low), float(high), float(min(1.0, max(p, 1.0 / RESAMPLES)))
+    fewer = min((points <= 0).sum(), (points >= 0).sum())
+    return float(low), float(high), float(min(1.0, 2.0 * (fewer + 1) / (RESAMPLES + 1)))
 
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:
@@ -142,9 +142,8 @@ class Results:
         """The part whose baseline a part is compared with: itself, or the primary one if it is trained alike."""
         if "baseline" in self.rows[part]:
             return part
-        some, primary = self.some_row(part), self.rows.get("primary", {}).get("baseline", {})
-        alike = [row for row in primary.values() if all(row[key] == some[key] for key in ("train", "settings"))]
-        return "primary" if alike else None
+        own, primary = self.some_row(part), self.rows.get("primary", {}).get("baseline", {})
+        return "primary" if any(as_trained(row) == as_trained(own) for row in primary.values()) else None
 
     def some_row(self, part: str) -> dict:
         return next(iter(next(iter(self.rows[part].values())).values()))
@@ -235,6 +234,11 @@ class Results:
         arms = [arm for arm in self.rows[part] if arm != "baseline"]
         found = {arm: self.compare((part, arm), (baseline, "baseline"), condition, measure) for arm in arms}
         return {arm: comparison for arm, comparison in found.items() if comparison is not None}
+
+
+def as_trained(row: dict) -> tuple:
+    """What the baseline of a run would be trained on and how; it has no gains to train."""
+    return row["train"], {**row["settings"], "gain_learning_rate": None}
 
 
 def own_test(row: dict, condition: str) -> str:

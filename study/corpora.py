@@ -142,8 +142,8 @@ def drop_voicing(rows: list[dict]) -> list[dict]:
 CONSTANT_F0 = 150.0  # Hz
 
 
-def change_f0(rows: list[dict], change: str, seed: int = 0) -> list[dict]:
-    """The same rows with another F0.
+def change_f0(features: list[np.ndarray], change: str, seed: int = 0) -> list[np.ndarray]:
+    """The same features, each `(frames, channels)`, with another F0 in the last channel.
 
     - `"real"`: as tracked.
     - `"zero"`: 0 throughout, as where nothing is voiced.
@@ -152,12 +152,12 @@ def change_f0(rows: list[dict], change: str, seed: int = 0) -> list[dict]:
     - `"shuffled"`: that of another utterance, stretched to this one's length by nearest index.
     """
     if change == "real":
-        return rows
-    others = np.random.default_rng(seed).permutation(len(rows))
+        return features
+    others = np.random.default_rng(seed).permutation(len(features))
     changed = []
-    for index, row in enumerate(rows):
-        features = row["input_features"].copy()
-        f0 = features[:, -1]
+    for index, own in enumerate(features):
+        own = own.copy()
+        f0 = own[:, -1]
         if change == "zero":
             f0[:] = 0.0
         elif change == "flag":
@@ -165,9 +165,9 @@ def change_f0(rows: list[dict], change: str, seed: int = 0) -> list[dict]:
         elif change == "constant":
             f0[:] = CONSTANT_F0
         elif change == "shuffled":
-            other = rows[others[index] if others[index] != index else (index + 1) % len(rows)]["input_features"][:, -1]
+            other = features[others[index] if others[index] != index else (index + 1) % len(features)][:, -1]
             f0[:] = other[np.arange(len(f0)) * len(other) // len(f0)]
         else:
             raise ValueError(f"change {change!r} is not known; choose real, zero, flag, constant or shuffled.")
-        changed.append({**row, "input_features": features})
+        changed.append(own)
     return changed

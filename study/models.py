@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from corpora import change_f0
 from echo_hf import EchoConfig, EchoForConditionalGeneration, EchoProcessor
 from echo_hf.data.augmentation import VoicePerturbation
 from echo_hf.data.collator import EchoDataCollator
@@ -93,6 +94,10 @@ class Settings:
         """The settings of the trunk: vocal tracts are up to 10% longer or shorter, nothing else is perturbed."""
         return replace(self, tempo=0.0, voice=0.1, channel=0.0, dropout=0.0, mask_feature_prob=0.0)
 
+    def of_trunk(self) -> "Settings":
+        """What the trunk's weights depend on; the rest is set to 0."""
+        return replace(self.plain(), arm_steps=0, decay_steps=0, gain_learning_rate=0.0)
+
 
 def build_config(arm: Arm, settings: Settings, processor: EchoProcessor) -> EchoConfig:
     return EchoConfig.from_preset(
@@ -170,6 +175,7 @@ def train(
     steps: int,
     first_step: int = 0,
     decay_steps: int = 0,
+    change: str = "real",
     log=None,
 ) -> list[float]:
     """Trains a model in place, with dropout and masks as the settings have them. Order, perturbations and dropout
@@ -180,6 +186,7 @@ def train(
         steps: how many.
         first_step: of the order of batches; an arm goes on where the trunk ended.
         decay_steps: the last so many, in which the learning rate falls to 0 by a cosine.
+        change: what is done to F0, see `change_f0`; another utterance's is drawn anew in each epoch.
         log: called with the step and the mean loss every 100 steps.
 
     Returns:
@@ -188,7 +195,13 @@ def train(
     perturb = VoicePerturbation(
         processor.feature_extractor, tempo=settings.tempo, voice=settings.voice, channel=settings.channel
     )
-    collate = EchoDataCollator(processor, perturb=perturb.batch, seed=seed)
+
+    def prepare(features: list[np.ndarray], chance: random.Random) -> list[np.ndarray]:
+        """Perturbs clips. F0 that is constant stays so: scaled with the voice it would tell by how much."""
+        features = perturb.batch(features, chance)
+        return change_f0(features, change) if change in ("flag", "constant") else features
+
+    collate = EchoDataCollator(processor, perturb=prepare, seed=seed)
     matrices, vectors, gains = [], [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -221,9 +234,13 @@ def train(
         if epoch != collate.epoch or step == first_step:
             batches = make_batches(rows, settings.batch_size, random.Random(f"{seed} {epoch}"))
             collate.epoch = epoch
+            heard = rows
+            if change == "shuffled":
+                features = change_f0([row["input_features"] for row in rows], change, seed=epoch)
+                heard = [{**row, "input_features": own} for row, own in zip(rows, features)]
         torch.manual_seed(hash((seed, step)) % 2**63)  # dropout
         np.random.seed(hash((seed, step)) % 2**32)  # masks of SpecAugment, which the library draws from numpy
-        loss = model(**collate([rows[index] for index in batches[place]])).loss
+        loss = model(**collate([heard[index] for index in batches[place]])).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
         optimizer.step()

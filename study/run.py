@@ -53,8 +53,10 @@ class Part:
 MANDARIN = ("mandarin_words", "mandarin_syllables")
 MANDARIN_TESTS = tuple((name, "test") for name in ("mandarin_syllables_other", "mandarin_syllables", "mandarin_words"))
 
+SINGLE = ("theta", "radius", "bias")
 LADDER = (
-    *("theta", "radius", "bias", "conditioning", "continuous_input", "continuous_all"),
+    *SINGLE,
+    *("conditioning", "continuous_input", "continuous_all"),
     *("published_mean_sigmoid", "published_frame_raw"),
 )
 SENTENCES = Settings(trunk_steps=3000, arm_steps=6000)
@@ -63,6 +65,9 @@ FACTORS = {
     "minutes_15": {"minutes": 15},
     "minutes_60": {"minutes": 60},
     "frames_80": {"stem_strides": (2, 2, 2)},
+    "tempo_40": {"tempo": 0.4},
+    "other_trunk": {"trunk_seed": 1},
+    "late_trunk": {"trunk_steps": 4500},
 }
 FACTOR_ARMS = ("baseline", "input", "all")
 
@@ -71,6 +76,7 @@ PARTS = (
         "primary", MANDARIN, MANDARIN_TESTS, ("baseline", "input", "gate", "all", "voicing_flag"), PRIMARY_SEEDS, True
     ),
     Part("ladder", MANDARIN, MANDARIN_TESTS, LADDER, OTHER_SEEDS),
+    Part("slow_gains", MANDARIN, MANDARIN_TESTS, SINGLE, OTHER_SEEDS, settings=Settings(gain_learning_rate=2e-3)),
     Part("retrained", MANDARIN, MANDARIN_TESTS, ("input_constant", "input_shuffled", "all_shuffled"), OTHER_SEEDS),
     Part("mboshi", ("mboshi",), (("mboshi", "test"), ("mboshi", "dev")), FACTOR_ARMS, OTHER_SEEDS, settings=SENTENCES),
     Part("cantonese", ("cantonese_syllables",), (("cantonese_syllables", "test"),), FACTOR_ARMS, OTHER_SEEDS),
@@ -126,7 +132,9 @@ class Study:
         if key not in self.loaded:
             rows = Corpora(self.speech, self.cache / "features", part.settings.num_mel_bins).load(*test)
             self.loaded[key] = rows if arm.continuous else drop_voicing(rows)
-        return change_f0(self.loaded[key], change)
+        rows = self.loaded[key]
+        features = change_f0([row["input_features"] for row in rows], change)
+        return [{**row, "input_features": own} for row, own in zip(rows, features)]
 
     def done(self) -> set[tuple]:
         if not self.results.exists():
@@ -149,7 +157,7 @@ class Study:
     def trunk(self, part: Part) -> dict | None:
         """The weights that the arms of a part start from, or None while another worker trains them."""
         settings = part.settings
-        key = json.dumps([part.train, dataclasses.asdict(settings)], sort_keys=True)
+        key = json.dumps([part.train, dataclasses.asdict(settings.of_trunk())], sort_keys=True)
         name = f"trunk-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
         path = self.cache / "trunks" / f"{name}.pt"
         with hold(self.cache / "locks" / name) as mine:
@@ -166,7 +174,7 @@ class Study:
 
     def train_rows(self, part: Part, arm: Arm, processor: EchoProcessor) -> list[dict]:
         """The training speech, of which a part of so many minutes takes clips spread evenly."""
-        rows = [row for corpus in part.train for row in self.rows(part, arm, (corpus, "train"), arm.f0)]
+        rows = [row for corpus in part.train for row in self.rows(part, arm, (corpus, "train"))]
         if part.settings.minutes is not None:
             share = part.settings.minutes * 60.0 / sum(row["duration"] for row in rows)
             rows = [row for index, row in enumerate(rows) if int((index + 1) * share) > int(index * share)]
@@ -185,7 +193,8 @@ class Study:
         first = settings.trunk_steps
         if not arm.from_trunk:  # what it would have learned as the trunk
             train(model, rows, processor, settings.plain(), settings.trunk_seed, first, log=log)
-        losses = train(model, rows, processor, settings, seed, settings.arm_steps, first, settings.decay_steps, log=log)
+        how = {"change": arm.f0, "log": log}
+        losses = train(model, rows, processor, settings, seed, settings.arm_steps, first, settings.decay_steps, **how)
         trained = time.time()
         weights = self.cache / "models" / f"{part.name}-{arm_name}-{seed}.pt"
         weights.parent.mkdir(exist_ok=True)

@@ -16,7 +16,7 @@ from comparison import FORCED_CHOICE, RESAMPLES, WORDS, Results, bootstrap, holm
 from conftest import SAMPLING_RATE, voice
 from corpora import add_noise, change_f0, flatten
 from echo_hf.pitch_echo import estimate_f0
-from models import ARMS, Settings, build_model
+from models import ARMS, Settings, build_model, train
 from scoring import candidates, count_errors
 
 TINY = Settings(
@@ -196,21 +196,36 @@ def test_candidates_differ_in_one_tone_alone():
 
 
 def test_f0_is_changed_and_nothing_else():
-    rows = [{"input_features": np.full((5, 3), float(value))} for value in (100, 200, 0)]
-    changed = {
-        change: [row["input_features"] for row in change_f0(rows, change)]
-        for change in ("real", "zero", "flag", "constant", "shuffled")
-    }
+    given = [np.full((5, 3), float(value)) for value in (100, 200, 0)]
+    changed = {change: change_f0(given, change) for change in ("real", "zero", "flag", "constant", "shuffled")}
     for features in changed.values():
-        for before, after in zip(rows, features):
-            np.testing.assert_array_equal(after[:, :-1], before["input_features"][:, :-1])
+        for before, after in zip(given, features):
+            np.testing.assert_array_equal(after[:, :-1], before[:, :-1])
     assert [features[0, -1] for features in changed["zero"]] == [0, 0, 0]
     assert [features[0, -1] for features in changed["flag"]] == [150, 150, 0]
     assert [features[0, -1] for features in changed["constant"]] == [150, 150, 150]
     shuffled = [features[0, -1] for features in changed["shuffled"]]
-    assert all(after != before["input_features"][0, -1] for before, after in zip(rows, shuffled))
+    assert all(after != before[0, -1] for before, after in zip(given, shuffled))
     with pytest.raises(ValueError, match="'other' is not known"):
-        change_f0(rows, "other")
+        change_f0(given, "other")
+
+
+@pytest.mark.parametrize("name", ["voicing_flag", "input_constant", "input_shuffled"])
+def test_f0_that_a_control_hears_in_training_tells_nothing_of_the_perturbation(speech, part, tmp_path, name):
+    study = run.Study(speech, tmp_path / "cache", tmp_path / "results.jsonl")
+    arm = ARMS[name]
+    processor = study.processor(part, arm)
+    model, rows = build_model(arm, TINY, processor, 1, None), study.train_rows(part, arm, processor)
+    heard = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: heard.append(kwargs), with_kwargs=True)
+    train(model, rows, processor, TINY, 1, 4, change=arm.f0)
+    f0 = [clip for batch in heard for clip in batch["input_features"][..., -1]]
+    if name == "input_shuffled":  # drawn anew in each epoch of two batches
+        assert len({round(clip[clip > 0].mean().item()) for clip in f0}) > 4
+    else:
+        assert all(set(clip.tolist()) <= {0.0, 150.0} for clip in f0)
+    if name == "input_constant":
+        assert all(((batch["input_features"][..., -1] > 0) == batch["attention_mask"]).all() for batch in heard)
 
 
 def test_noise_has_the_ratio_that_is_asked_for():
@@ -233,7 +248,7 @@ def test_intervals_and_corrections_have_known_values():
     assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
     counts = np.ones(20, dtype=int)
     low, high, p = bootstrap(-np.ones((3, 20)), counts)
-    assert (low, high) == (-100.0, -100.0) and p == 1.0 / RESAMPLES
+    assert (low, high) == (-100.0, -100.0) and p == 2.0 / (RESAMPLES + 1)
     low, high, p = bootstrap(np.tile([1.0, -1.0], (3, 10)), counts)
     assert low < 0 < high and p > 0.5
 
