@@ -29,11 +29,12 @@ T_QUANTILES = (
 # Name of a measure in the tables, and its key: of the stored answers for forced choices, of `count_errors` for texts.
 FORCED_CHOICE = "tones, forced choice"
 WORDS = "words, free-running"
+BASE_SYLLABLES = "base syllables, free-running"
 FORCED = {FORCED_CHOICE: "both", "tones, decoder alone": "decoder", "tones, CTC alone": "ctc"}
 FREE_RUNNING = {
     WORDS: "wer",
     "tones, free-running": "tone_error_rate",
-    "base syllables, free-running": "base_syllable_error_rate",
+    BASE_SYLLABLES: "base_syllable_error_rate",
     "words without tone marks, free-running": "base_word_error_rate",
 }
 

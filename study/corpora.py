@@ -142,6 +142,13 @@ def drop_voicing(rows: list[dict]) -> list[dict]:
 CONSTANT_F0 = 150.0  # Hz
 
 
+def draw_donors(number: int, seed: int = 0) -> np.ndarray:
+    """For each of `number` utterances the one that it takes F0 from, another one, `(number,)`."""
+    order = np.random.default_rng(seed).permutation(number)
+    own = np.arange(number)
+    return np.where(order == own, (own + 1) % number, order)
+
+
 def change_f0(features: list[np.ndarray], change: str, seed: int = 0) -> list[np.ndarray]:
     """The same features, each `(frames, channels)`, with another F0 in the last channel.
 
@@ -153,9 +160,9 @@ def change_f0(features: list[np.ndarray], change: str, seed: int = 0) -> list[np
     """
     if change == "real":
         return features
-    others = np.random.default_rng(seed).permutation(len(features))
+    donors = draw_donors(len(features), seed)
     changed = []
-    for index, own in enumerate(features):
+    for own, donor in zip(features, donors):
         own = own.copy()
         f0 = own[:, -1]
         if change == "zero":
@@ -165,7 +172,7 @@ def change_f0(features: list[np.ndarray], change: str, seed: int = 0) -> list[np
         elif change == "constant":
             f0[:] = CONSTANT_F0
         elif change == "shuffled":
-            other = features[others[index] if others[index] != index else (index + 1) % len(features)][:, -1]
+            other = features[donor][:, -1]
             f0[:] = other[np.arange(len(f0)) * len(other) // len(f0)]
         else:
             raise ValueError(f"change {change!r} is not known; choose real, zero, flag, constant or shuffled.")

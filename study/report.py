@@ -12,7 +12,19 @@ from pathlib import Path
 
 import numpy as np
 
-from comparison import FORCED_CHOICE, Comparison, Results, holm, interval, own_test, turn_seconds, warped_speed
+from comparison import (
+    BASE_SYLLABLES,
+    FORCED_CHOICE,
+    WORDS,
+    Comparison,
+    Results,
+    holm,
+    interval,
+    own_test,
+    turn_seconds,
+    warped_speed,
+)
+from corpora import draw_donors
 from figures import draw_conditions, draw_differences, draw_gains
 
 HERE = Path(__file__).parent
@@ -81,9 +93,10 @@ FIGURES = {
 
 
 def summarize(results: Results, part: str) -> list[str]:
-    """The main test of a part, by forced choice, or by every measure of its texts where there is no choice of tones."""
+    """The main test of a part, by forced choice and by words, or by every measure of its texts where there is no choice
+    of tones."""
     measures = results.measures(part, results.conditions(part)[0])
-    measures = measures[:1] if measures[0] == FORCED_CHOICE else measures
+    measures = [FORCED_CHOICE, WORDS] if measures[0] == FORCED_CHOICE else measures
     return [line for measure in measures for line in compare_arms(results, part, measure)]
 
 
@@ -112,18 +125,20 @@ def compare_arms(results: Results, part: str, measure: str) -> list[str]:
 
 
 def contrast(results: Results) -> list[str]:
-    """Arms compared with other arms than the baseline, on the main test of the primary part."""
-    condition = results.conditions("primary")[0]
+    """Arms compared with other arms than the baseline, on the main test of the primary part, in all its conditions."""
+    main = results.conditions("primary")[0].rpartition("/")[0]
     rows = []
     for arm, other in CONTRASTS:
-        comparison = results.compare(arm, other, condition, FORCED_CHOICE)
-        if comparison is not None:
-            row = [f"`{arm[1]}`", f"`{other[1]}`", str(len(comparison.by_seed)), show_difference(comparison)]
-            rows.append([*row, f"{comparison.low:+.1f} to {comparison.high:+.1f}", f"{comparison.p:.4f}"])
+        for condition in results.conditions("primary"):
+            comparison = results.compare(arm, other, condition, FORCED_CHOICE) if condition.startswith(main) else None
+            if comparison is not None:
+                row = [f"`{arm[1]}`", f"`{other[1]}`", condition.rpartition("/")[2], str(len(comparison.by_seed))]
+                row += [show_difference(comparison), f"{comparison.low:+.1f} to {comparison.high:+.1f}"]
+                rows.append([*row, f"{comparison.p:.4f}"])
     if not rows:
         return []
-    header = ["arm", "less", "paired seeds", "difference", "bootstrap", "p (not corrected)"]
-    return [f"## Arms beside each other: {FORCED_CHOICE} ({condition.rpartition('/')[0]})", "", *table(header, rows)]
+    header = ["arm", "less", "condition", "paired seeds", "difference", "bootstrap", "p (not corrected)"]
+    return [f"## Arms beside each other: {FORCED_CHOICE} ({main})", "", *table(header, rows)]
 
 
 # Details ------------------------------------------------------------------------------------------------------------
@@ -182,7 +197,8 @@ def thirds(values: np.ndarray, tones: np.ndarray) -> np.ndarray:
 
 
 def locate_errors(results: Results, part: str) -> list[str]:
-    """Tone errors of the main test by tone, by how long a syllable is voiced, and by the voiced share of the frames."""
+    """Tone errors of the main test by tone, by how long a syllable is voiced, by the voiced share of the frames, and of
+    the utterances whose base syllables each run wrote right."""
     condition = results.conditions(part)[0]
     if FORCED_CHOICE not in results.measures(part, condition):
         return []
@@ -199,15 +215,20 @@ def locate_errors(results: Results, part: str) -> list[str]:
             if (third == number).any():
                 mean = values[third == number].mean()
                 groups[f"{name}: {word}, {mean:.2f} {unit}".strip()] = third == number
+    groups["base syllables right, free-running"] = None
     rows = []
     for name, chosen in groups.items():
         cells = []
         for arm, runs in arms.items():
-            tests = {seed: own_test(row, condition) for seed, row in runs.items()}
-            found = [results.errors(part, arm, seed, test, FORCED_CHOICE) for seed, test in tests.items()]
-            rates = [100.0 * wrong[chosen].sum() / asked[chosen].sum() for wrong, asked in found if asked[chosen].any()]
+            rates = []
+            for seed, row in runs.items():
+                run = part, arm, seed, own_test(row, condition)
+                wrong, asked = results.errors(*run, FORCED_CHOICE)
+                here = results.errors(*run, BASE_SYLLABLES)[0] == 0 if chosen is None else chosen
+                if asked[here].any():
+                    rates.append(100.0 * wrong[here].sum() / asked[here].sum())
             cells.append(show(rates))
-        rows.append([name, str(int(chosen.sum())), *cells])
+        rows.append([name, "" if chosen is None else str(int(chosen.sum())), *cells])
     return table(["utterances", "number", *(f"`{arm}`" for arm in arms)], rows)
 
 
@@ -236,6 +257,28 @@ def confuse(results: Results, part: str) -> list[str]:
     return table(["arm", "spoken", *(f"heard as {tone}" for tone in tones)], cells)
 
 
+def follow_donors(results: Results, part: str) -> list[str]:
+    """With F0 of another utterance, which tone is the answer: that of the F0, that of the utterance, or neither? Among
+    the utterances of one syllable whose F0 comes from one of another tone."""
+    rows = []
+    for condition in results.conditions(part):
+        for arm, runs in results.rows[part].items():
+            shares = []
+            for seed, row in runs.items():
+                test = f"{condition}/shuffled"
+                told = results.texts(part, arm, seed).get(test, {})
+                if "both" not in told or own_test(row, condition) == test:
+                    continue
+                spoken, chosen = np.array(told["right"]), np.array(told["both"])
+                lent = spoken[draw_donors(len(spoken))]
+                asked = (np.char.str_len(spoken) == 1) & (np.char.str_len(lent) == 1) & (spoken != lent)
+                if asked.sum() > 0.5 * len(spoken):
+                    shares.append([100.0 * (chosen == tones)[asked].mean() for tones in (lent, spoken)])
+            if shares:
+                rows.append([condition, f"`{arm}`", str(len(shares)), *(show(list(share)) for share in zip(*shares))])
+    return table(["test", "arm", "seeds", "tone of the F0", "tone of the utterance"], rows) if rows else []
+
+
 DETAILS = (
     ("All measures", "The second line of a cell is the difference to the baseline.", list_measures),
     (
@@ -246,8 +289,15 @@ DETAILS = (
     (
         "Tones by forced choice, by kind of utterance",
         "Utterances are split in thirds by how long a syllable is voiced, and by the voiced share of the frames, among"
-        " those of the same tone: each third has the same tones. The value is the mean of the third.",
+        " those of the same tone: each third has the same tones. The value is the mean of the third. The last row has"
+        " the utterances whose base syllables a run wrote right, which are others in each run.",
         locate_errors,
+    ),
+    (
+        "Tones by forced choice with F0 of another utterance",
+        "Answers in percent, among utterances whose F0 comes from one of another tone. By chance each is 25% in"
+        " Mandarin.",
+        follow_donors,
     ),
     ("Tones heard as other tones", "In percent of the spoken tone, by forced choice, all seeds together.", confuse),
 )
@@ -343,8 +393,8 @@ ATTENTION = """\
 ### Does attention follow the contour?
 
 For each head of the encoder, the correlation between the logarithm of its attention and the likeness of pitch,
-`-|contour_i - contour_j|`, over all pairs of two voiced frames of the third voice's test set, with what depends on
-distance and on the query alone taken out ([`attention.py`](attention.py)). 0: none. 1: the closer two frames are in
+`-|contour_i - contour_j|`, over all pairs of two voiced frames of the third voice's test set, after subtracting the
+means over each distance and over each query ([`attention.py`](attention.py)). 0: none. 1: the closer two frames are in
 pitch, the more they attend to each other, and nothing else counts. The table has the mean size of the correlation over
 the heads, in hundredths, and the head of the largest. With F0 of another utterance as input, attention may follow the
 contour that it is given, or the one that is spoken. What a model that does not hear F0 has for the first is chance.
