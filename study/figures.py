@@ -12,6 +12,7 @@ from comparison import FORCED_CHOICE, Results, interval, turn_seconds, warped_sp
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 RESOLUTION = 110  # dots an inch
+FEWEST = 3  # seeds; the interval of two is wider than any figure
 CONDITIONS = {
     "clean": "clean",
     "flattened": "pitch\nflattened",
@@ -28,9 +29,8 @@ def save(figure: Figure, path: Path):
 
 
 def half_width(values) -> float:
-    """Half of a 95% interval as it is drawn: 0 where a single seed has none."""
-    half = interval(values)[1]
-    return half if np.isfinite(half) else 0.0
+    """Half of a 95% interval over seeds as it is drawn: 0 for fewer than `FEWEST` seeds."""
+    return interval(values)[1] if len(values) >= FEWEST else 0.0
 
 
 def style(number: int) -> dict[str, str]:
@@ -74,7 +74,8 @@ def draw_differences(results: Results, path: Path):
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
     axes.set_xlabel("errors less those of the baseline (percentage points); left of 0: fewer errors")
-    axes.set_title("Dot and bar: mean and 95% over seeds; blue: 95% by bootstrap; ticks: seeds", fontsize=9)
+    title = f"Dot: mean; bar: 95% over seeds, from {FEWEST} seeds on; blue: 95% by bootstrap; ticks: seeds"
+    axes.set_title(title, fontsize=9)
     save(figure, path)
 
 
@@ -105,7 +106,7 @@ def draw_conditions(results: Results, path: Path, part: str = "primary"):
         axes.set_title(title)
     chance = Line2D([], [], color="0.5", linestyle=":", label="chance")
     add_legend(figure, {arm: number for number, arm in enumerate(arms)}, [chance])
-    panels[0].set_ylim(0.0, 100.0)  # two seeds have intervals far beyond
+    panels[0].set_ylim(0.0, 100.0)
     panels[0].set_ylabel(f"tone errors by forced choice (%)\n{test}")
     save(figure, path)
 

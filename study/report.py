@@ -58,7 +58,7 @@ corrected for the number of comparisons.
 READING = """\
 Errors are in percent. Differences are in percentage points, between runs of the same seed; a negative one is fewer
 errors. `±` is the 95% interval over seeds by Student's t. "a to b" is the 95% interval of a paired bootstrap over
-seeds and utterances, and p comes from the same bootstrap, 0.0001 at least before it is corrected. A single seed has no
+seeds and utterances, and p comes from the same bootstrap, 0.0002 at least before it is corrected. A single seed has no
 interval over seeds, and its bootstrap is over utterances alone. With few seeds the bootstrap is too narrow; read the
 interval over seeds then.
 """
