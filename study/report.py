@@ -393,11 +393,12 @@ ATTENTION = """\
 ### Does attention follow the contour?
 
 For each head of the encoder, the correlation between the logarithm of its attention and the likeness of pitch,
-`-|contour_i - contour_j|`, over all pairs of two voiced frames of the third voice's test set, after subtracting the
-means over each distance and over each query ([`attention.py`](attention.py)). 0: none. 1: the closer two frames are in
-pitch, the more they attend to each other, and nothing else counts. The table has the mean size of the correlation over
-the heads, in hundredths, and the head of the largest. With F0 of another utterance as input, attention may follow the
-contour that it is given, or the one that is spoken. What a model that does not hear F0 has for the first is chance.
+`-|contour_i - contour_j|`, over all pairs of two voiced frames of every second utterance of the third voice's test set,
+after subtracting the means over each distance and over each query ([`attention.py`](attention.py)). 0: none. 1: the
+closer two frames are in pitch, the more they attend to each other, and nothing else counts. The table has the mean size
+of the correlation over the heads, in hundredths, and the head of the largest. With F0 of another utterance as input,
+attention may follow the contour that it is given, or the one that is spoken. What a model that does not hear F0 has for
+the first is chance.
 """
 
 
