@@ -884,6 +884,13 @@ def test_lines_of_scripts_for_whisper(tmp_path):
         ("decoder_start_token_id", [-1]),
         ("suppress_tokens", [[5, 67], [-1]]),
         ("forced_eos_token_id", [1000]),
+        ("num_beams", ["four", 2.0, True]),
+        ("max_new_tokens", [[1], "3", 2.5]),
+        ("no_repeat_ngram_size", ["a"]),
+        ("length_penalty", ["x", [1.0]]),
+        ("max_time", ["a"]),
+        ("do_sample", ["yes", 1]),
+        ("exponential_decay_length_penalty", [[1], 1.5, ["a", 2.0]]),
     ],
 )
 def test_settings_of_generate_that_cannot_work_are_named(name, values):

@@ -41,6 +41,16 @@ TOKEN_SETTINGS = (
     *("forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"),
 )
 
+WHOLE_NUMBERS = (
+    *("max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "num_return_sequences", "top_k"),
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "prompt_lookup_num_tokens"),
+)
+NUMBERS = (
+    *("temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty"),
+    *("encoder_repetition_penalty", "length_penalty", "max_time", "penalty_alpha"),
+)
+SWITCHES = ("do_sample", "use_cache", "renormalize_logits", "remove_invalid_values")
+
 
 def find_cut_off(ids: torch.Tensor, generation_config) -> torch.Tensor:
     """Which texts `(B, L)` of `generate()` were stopped for their length, `(B,)`; none without an `eos_token_id`."""
@@ -64,6 +74,27 @@ def drop_whisper_settings(settings: dict[str, Any]) -> dict[str, Any]:
             " return_timestamps=True, or 'word'."
         )
     return {name: value for name, value in settings.items() if name not in WHISPER_SETTINGS}
+
+
+def check_kinds(settings: dict[str, Any]):
+    """Raises a `ValueError` that names a setting of `generate()` that is of another kind than it must be."""
+    for names, kind, words in (
+        (WHOLE_NUMBERS, Integral, "a whole number"),
+        (NUMBERS, Real, "a number"),
+        (SWITCHES, bool, "true or false"),
+    ):
+        for name in names:
+            value = settings.get(name)
+            is_of_kind = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+            if not (value is None or is_of_kind or torch.is_tensor(value)):
+                raise ValueError(f"{name} must be {words}, or left out, got {value!r}.")
+    decay = settings.get("exponential_decay_length_penalty")
+    if decay is not None and not (
+        isinstance(decay, list | tuple) and len(decay) == 2 and all(isinstance(value, Real) for value in decay)
+    ):
+        raise ValueError(
+            f"exponential_decay_length_penalty must be two numbers, the first token and the factor, got {decay!r}."
+        )
 
 
 def check_generation_config(generation_config: GenerationConfig, vocab_size: int):

@@ -64,6 +64,7 @@ from .generation_echo import (
     EchoCTCPrefixLogitsProcessor,
     EchoGenerationMixin,
     check_generation_config,
+    check_kinds,
     drop_whisper_settings,
 )
 from .loss_echo import cross_entropy, ctc_loss, ignore_padding
@@ -1053,6 +1054,7 @@ class EchoForConditionalGeneration(EchoPreTrainedModel, EchoGenerationMixin):
         # Checked before the library merges them, since it accepts any name that the model's settings have.
         drop_whisper_settings({**vars(self.generation_config), **vars(generation_config or self.generation_config)})
         kwargs = drop_whisper_settings(kwargs)
+        check_kinds({**vars(generation_config or self.generation_config), **kwargs})
         weight = kwargs.pop("ctc_weight", getattr(generation_config, "ctc_weight", None))
         if weight is None:
             weight = getattr(self.generation_config, "ctc_weight", None)

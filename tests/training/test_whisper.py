@@ -249,6 +249,8 @@ def test_settings_of_generate_are_passed_on(pitched, manifest, capsys):
     assert "not used by the model: ['temprature']" in capsys.readouterr().err
     assert main([*command, "--generate_kwargs", '{"num_return_sequences": 2}']) == 1
     assert "num_return_sequences changes what generate() returns" in capsys.readouterr().err
+    assert main([*command, "--generate_kwargs", '{"length_penalty": "x"}']) == 1
+    assert "--generate_kwargs: length_penalty must be a number, or left out, got 'x'." in capsys.readouterr().err
     assert main([*command, "--generate_kwargs", "temperature=0.5"]) == 1
     assert "--generate_kwargs: 'temperature=0.5' is not JSON" in capsys.readouterr().err
 

@@ -143,6 +143,7 @@ def add_decoding(parser, batch_size: int) -> None:
 def generate_options(options, model) -> dict[str, Any]:
     """Arguments of `generate()` by the options of [`add_decoding`]."""
     from ..checkpoint import parse_object
+    from ..generation_echo import check_kinds
 
     if not model.can_generate():
         for name in ("num_beams", "ctc_weight", "max_new_tokens", "generate_kwargs"):
@@ -160,6 +161,12 @@ def generate_options(options, model) -> dict[str, Any]:
     for name in others:
         if name.startswith(("return_", "output_", "num_return_")):
             raise ValueError(f"--generate_kwargs: {name} changes what generate() returns, which is not used. Omit it.")
+    try:  # a Whisper takes several temperatures, one after another
+        check_kinds(
+            {key: value for key, value in others.items() if key != "temperature" or not isinstance(value, list)}
+        )
+    except ValueError as error:
+        raise ValueError(f"--generate_kwargs: {error}") from None
     return others | {name: value for name, value in given.items() if value is not None}
 
 
