@@ -144,15 +144,28 @@ def test_position_similarity_of_known_angles():
 
 def test_similarities_of_each_mode_stand_beside_the_standard(features):
     figure = plot_similarity(tiny_model(rotary_theta=100.0), features)
-    none, mean, frame, phase, *below = (np.asarray(axis.images[0].get_array()) for axis in figure.axes[:8])
-    for matrix in (none, mean, frame, phase):
+    above, below = np.split(np.stack([axis.images[0].get_array() for axis in figure.axes[:10]]), 2)
+    none, mean, frame, phase, contour = above
+    for matrix in above:
         assert matrix.shape == (30, 30) and np.allclose(np.diag(matrix), 1) and np.allclose(matrix, matrix.T)
     # Standard and phase are relative where F0 is level: in the silence at the end it is. Frame mode is not.
     assert np.allclose(none[1:, 1:], none[:-1, :-1])
     assert np.allclose(phase[26:, 26:], none[26:, 26:])
     assert not np.allclose(frame[1:24, 1:24], frame[:23, :23], atol=1e-3)
-    for difference, matrix in zip(below, (none, mean, frame, phase), strict=True):
-        assert np.allclose(difference, matrix - none)
+    assert np.array_equal(contour, none)  # its gains start at 0
+    assert np.allclose(below, above - none)
+
+
+def test_similarities_show_the_contour_of_a_model_that_has_its_gains(features):
+    model = tiny_model(theta_mode="contour")
+    for gain, moves in ((0.0, False), (2.0, True)):
+        with torch.no_grad():
+            model.model.encoder.rotary_emb.contour_gain.fill_(gain)
+        figure = plot_similarity(model, features)
+        none, contour, difference = (np.asarray(figure.axes[place].images[0].get_array()) for place in (0, 4, 9))
+        assert figure.axes[4].get_title() == "contour"
+        assert np.allclose(difference, contour - none)
+        assert (np.abs(difference).max() > 0.01) == moves
 
 
 @pytest.mark.parametrize("form", ["gaussian", "laplacian"])

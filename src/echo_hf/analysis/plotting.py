@@ -162,11 +162,11 @@ def plot_angles(model, input_features, theta_mode: str | None = None, title: str
 
 def plot_similarity(model, input_features, title: str | None = None):
     """How alike the rotary embedding makes two positions: the mean over channel pairs of `cos(angle_i - angle_j)`,
-    standard and F0-adapted (by its mean, by frame, by phase; a column each), and below it what F0 changes. A narrow
-    bright band is local attention.
+    standard and F0-adapted (by its mean, by frame, by phase, and by the contour if the model's `theta_mode` is that; a
+    column each), and below it what F0 changes. A narrow bright band is local attention.
 
     Args:
-        model: an Echo model with an encoder; its own `theta_mode` does not matter.
+        model: an Echo model with an encoder.
         input_features (`torch.Tensor` of shape `(T, channels)` or `(1, T, channels)`): as in [`plot_angles`].
 
     Returns:
@@ -176,15 +176,16 @@ def plot_similarity(model, input_features, title: str | None = None):
     Raises:
         `ValueError`: the features are not one utterance with pitch.
     """
-    figure = new_figure(13.2, 6.4, title)
     encoder, pitch, seconds = _encode_pitch(model, input_features)
-    similarities = [position_similarity(_angles(encoder, pitch, mode)) for mode in THETA_MODES]
-    standard = similarities[THETA_MODES.index("none")]
+    modes = _modes(encoder)
+    figure = new_figure(3.3 * len(modes), 6.4, title)
+    similarities = [position_similarity(_angles(encoder, pitch, mode)) for mode in modes]
+    standard = similarities[modes.index("none")]
     differences = [similarity - standard for similarity in similarities]
     largest = max(max(np.abs(difference).max() for difference in differences), 1e-3)
     lowest = min(similarity.min() for similarity in similarities)
-    axes = figure.subplots(2, len(THETA_MODES), sharex=True, sharey=True)
-    for column, mode in enumerate(THETA_MODES):
+    axes = figure.subplots(2, len(modes), sharex=True, sharey=True)
+    for column, mode in enumerate(modes):
         upper = draw_matrix(axes[0, column], similarities[column], len(standard) * seconds, (lowest, 1))
         lower = draw_matrix(axes[1, column], differences[column], len(standard) * seconds, (-largest, largest), "PuOr")
         axes[0, column].set_title("standard (none)" if mode == "none" else mode)
@@ -287,8 +288,13 @@ def _encode_pitch(model, input_features):
     return encoder, encoder._read_pitch(groups, *masks), config.inputs_to_logits_ratio / config.sampling_rate
 
 
+def _modes(encoder) -> list[str]:
+    """Modes that the encoder's angles can be drawn in; only a model that has gains of the contour can in that."""
+    return list(dict.fromkeys((*THETA_MODES, encoder.config.theta_mode)))
+
+
 def _check_mode(encoder, theta_mode: str) -> str:
-    modes = dict.fromkeys((*THETA_MODES, encoder.config.theta_mode))  # only a model trained by the contour has that
+    modes = _modes(encoder)
     if theta_mode not in modes:
         raise ValueError(f"theta_mode must be one of {', '.join(modes)}, got {theta_mode!r}.")
     return theta_mode
