@@ -48,6 +48,7 @@ ARMS = {
     "bias": Arm({"pitch_bias": "gaussian"}),
     "gate": Arm({"pitch_gate": True}),
     "conditioning": Arm(CONDITIONING),
+    "input_gate": Arm({"pitch_gate": True}, hears_input=True),
     "all": Arm(CONDITIONING, hears_input=True),
     "continuous_input": Arm({}, hears_input=True, continuous=True),
     "continuous_all": Arm(CONDITIONING, hears_input=True, continuous=True),

@@ -33,6 +33,8 @@ CHANGES = {None: "as trained", "zero": "0", "constant": "150 Hz", "shuffled": "o
 CONTRASTS = (
     (("primary", "input"), ("primary", "voicing_flag")),
     (("primary", "all"), ("primary", "input")),
+    (("ladder", "input_gate"), ("primary", "input")),
+    (("primary", "all"), ("ladder", "input_gate")),
     (("ladder", "conditioning"), ("primary", "gate")),
     (("ladder", "continuous_input"), ("primary", "input")),
     (("ladder", "continuous_all"), ("primary", "all")),

@@ -56,7 +56,7 @@ MANDARIN_TESTS = tuple((name, "test") for name in ("mandarin_syllables_other", "
 SINGLE = ("theta", "radius", "bias")
 LADDER = (
     *SINGLE,
-    *("conditioning", "continuous_input", "continuous_all"),
+    *("conditioning", "input_gate", "continuous_input", "continuous_all"),
     *("published_mean_sigmoid", "published_frame_raw"),
 )
 SENTENCES = Settings(trunk_steps=3000, arm_steps=6000)
