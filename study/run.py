@@ -70,6 +70,7 @@ FACTORS = {
     "late_trunk": {"trunk_steps": 4500},
 }
 FACTOR_ARMS = ("baseline", "input", "all")
+NOISY_FACTORS = ("tempo_40",)  # tested in noise too
 
 PARTS = (
     Part(
@@ -81,7 +82,7 @@ PARTS = (
     Part("mboshi", ("mboshi",), (("mboshi", "test"), ("mboshi", "dev")), FACTOR_ARMS, OTHER_SEEDS, settings=SENTENCES),
     Part("cantonese", ("cantonese_syllables",), (("cantonese_syllables", "test"),), FACTOR_ARMS, OTHER_SEEDS),
     *(
-        Part(name, MANDARIN, MANDARIN_TESTS, FACTOR_ARMS, OTHER_SEEDS, settings=Settings(**changes))
+        Part(name, MANDARIN, MANDARIN_TESTS, FACTOR_ARMS, OTHER_SEEDS, name in NOISY_FACTORS, Settings(**changes))
         for name, changes in FACTORS.items()
     ),
     Part("english", ("speechocean762",), (("speechocean762", "test"),), FACTOR_ARMS, (1, 2, 3), settings=SENTENCES),
