@@ -188,7 +188,7 @@ class Study:
         trunk = self.trunk(part) if arm.from_trunk else None
         if trunk is None and arm.from_trunk:
             return False
-        began = time.time()
+        began, revision = time.time(), commit()
         model = build_model(arm, settings, processor, settings.trunk_seed, trunk)
         rows, log = self.train_rows(part, arm, processor), logger(f"{part.name} {arm_name} {seed}")
         first = settings.trunk_steps
@@ -209,7 +209,7 @@ class Study:
             "seed": seed,
             "settings": dataclasses.asdict(settings),
             "train": part.train,
-            "commit": commit(),
+            "commit": revision,
             "machine": describe_machine(),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "training_seconds": round(trained - began),
