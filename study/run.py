@@ -70,6 +70,7 @@ FACTORS = {
     "late_trunk": {"trunk_steps": 4500},
 }
 FACTOR_ARMS = ("baseline", "input", "all")
+MORE_ARMS = {"tempo_40": ("voicing_flag", "gate", "input_gate", *SINGLE)}  # where the baseline does best
 NOISY_FACTORS = ("tempo_40",)  # tested in noise too
 
 PARTS = (
@@ -82,7 +83,10 @@ PARTS = (
     Part("mboshi", ("mboshi",), (("mboshi", "test"), ("mboshi", "dev")), FACTOR_ARMS, OTHER_SEEDS, settings=SENTENCES),
     Part("cantonese", ("cantonese_syllables",), (("cantonese_syllables", "test"),), FACTOR_ARMS, OTHER_SEEDS),
     *(
-        Part(name, MANDARIN, MANDARIN_TESTS, FACTOR_ARMS, OTHER_SEEDS, name in NOISY_FACTORS, Settings(**changes))
+        Part(
+            *(name, MANDARIN, MANDARIN_TESTS, FACTOR_ARMS + MORE_ARMS.get(name, ()), OTHER_SEEDS),
+            *(name in NOISY_FACTORS, Settings(**changes)),
+        )
         for name, changes in FACTORS.items()
     ),
     Part("english", ("speechocean762",), (("speechocean762", "test"),), FACTOR_ARMS, (1, 2, 3), settings=SENTENCES),
