@@ -40,6 +40,12 @@ CONTRASTS = (
     (("ladder", "continuous_all"), ("primary", "all")),
     (("primary", "input"), ("retrained", "input_shuffled")),
     (("primary", "all"), ("retrained", "all_shuffled")),
+    (("tempo_40", "input"), ("tempo_40", "voicing_flag")),
+    (("tempo_40", "gate"), ("tempo_40", "input")),
+    (("tempo_40", "input_gate"), ("tempo_40", "input")),
+    (("tempo_40", "baseline"), ("primary", "baseline")),
+    (("tempo_40", "baseline"), ("primary", "input")),
+    (("tempo_40", "input"), ("primary", "input")),
 )
 
 INTRODUCTION = """\
@@ -87,6 +93,7 @@ def show_difference(comparison: Comparison) -> str:
 FIGURES = {
     "differences": "Differences to the baseline, by part and arm",
     "conditions": "Tone errors by condition",
+    "conditions_tempo_40": "Tone errors by condition, trained with more tempos",
     "gains": "What the mechanisms learned",
 }
 
@@ -134,7 +141,8 @@ def contrast(results: Results) -> list[str]:
         for condition in results.conditions("primary"):
             comparison = results.compare(arm, other, condition, FORCED_CHOICE) if condition.startswith(main) else None
             if comparison is not None:
-                row = [f"`{arm[1]}`", f"`{other[1]}`", condition.rpartition("/")[2], str(len(comparison.by_seed))]
+                row = [f"{part}: `{name}`" for part, name in (arm, other)]
+                row += [condition.rpartition("/")[2], str(len(comparison.by_seed))]
                 row += [show_difference(comparison), f"{comparison.low:+.1f} to {comparison.high:+.1f}"]
                 rows.append([*row, f"{comparison.p:.4f}"])
     if not rows:
@@ -460,6 +468,7 @@ def main():
     folder.mkdir(exist_ok=True)
     draw_differences(results, folder / "differences.png")
     draw_conditions(results, folder / "conditions.png")
+    draw_conditions(results, folder / "conditions_tempo_40.png", "tempo_40")
     draw_gains(results, folder / "gains.png")
     write(results, arguments.results.parent)
 
