@@ -122,8 +122,9 @@ def validate_feature_groups(feature_groups: dict[str, int]) -> dict[str, int]:
 @strict
 class EchoConfig(PreTrainedConfig):
     r"""
-    Configuration of an [`EchoModel`]. The defaults give a model of about 10M parameters (with the byte vocabulary) with
-    all pitch mechanisms but `token_pitch` switched on; `EchoConfig.from_preset("baseline")` has all off.
+    Configuration of an [`EchoModel`]. The defaults give a model of about 10M parameters (with the byte vocabulary) in
+    which pitch is an input and moves the gates of the encoder, and silence is scaled: what a study of the mechanisms
+    supports. `EchoConfig.from_preset("baseline")` has all of them off, and `"all"` has all on.
 
     Args:
         vocab_size (`int`, defaults to 259): Number of tokens; 259 is the byte vocabulary of `EchoTokenizer()`.
@@ -171,14 +172,14 @@ class EchoConfig(PreTrainedConfig):
         mel_corner_frequency (`float`, defaults to 80.0): K of the mel scale (Hz): linear below, logarithmic above.
         mel_max_frequency (`float`, defaults to 2000.0):
             M, the top of the mel scale (Hz). The largest step is `theta / 220 * M / 1000` rad a frame.
-        theta_mode (`str`, defaults to `"contour"`):
+        theta_mode (`str`, defaults to `"none"`):
             How F0 moves theta in the encoder: `"none"`; `"mean"`, by the utterance's mean F0; `"frame"`, by each
             frame's F0 (published; not relative); `"phase"`, by each frame's F0 with the angle summed up (relative);
             `"contour"`, by the normalized log-F0 and a learned gain for each channel pair, summed up (relative).
-        radius_mode (`str`, defaults to `"bounded"`):
+        radius_mode (`str`, defaults to `"unit"`):
             How F0 sets the rotary radius in the encoder: `"unit"`, 1; `"sigmoid"` of F0 in Hz (published); `"raw"`, F0
             in Hz (published; saturates); `"bounded"`, within [0.5, 1.5] by normalized log-F0 and a learned gain.
-        pitch_bias (`str`, defaults to `"gaussian"`):
+        pitch_bias (`str`, defaults to `"none"`):
             What is added to the encoder's attention scores for frames of similar pitch: `"none"`; `"gaussian"`, with a
             learned strength for each head and no matrix of frames by frames; `"laplacian"`, published, with one.
         silence_scaling (`bool`, defaults to `True`):
@@ -269,9 +270,9 @@ class EchoConfig(PreTrainedConfig):
     learn_theta: bool = False
     mel_corner_frequency: float | int = 80.0
     mel_max_frequency: float | int = 2000.0
-    theta_mode: Literal["none", "mean", "frame", "phase", "contour"] = "contour"
-    radius_mode: Literal["unit", "sigmoid", "raw", "bounded"] = "bounded"
-    pitch_bias: Literal["none", "gaussian", "laplacian"] = "gaussian"
+    theta_mode: Literal["none", "mean", "frame", "phase", "contour"] = "none"
+    radius_mode: Literal["unit", "sigmoid", "raw", "bounded"] = "unit"
+    pitch_bias: Literal["none", "gaussian", "laplacian"] = "none"
     silence_scaling: bool = True
     silence_threshold: float | int = 0.5
     silence_scale_range: list[float] | tuple[float, ...] = (0.001, 0.1)
