@@ -19,7 +19,7 @@ TEST += ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10", "peft>=0.17"]
 setup(
     name="echo-hf",
     version=VERSION,
-    description="Echo: speech recognition whose attention knows the pitch of the voice, for Hugging Face Transformers",
+    description="Echo: speech recognition that hears the pitch of the voice, for Hugging Face Transformers",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

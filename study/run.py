@@ -65,28 +65,24 @@ FACTORS = {
     "minutes_15": {"minutes": 15},
     "minutes_60": {"minutes": 60},
     "frames_80": {"stem_strides": (2, 2, 2)},
-    "tempo_40": {"tempo": 0.4},
     "other_trunk": {"trunk_seed": 1},
     "late_trunk": {"trunk_steps": 4500},
 }
 FACTOR_ARMS = ("baseline", "input", "all")
-MORE_ARMS = {"tempo_40": ("voicing_flag", "gate", "input_gate", *SINGLE)}  # where the baseline does best
-NOISY_FACTORS = ("tempo_40",)  # tested in noise too
+TEMPO_ARMS = (*FACTOR_ARMS, "voicing_flag", "gate", "input_gate", *SINGLE)
 
 PARTS = (
     Part(
         "primary", MANDARIN, MANDARIN_TESTS, ("baseline", "input", "gate", "all", "voicing_flag"), PRIMARY_SEEDS, True
     ),
+    Part("tempo_40", MANDARIN, MANDARIN_TESTS, TEMPO_ARMS, OTHER_SEEDS, True, Settings(tempo=0.4)),
     Part("ladder", MANDARIN, MANDARIN_TESTS, LADDER, OTHER_SEEDS),
     Part("slow_gains", MANDARIN, MANDARIN_TESTS, SINGLE, OTHER_SEEDS, settings=Settings(gain_learning_rate=2e-3)),
     Part("retrained", MANDARIN, MANDARIN_TESTS, ("input_constant", "input_shuffled", "all_shuffled"), OTHER_SEEDS),
     Part("mboshi", ("mboshi",), (("mboshi", "test"), ("mboshi", "dev")), FACTOR_ARMS, OTHER_SEEDS, settings=SENTENCES),
     Part("cantonese", ("cantonese_syllables",), (("cantonese_syllables", "test"),), FACTOR_ARMS, OTHER_SEEDS),
     *(
-        Part(
-            *(name, MANDARIN, MANDARIN_TESTS, FACTOR_ARMS + MORE_ARMS.get(name, ()), OTHER_SEEDS),
-            *(name in NOISY_FACTORS, Settings(**changes)),
-        )
+        Part(name, MANDARIN, MANDARIN_TESTS, FACTOR_ARMS, OTHER_SEEDS, settings=Settings(**changes))
         for name, changes in FACTORS.items()
     ),
     Part("english", ("speechocean762",), (("speechocean762", "test"),), FACTOR_ARMS, (1, 2, 3), settings=SENTENCES),

@@ -621,7 +621,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_default_mechanisms_make_no_matrix_of_frames_by_frames():
+def test_all_mechanisms_make_no_matrix_of_frames_by_frames():
     model, sizes = tiny_model("all"), []
     for length in (4000, 8000):
         inputs = make_inputs((length,))

@@ -1,4 +1,4 @@
-"""Echo: speech recognition whose attention knows the pitch of the voice, for Hugging Face Transformers.
+"""Echo: speech recognition that hears the pitch of the voice, for Hugging Face Transformers.
 
 Importing the package is cheap: it makes `AutoModel`, `AutoProcessor`, `pipeline` and their siblings know Echo by name
 (see `registration.py`) and does nothing else. What it exports is imported when it is first asked for, so neither

@@ -122,9 +122,9 @@ def validate_feature_groups(feature_groups: dict[str, int]) -> dict[str, int]:
 @strict
 class EchoConfig(PreTrainedConfig):
     r"""
-    Configuration of an [`EchoModel`]. The defaults give a model of about 10M parameters (with the byte vocabulary) in
-    which pitch is an input and moves the gates of the encoder, and silence is scaled: what a study of the mechanisms
-    supports. `EchoConfig.from_preset("baseline")` has all of them off, and `"all"` has all on.
+    Configuration of an [`EchoModel`]. The defaults give a model of about 10M parameters (with the byte vocabulary).
+    Pitch is an input and moves the gates of the encoder, as the study of pitch supports, and silence is scaled, which
+    it did not test. `EchoConfig.from_preset("baseline")` has all of them off, and `"all"` has all on.
 
     Args:
         vocab_size (`int`, defaults to 259): Number of tokens; 259 is the byte vocabulary of `EchoTokenizer()`.
@@ -417,7 +417,8 @@ class EchoConfig(PreTrainedConfig):
             )
         if "pitch" not in self.feature_groups and (used := self.pitch_mechanisms):
             raise ValueError(
-                f"feature_groups has no 'pitch', which {', '.join(used)} need; add 'pitch': 1 or switch them off."
+                f"feature_groups has no 'pitch', which {', '.join(used)} need; add 'pitch': 1 or switch them off, as"
+                ' `EchoConfig.from_preset("baseline")` and --preset baseline do.'
             )
 
     def _check_training(self):

@@ -1,4 +1,4 @@
-"""Echo: a speech recognizer whose attention knows the pitch of the voice.
+"""Echo: a speech recognizer that hears the pitch of the voice.
 
 An encoder-decoder in the manner of Whisper and Moonshine. It differs from a plain rotary transformer in a few parts,
 each with a field of the config and without effect when off:

@@ -101,6 +101,7 @@ def test_the_report_follows_from_the_rows(results):
     (folder / "figures").mkdir()
     report.draw_differences(found, folder / "figures" / "differences.png")
     report.draw_conditions(found, folder / "figures" / "conditions.png")
+    report.draw_conditions(found, folder / "figures" / "conditions_tempo_40.png", "tempo_40")
     report.draw_gains(found, folder / "figures" / "gains.png")
     report.write(found, folder)
     text = (folder / "report.md").read_text()
@@ -118,6 +119,7 @@ def test_the_report_follows_from_the_rows(results):
     for name in ("differences", "conditions", "gains"):
         assert (folder / "figures" / f"{name}.png").stat().st_size > 1000
         assert f"figures/{name}.png" in text
+    assert not (folder / "figures" / "conditions_tempo_40.png").exists()  # a part that was not run
     details = (folder / "report_details.md").read_text()
     assert "| mandarin_words/test | base syllables, free-running |" in details
     assert "Gains of theta" in details and "Strengths of the bias" in details

@@ -253,7 +253,7 @@ def _choose_strength(encoder, strength: float | None) -> tuple[float, str]:
     if strength is not None:
         return strength, f"s = {strength:.3g}, given"
     if encoder.config.pitch_bias != "gaussian":
-        return 1.0, "s = 1"
+        return 1.0, "s = 1; this model has none"
     learned = torch.stack([layer.self_attn.bias_strength.detach().float().cpu() for layer in encoder.layers]).numpy()
     layer, head = np.unravel_index(np.abs(learned).argmax(), learned.shape)
     strength = float(learned[layer, head])

@@ -23,7 +23,7 @@ COMMANDS = {
     "add-pitch": add_pitch,
 }
 
-DESCRIPTION = "Speech recognition whose attention knows the pitch of the voice."
+DESCRIPTION = "Speech recognition that hears the pitch of the voice."
 
 EXAMPLES = """\
 examples:

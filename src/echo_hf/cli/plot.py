@@ -44,7 +44,7 @@ def add_parser(commands) -> None:
     add_checkpoint(parser)
     parser.add_argument("--words", action="store_true", help="pitch: write words at their times")
     add_both(parser, "theta_mode", help="angles: none, mean, frame or phase; else the checkpoint's own mode")
-    parser.add_argument("--strength", type=number, help="bias: of the Gaussian (the largest that a head learned)")
+    parser.add_argument("--strength", type=number, help="bias: of the Gaussian (the largest that a head learned, or 1)")
 
 
 def run(options) -> int:
