@@ -429,6 +429,15 @@ def list_attention(results: Results) -> list[str]:
     return [ATTENTION, *table([*header, "largest for the given contour"], rows)] if rows else []
 
 
+def draw(results: Results, folder: Path):
+    """Draws the figures of `FIGURES` whose parts were run, in a folder that is made if it is not there."""
+    folder.mkdir(exist_ok=True)
+    draw_differences(results, folder / "differences.png")
+    draw_conditions(results, folder / "conditions.png")
+    draw_conditions(results, folder / "conditions_tempo_40.png", "tempo_40")
+    draw_gains(results, folder / "gains.png")
+
+
 def write(results: Results, folder: Path):
     """Writes `report.md`, what decides, and `report_details.md`, all else."""
     lines = [INTRODUCTION, READING]
@@ -464,12 +473,7 @@ def main():
     parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
     arguments = parser.parse_args()
     results = Results(arguments.results)
-    folder = arguments.results.parent / "figures"
-    folder.mkdir(exist_ok=True)
-    draw_differences(results, folder / "differences.png")
-    draw_conditions(results, folder / "conditions.png")
-    draw_conditions(results, folder / "conditions_tempo_40.png", "tempo_40")
-    draw_gains(results, folder / "gains.png")
+    draw(results, arguments.results.parent / "figures")
     write(results, arguments.results.parent)
 
 
